@@ -1,0 +1,1 @@
+//! The ndarray backend of trainable-tokens: the reference, with explicit gradients.

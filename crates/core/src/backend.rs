@@ -1,0 +1,68 @@
+//! What only a tensor framework can know.
+
+use crate::{BackendError, DeltaStore, EmbeddingSource, LookupPlan, TokenRows, TokenSet};
+
+/// A tensor framework, seen by the layer: four operations over its own types.
+///
+/// # Contract
+///
+/// 1. *Replacement.* The lookup's row at a position of `plan.positions()` is the row of the delta at that slot,
+///    converted to the table's element type; every other row is the base's. No other bit differs from the
+///    framework's own lookup in a table whose rows were overwritten by the delta.
+/// 2. *Gradient of the lookup.* Each slot's gradient is the sum of the output's gradient over
+///    `plan.grad_positions()` of that slot, times the scale. Slots that do not occur get zero, not nothing.
+/// 3. *Head.* `logits(hidden)` equals `hidden · Wᵀ` for the table `W` overwritten by the delta. Its gradient for
+///    slot `s` is `upstream[:, id(s)]ᵀ · hidden`; its gradient for `hidden` is `upstream · W`.
+/// 4. *Frozen base.* No operation gives the base a gradient, or allocates in proportion to `V x D`.
+/// 5. *No-op.* With the delta's rows equal to the base's, the lookup equals the framework's own, bit for bit.
+pub trait Backend {
+    /// The backend's error.
+    type Error: BackendError;
+    /// The frozen table.
+    type Source: EmbeddingSource<Error = Self::Error>;
+    /// The trained rows.
+    type Delta: DeltaStore<Error = Self::Error>;
+    /// A two-dimensional value of the framework, a node of its graph where it has one.
+    type Tensor;
+    /// What the framework's backward pass returns.
+    type Gradients;
+
+    /// Makes a trainable leaf of `rows`, where `source` lies (its device).
+    ///
+    /// # Errors
+    ///
+    /// When the framework fails.
+    fn delta(source: &Self::Source, rows: &TokenRows) -> Result<Self::Delta, Self::Error>;
+
+    /// The rows of a batch, `[N, D]` in the table's element type, multiplied by `scale` after the override.
+    /// Without a delta it is the plain lookup of the base.
+    ///
+    /// # Errors
+    ///
+    /// When the framework fails.
+    fn lookup(
+        source: &Self::Source,
+        delta: Option<&Self::Delta>,
+        plan: &LookupPlan,
+        scale: Option<f64>,
+    ) -> Result<Self::Tensor, Self::Error>;
+
+    /// The logits `[N, V]` of `hidden` `[N, D]`. Without a delta it is the plain product with the base.
+    ///
+    /// # Errors
+    ///
+    /// When the shapes do not fit or the framework fails.
+    fn logits(
+        hidden: Self::Tensor,
+        source: &Self::Source,
+        delta: Option<&Self::Delta>,
+        tokens: &TokenSet,
+    ) -> Result<Self::Tensor, Self::Error>;
+
+    /// The gradient of the delta, `[k, D]` on the host; `None` if the backward pass did not reach it.
+    ///
+    /// # Errors
+    ///
+    /// When the framework fails.
+    fn gradient(gradients: &Self::Gradients, delta: &Self::Delta) -> Result<Option<TokenRows>, Self::Error>;
+}

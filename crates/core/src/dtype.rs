@@ -1,0 +1,200 @@
+//! Element types of tables and rows.
+
+use std::fmt::{self, Debug};
+
+use half::{bf16, f16};
+use num_traits::{Float, NumAssign};
+
+use crate::{RowData, RowRef};
+
+/// An element type of a table or of trained rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum DType {
+    /// IEEE double precision.
+    F64,
+    /// IEEE single precision.
+    F32,
+    /// IEEE half precision.
+    F16,
+    /// bfloat16: the upper half of an `f32`.
+    BF16,
+}
+
+impl DType {
+    /// Bytes per element.
+    pub const fn size_in_bytes(self) -> usize {
+        match self {
+            Self::F64 => 8,
+            Self::F32 => 4,
+            Self::F16 | Self::BF16 => 2,
+        }
+    }
+
+    /// The element type in which rows of a table of this type train by default: at least `f32`, and never less
+    /// than the table's own, so that a copied row is exact (PEFT's `autocast_adapter_dtype=True`).
+    pub const fn default_row_dtype(self) -> Self {
+        match self {
+            Self::F64 => Self::F64,
+            Self::F32 | Self::F16 | Self::BF16 => Self::F32,
+        }
+    }
+}
+
+impl fmt::Display for DType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::F64 => "F64",
+            Self::F32 => "F32",
+            Self::F16 => "F16",
+            Self::BF16 => "BF16",
+        })
+    }
+}
+
+/// A Rust type that a table or rows can hold.
+///
+/// # Contract
+///
+/// 1. Conversion to `Compute` is exact; conversion from it rounds to nearest, ties to even.
+/// 2. `to_le_bytes` and `from_le_bytes` keep every bit, of NaNs too.
+pub trait Element: Copy + Default + PartialEq + Debug + Send + Sync + 'static {
+    /// The type that arithmetic on the element runs in (`f32` for half precision, as in torch).
+    type Compute: Float + NumAssign + Element<Compute = Self::Compute> + Debug;
+    /// The type's tag.
+    const DTYPE: DType;
+
+    /// Widens exactly.
+    fn to_compute(self) -> Self::Compute;
+    /// Rounds to nearest even.
+    fn from_compute(value: Self::Compute) -> Self;
+    /// Widens exactly.
+    fn to_f64(self) -> f64;
+    /// Rounds to nearest even.
+    fn from_f64(value: f64) -> Self;
+    /// Converts to `f32` (exact unless the type is `f64`).
+    fn to_f32(self) -> f32;
+    /// Rounds to nearest even (exact unless the type is half precision).
+    fn from_f32(value: f32) -> Self;
+    /// Reads one element from exactly `size_in_bytes` little-endian bytes; other lengths give the default.
+    fn from_le_bytes(bytes: &[u8]) -> Self;
+    /// Appends the element's little-endian bytes.
+    fn extend_le_bytes(self, out: &mut Vec<u8>);
+    /// Borrows a table's row as it is, if it is of the type and aligned in memory.
+    fn borrow_row(row: RowRef<'_>) -> Option<&[Self]>;
+    /// Wraps a vector of the type.
+    fn into_data(values: Vec<Self>) -> RowData;
+    /// Borrows the vector of the type, if it is of the type.
+    fn data(data: &RowData) -> Option<&[Self]>;
+    /// Mutably borrows the vector of the type, if it is of the type.
+    fn data_mut(data: &mut RowData) -> Option<&mut [Self]>;
+}
+
+macro_rules! element {
+    ($ty:ty, $tag:ident, $compute:ty, to: $to:expr, from: $from:expr, to64: $to64:expr, from64: $from64:expr, to32: $to32:expr, from32: $from32:expr) => {
+        impl Element for $ty {
+            type Compute = $compute;
+            const DTYPE: DType = DType::$tag;
+
+            #[inline]
+            fn to_compute(self) -> $compute {
+                $to(self)
+            }
+            #[inline]
+            fn from_compute(value: $compute) -> Self {
+                $from(value)
+            }
+            #[inline]
+            fn to_f64(self) -> f64 {
+                $to64(self)
+            }
+            #[inline]
+            fn from_f64(value: f64) -> Self {
+                $from64(value)
+            }
+            #[inline]
+            fn to_f32(self) -> f32 {
+                $to32(self)
+            }
+            #[inline]
+            fn from_f32(value: f32) -> Self {
+                $from32(value)
+            }
+            #[inline]
+            fn from_le_bytes(bytes: &[u8]) -> Self {
+                bytes
+                    .try_into()
+                    .map_or_else(|_| Self::default(), <$ty>::from_le_bytes)
+            }
+            fn extend_le_bytes(self, out: &mut Vec<u8>) {
+                out.extend_from_slice(&self.to_le_bytes());
+            }
+            #[inline]
+            fn borrow_row(row: RowRef<'_>) -> Option<&[Self]> {
+                match row {
+                    RowRef::$tag(values) => Some(values),
+                    _ => None,
+                }
+            }
+            fn into_data(values: Vec<Self>) -> RowData {
+                RowData::$tag(values)
+            }
+            fn data(data: &RowData) -> Option<&[Self]> {
+                match data {
+                    RowData::$tag(values) => Some(values),
+                    _ => None,
+                }
+            }
+            fn data_mut(data: &mut RowData) -> Option<&mut [Self]> {
+                match data {
+                    RowData::$tag(values) => Some(values),
+                    _ => None,
+                }
+            }
+        }
+    };
+}
+
+// The narrowing `as` casts below round to nearest even by the language's definition.
+#[allow(clippy::cast_possible_truncation)]
+fn narrow(value: f64) -> f32 {
+    value as f32
+}
+
+element!(f64, F64, f64, to: |x| x, from: |x| x, to64: |x| x, from64: |x| x, to32: narrow, from32: f64::from);
+element!(f32, F32, f32, to: |x| x, from: |x| x, to64: f64::from, from64: narrow, to32: |x| x, from32: |x| x);
+element!(f16, F16, f32, to: f16::to_f32, from: f16::from_f32, to64: f16::to_f64, from64: f16::from_f64, to32: f16::to_f32, from32: f16::from_f32);
+element!(bf16, BF16, f32, to: bf16::to_f32, from: bf16::from_f32, to64: bf16::to_f64, from64: bf16::from_f64, to32: bf16::to_f32, from32: bf16::from_f32);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn round_trips<T: Element>() {
+        for value in [-0.0, 0.0, 1.5, -2.25, f64::INFINITY, 65504.0] {
+            let element = T::from_f64(value);
+            let mut bytes = Vec::new();
+            element.extend_le_bytes(&mut bytes);
+            assert_eq!(bytes.len(), T::DTYPE.size_in_bytes());
+            assert_eq!(
+                T::from_le_bytes(&bytes).to_f64().to_bits(),
+                element.to_f64().to_bits()
+            );
+            assert_eq!(T::from_compute(element.to_compute()), element);
+        }
+    }
+
+    #[test]
+    fn every_type_round_trips() {
+        round_trips::<f64>();
+        round_trips::<f32>();
+        round_trips::<f16>();
+        round_trips::<bf16>();
+    }
+
+    #[test]
+    fn narrowing_rounds_to_nearest_even() {
+        assert_eq!(bf16::from_f32(f32::from_bits(0x3f80_8000)).to_bits(), 0x3f80);
+        assert_eq!(bf16::from_f32(f32::from_bits(0x3f81_8000)).to_bits(), 0x3f82);
+        assert_eq!(<bf16 as Element>::from_f32(3.4e38), bf16::INFINITY);
+    }
+}

@@ -1,0 +1,157 @@
+//! The typed error and its kind.
+
+use std::fmt;
+
+use crate::{DType, TokenId};
+
+/// The result of this crate's fallible functions.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What sort of thing went wrong, the same in every backend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// A token id is outside the vocabulary.
+    TokenOutOfRange,
+    /// A token id was given twice.
+    DuplicateToken,
+    /// A shape does not fit.
+    Shape,
+    /// An element type does not fit.
+    DType,
+    /// The layer is in the wrong state for the call (merged, not merged).
+    State,
+    /// The loss does not reach the trained rows.
+    NoGradient,
+    /// A hyper-parameter is out of its range.
+    Hyperparameter,
+    /// The request is valid, but this backend cannot serve it.
+    Unsupported,
+    /// The framework itself failed.
+    Framework,
+    /// Reading or writing a file failed, or its content is not what it should be.
+    File,
+}
+
+/// The error of every backend: a standard error with a kind, made from core's own.
+pub trait BackendError: std::error::Error + From<Error> + Send + Sync + 'static {
+    /// The sort of failure.
+    fn kind(&self) -> ErrorKind;
+}
+
+/// What core itself can refuse.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub enum Error {
+    /// A token id is not below the vocabulary size (or is negative).
+    TokenOutOfRange {
+        /// The offending id.
+        id: i64,
+        /// Rows of the table.
+        vocab_size: usize,
+    },
+    /// A token id occurs twice among the trainable tokens.
+    DuplicateToken {
+        /// The repeated id.
+        id: TokenId,
+        /// The slot where it stands first.
+        first: usize,
+        /// The slot where it stands again.
+        second: usize,
+    },
+    /// The table has more rows than ids can name.
+    VocabularyTooLarge {
+        /// Rows of the table.
+        vocab_size: usize,
+    },
+    /// The shape of `what` is not the expected one.
+    Shape {
+        /// What has the shape.
+        what: &'static str,
+        /// The shape it must have.
+        expected: Vec<usize>,
+        /// The shape it has.
+        got: Vec<usize>,
+    },
+    /// The element type of `what` is not the expected one.
+    DType {
+        /// What has the type.
+        what: &'static str,
+        /// The type it must have.
+        expected: DType,
+        /// The type it has.
+        got: DType,
+    },
+    /// The rows are already written into the table.
+    AlreadyMerged,
+    /// There is no merge to undo.
+    NotMerged,
+    /// The gradients hold nothing for the trained rows: the loss does not depend on them, or the graph is cut.
+    NoGradient,
+    /// A hyper-parameter is out of its range.
+    Hyperparameter {
+        /// Its name, as torch spells it.
+        name: &'static str,
+        /// The value given.
+        value: f64,
+        /// What it must be.
+        must: &'static str,
+    },
+    /// An optimizer state lacks a tensor, or holds one that does not fit.
+    OptimizerState {
+        /// The tensor's name.
+        name: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::TokenOutOfRange { id, vocab_size } => {
+                write!(f, "token id {id} is outside the vocabulary of {vocab_size} rows")
+            }
+            Self::DuplicateToken { id, first, second } => {
+                write!(f, "token id {id} is given twice, in slots {first} and {second}")
+            }
+            Self::VocabularyTooLarge { vocab_size } => {
+                write!(
+                    f,
+                    "a table of {vocab_size} rows has more rows than 32-bit ids can name"
+                )
+            }
+            Self::Shape { what, expected, got } => {
+                write!(f, "{what} has shape {got:?}, expected {expected:?}")
+            }
+            Self::DType { what, expected, got } => {
+                write!(f, "{what} has element type {got}, expected {expected}")
+            }
+            Self::AlreadyMerged => f.write_str("the rows are already merged; unmerge them first"),
+            Self::NotMerged => f.write_str("nothing is merged, so there is nothing to unmerge"),
+            Self::NoGradient => f.write_str(
+                "no gradient reaches the trained rows: the loss does not depend on them or the graph is cut",
+            ),
+            Self::Hyperparameter { name, value, must } => {
+                write!(f, "{name} is {value}, but it must be {must}")
+            }
+            Self::OptimizerState { name, reason } => write!(f, "optimizer state {name}: {reason}"),
+        }
+    }
+}
+
+impl std::error::Error for Error {}
+
+impl BackendError for Error {
+    fn kind(&self) -> ErrorKind {
+        match self {
+            Self::TokenOutOfRange { .. } | Self::VocabularyTooLarge { .. } => ErrorKind::TokenOutOfRange,
+            Self::DuplicateToken { .. } => ErrorKind::DuplicateToken,
+            Self::Shape { .. } | Self::OptimizerState { .. } => ErrorKind::Shape,
+            Self::DType { .. } => ErrorKind::DType,
+            Self::AlreadyMerged | Self::NotMerged => ErrorKind::State,
+            Self::NoGradient => ErrorKind::NoGradient,
+            Self::Hyperparameter { .. } => ErrorKind::Hyperparameter,
+        }
+    }
+}

@@ -1,0 +1,42 @@
+//! Framework-free traits and logic for training chosen rows of a frozen embedding table.
+//!
+//! The method is *Trainable Tokens* of Hugging Face PEFT (`src/peft/tuners/trainable_tokens/layer.py`): of a
+//! `V x D` embedding table only `k` chosen rows train, and the trained rows **replace** the base rows (they are
+//! never added to them). This crate holds what every backend shares:
+//!
+//! - [`TokenSet`]: which tokens train, in slot order; [`LookupPlan`]: where a batch meets them.
+//! - [`EmbeddingSource`], [`WriteRows`], [`HostTable`]: the frozen table. [`DeltaStore`]: the trained rows.
+//! - [`Backend`]: the few operations that only a tensor framework can know.
+//! - [`TrainableTokens`]: the layer, written once over them, with exact merge and unmerge.
+//! - [`RowOptimizer`] ([`Sgd`], [`Adam`]) and [`OptimizerHook`] ([`ClipGradNorm`], [`DecayTowardOriginal`]).
+//!
+//! It does no file I/O and knows no framework.
+#![forbid(unsafe_code)]
+
+mod backend;
+mod delta;
+mod dtype;
+mod error;
+mod hook;
+mod journal;
+mod layer;
+mod optim;
+mod plan;
+mod rows;
+mod source;
+mod token;
+
+pub use backend::Backend;
+pub use delta::DeltaStore;
+pub use dtype::{DType, Element};
+pub use error::{BackendError, Error, ErrorKind, Result};
+pub use hook::{ClipGradNorm, DecayTowardOriginal, OptimizerHook, StepContext};
+pub use journal::UndoJournal;
+pub use layer::{EmbedScale, LayerOptions, TrainableTokens};
+pub use optim::{
+    Adam, AdamConfig, Decay, OptimizerState, RowOptimizer, Sgd, SgdConfig, StepReport, step_rows,
+};
+pub use plan::LookupPlan;
+pub use rows::{RowData, TokenRows};
+pub use source::{EmbeddingSource, HostTable, RowRef, WriteRows};
+pub use token::{Padding, PaddingRule, Slot, TokenId, TokenSet};

@@ -1,0 +1,115 @@
+//! Optimizers over rows, the same in every backend.
+
+mod adam;
+mod sgd;
+mod state;
+
+pub use adam::{Adam, AdamConfig, Decay};
+pub use sgd::{Sgd, SgdConfig};
+pub use state::OptimizerState;
+
+use crate::{Error, OptimizerHook, Result, StepContext, TokenRows, TokenSet};
+
+/// An update rule for trained rows on the host, and its memory.
+///
+/// The formulas and their order of rounding are torch's (`torch/optim/sgd.py`, `torch/optim/adam.py`,
+/// single-tensor form): for rows of half precision every operation rounds, and the memory has the rows' type.
+///
+/// # Contract
+///
+/// 1. Dense: every row moves at every step, by momentum, moments and decay, whether its token occurred or not.
+/// 2. Deterministic: equal rows, gradients, learning rates and state give equal bits, whatever the backend.
+/// 3. [`state`](Self::state) and [`load_state`](Self::load_state) are exact inverses: a loaded optimizer goes on
+///    bit for bit.
+/// 4. A refused step or state changes nothing.
+pub trait RowOptimizer {
+    /// Updates `rows` `[k, D]` from `gradient` `[k, D]` (of any element type) with learning rate `lr`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Shape`] if rows, gradient and state do not have one shape.
+    fn step(&mut self, rows: &mut TokenRows, gradient: &TokenRows, lr: f64) -> Result<()>;
+    /// The learning rate that steps use unless a hook changes it.
+    fn learning_rate(&self) -> f64;
+    /// Changes the learning rate (a schedule does, before each step).
+    fn set_learning_rate(&mut self, lr: f64);
+    /// How many steps were taken.
+    fn steps_taken(&self) -> u64;
+    /// Copies the memory, by torch's names.
+    fn state(&self) -> OptimizerState;
+    /// Replaces the memory.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::OptimizerState`] if a tensor is missing or does not fit the others.
+    fn load_state(&mut self, state: OptimizerState) -> Result<()>;
+}
+
+/// What one step did.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct StepReport {
+    /// Steps taken so far, this one included.
+    pub step: u64,
+    /// L2 norm of the gradient of all rows, before the hooks.
+    pub grad_norm: f64,
+    /// The learning rate that was used.
+    pub learning_rate: f64,
+}
+
+/// One step on rows: hooks before, update, hooks after, each in order.
+///
+/// # Errors
+///
+/// Those of the hooks and the optimizer. A failing hook before the update leaves the rows to what the hooks made
+/// of them; [`TrainableTokens::step`](crate::TrainableTokens::step) discards such rows where the store is not in
+/// host memory.
+pub fn step_rows(
+    optimizer: &mut dyn RowOptimizer,
+    hooks: &mut [&mut dyn OptimizerHook],
+    tokens: &TokenSet,
+    rows: &mut TokenRows,
+    gradient: &mut TokenRows,
+) -> Result<StepReport> {
+    gradient.expect_shape("gradient", rows.num_rows(), rows.embedding_dim())?;
+    let grad_norm = gradient.norm();
+    let step = optimizer.steps_taken() + 1;
+    let mut context = StepContext {
+        step,
+        tokens,
+        rows,
+        gradient,
+        learning_rate: optimizer.learning_rate(),
+    };
+    for hook in &mut *hooks {
+        hook.before_step(&mut context)?;
+    }
+    optimizer.step(context.rows, context.gradient, context.learning_rate)?;
+    for hook in hooks {
+        hook.after_step(&mut context)?;
+    }
+    Ok(StepReport {
+        step,
+        grad_norm,
+        learning_rate: context.learning_rate,
+    })
+}
+
+/// Refuses a hyper-parameter that is not finite or fails `holds`.
+fn check(name: &'static str, value: f64, must: &'static str, holds: bool) -> Result<()> {
+    if holds && value.is_finite() {
+        Ok(())
+    } else {
+        Err(Error::Hyperparameter { name, value, must })
+    }
+}
+
+/// Brings a gradient to the rows' type, without a copy if it has it.
+fn gradient_like<'a>(rows: &TokenRows, gradient: &'a TokenRows) -> Result<std::borrow::Cow<'a, TokenRows>> {
+    use std::borrow::Cow;
+    gradient.expect_shape("gradient", rows.num_rows(), rows.embedding_dim())?;
+    Ok(if gradient.dtype() == rows.dtype() {
+        Cow::Borrowed(gradient)
+    } else {
+        Cow::Owned(gradient.to_dtype(rows.dtype()))
+    })
+}

@@ -1,0 +1,251 @@
+//! What one batch asks of the table.
+
+use crate::{DType, Element, Error, Padding, PaddingRule, Result, TokenId, TokenRows, TokenSet};
+
+/// Where a batch of `input_ids` meets trainable tokens: one host pass, framework-free, reusable for every layer
+/// that shares the token set.
+///
+/// Every id is checked here, so that no backend has to (on a GPU an id out of range is undefined or fatal).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LookupPlan {
+    ids: Vec<u32>,
+    positions: Vec<u32>,
+    slots: Vec<u32>,
+    grad_positions: Option<(Vec<u32>, Vec<u32>)>,
+    num_slots: usize,
+}
+
+impl LookupPlan {
+    /// Plans the lookup of `input_ids`, flattened.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::TokenOutOfRange`] naming the first id that is not below the vocabulary size.
+    pub fn new(tokens: &TokenSet, padding: Option<Padding>, input_ids: &[u32]) -> Result<Self> {
+        let mut plan = Self {
+            num_slots: tokens.len(),
+            ..Self::default()
+        };
+        plan.rebuild(tokens, padding, input_ids)?;
+        Ok(plan)
+    }
+
+    /// Plans another batch in the buffers of this one.
+    ///
+    /// # Errors
+    ///
+    /// As [`new`](Self::new); the plan is then empty.
+    pub fn rebuild(&mut self, tokens: &TokenSet, padding: Option<Padding>, input_ids: &[u32]) -> Result<()> {
+        self.clear();
+        if u32::try_from(input_ids.len()).is_err() {
+            return Err(Error::Shape {
+                what: "input_ids",
+                expected: vec![u32::MAX as usize],
+                got: vec![input_ids.len()],
+            });
+        }
+        self.num_slots = tokens.len();
+        for (position, &id) in (0u32..).zip(input_ids) {
+            match tokens.slot_index(id) {
+                Ok(None) => {}
+                Ok(Some(slot)) => {
+                    self.positions.push(position);
+                    self.slots.push(slot);
+                }
+                Err(error) => {
+                    self.clear();
+                    return Err(error);
+                }
+            }
+        }
+        self.ids.extend_from_slice(input_ids);
+        self.drop_padding(tokens, padding);
+        Ok(())
+    }
+
+    /// torch's rule: the padding token's positions get no gradient. A second list exists only when it differs.
+    fn drop_padding(&mut self, tokens: &TokenSet, padding: Option<Padding>) {
+        let Some(Padding {
+            token,
+            rule: PaddingRule::NoLookupGradient,
+        }) = padding
+        else {
+            return;
+        };
+        let Ok(Some(padded)) = tokens.slot_index(token.0) else {
+            return;
+        };
+        if self.slots.contains(&padded) {
+            let live = self
+                .positions
+                .iter()
+                .zip(&self.slots)
+                .filter(|(_, slot)| **slot != padded);
+            self.grad_positions = Some(live.map(|(p, s)| (*p, *s)).unzip());
+        }
+    }
+
+    fn clear(&mut self) {
+        self.ids.clear();
+        self.positions.clear();
+        self.slots.clear();
+        self.grad_positions = None;
+    }
+
+    /// The flattened `input_ids`, all below the vocabulary size.
+    pub fn input_ids(&self) -> &[u32] {
+        &self.ids
+    }
+
+    /// How many ids the batch has (`N`).
+    pub fn len(&self) -> usize {
+        self.ids.len()
+    }
+
+    /// Whether the batch is empty.
+    pub fn is_empty(&self) -> bool {
+        self.ids.is_empty()
+    }
+
+    /// How many slots the token set has (`k`).
+    pub fn num_slots(&self) -> usize {
+        self.num_slots
+    }
+
+    /// Positions in the batch that hold a trainable token, ascending.
+    pub fn positions(&self) -> &[u32] {
+        &self.positions
+    }
+
+    /// The slot at each of [`positions`](Self::positions); slots repeat.
+    pub fn slots(&self) -> &[u32] {
+        &self.slots
+    }
+
+    /// Positions whose gradient reaches the trained rows, ascending: [`positions`](Self::positions) less those of
+    /// a padding token under torch's rule.
+    pub fn grad_positions(&self) -> &[u32] {
+        self.grad_positions
+            .as_ref()
+            .map_or(&self.positions, |(positions, _)| positions)
+    }
+
+    /// The slot at each of [`grad_positions`](Self::grad_positions).
+    pub fn grad_slots(&self) -> &[u32] {
+        self.grad_positions
+            .as_ref()
+            .map_or(&self.slots, |(_, slots)| slots)
+    }
+
+    /// Adds the gradient of a lookup's output, `[N, D]` row-major, into that of the trained rows, `[k, D]`: the
+    /// rows of equal slots are summed in batch order, each multiplied by `factor` (the embedding's scale).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Shape`] if a slice has another length, [`Error::DType`] if `gradient` is not in the type that `T` computes in.
+    pub fn accumulate<T: Element>(
+        &self,
+        output_gradient: &[T],
+        factor: Option<f64>,
+        gradient: &mut TokenRows,
+    ) -> Result<()> {
+        let dim = gradient.embedding_dim();
+        gradient.expect_shape("gradient of the trained rows", self.num_slots, dim)?;
+        if output_gradient.len() != self.len() * dim {
+            return Err(Error::Shape {
+                what: "gradient of the lookup",
+                expected: vec![self.len(), dim],
+                got: vec![output_gradient.len()],
+            });
+        }
+        let (expected, got) = (T::Compute::DTYPE, gradient.dtype());
+        let what = "gradient of the trained rows";
+        let sums = gradient
+            .as_mut_slice::<T::Compute>()
+            .ok_or(Error::DType { what, expected, got })?;
+        let factor = factor.map(T::Compute::from_f64);
+        for (&position, &slot) in self.grad_positions().iter().zip(self.grad_slots()) {
+            let from = &output_gradient[position as usize * dim..][..dim];
+            let to = &mut sums[slot as usize * dim..][..dim];
+            match factor {
+                None => to
+                    .iter_mut()
+                    .zip(from)
+                    .for_each(|(sum, x)| *sum += x.to_compute()),
+                Some(factor) => to
+                    .iter_mut()
+                    .zip(from)
+                    .for_each(|(sum, x)| *sum += x.to_compute() * factor),
+            }
+        }
+        Ok(())
+    }
+
+    /// A zero gradient of the trained rows in the type that gradients of rows of type `dtype` accumulate in.
+    pub fn zero_gradient(&self, dtype: DType, embedding_dim: usize) -> TokenRows {
+        TokenRows::zeros(dtype.default_row_dtype(), self.num_slots, embedding_dim)
+    }
+
+    /// The ids of the batch as [`TokenId`]s.
+    pub fn token_ids(&self) -> impl Iterator<Item = TokenId> + '_ {
+        self.ids.iter().map(|id| TokenId(*id))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tokens() -> TokenSet {
+        TokenSet::new([7, 2, 5], 9).unwrap()
+    }
+
+    #[test]
+    fn positions_ascend_and_slots_repeat() {
+        let plan = LookupPlan::new(&tokens(), None, &[5, 0, 7, 5, 8]).unwrap();
+        assert_eq!(plan.positions(), [0, 2, 3]);
+        assert_eq!(plan.slots(), [2, 0, 2]);
+        assert_eq!(plan.grad_positions(), plan.positions());
+    }
+
+    #[test]
+    fn torchs_padding_rule_drops_the_gradient_only() {
+        let rule = |rule| {
+            Some(Padding {
+                token: TokenId(5),
+                rule,
+            })
+        };
+        let plan = LookupPlan::new(&tokens(), rule(PaddingRule::NoLookupGradient), &[5, 7, 5]).unwrap();
+        assert_eq!(
+            (plan.positions(), plan.grad_positions(), plan.grad_slots()),
+            (&[0, 1, 2][..], &[1][..], &[0][..])
+        );
+        let plan = LookupPlan::new(&tokens(), rule(PaddingRule::Train), &[5, 7, 5]).unwrap();
+        assert_eq!(plan.grad_positions(), [0, 1, 2]);
+    }
+
+    #[test]
+    fn an_id_out_of_range_empties_the_plan() {
+        let mut plan = LookupPlan::new(&tokens(), None, &[5, 7]).unwrap();
+        let error = plan.rebuild(&tokens(), None, &[5, 9]).unwrap_err();
+        assert_eq!(error, Error::TokenOutOfRange { id: 9, vocab_size: 9 });
+        assert!(plan.is_empty() && plan.positions().is_empty());
+    }
+
+    #[test]
+    fn repeats_are_summed_in_batch_order() {
+        let plan = LookupPlan::new(&tokens(), None, &[5, 0, 5]).unwrap();
+        let mut gradient = TokenRows::zeros(DType::F32, 3, 2);
+        plan.accumulate(&[1f32, 2.0, 10.0, 20.0, 100.0, 200.0], None, &mut gradient)
+            .unwrap();
+        plan.accumulate(&[1f32, 1.0, 0.0, 0.0, 0.0, 0.0], Some(0.5), &mut gradient)
+            .unwrap();
+        assert_eq!(
+            gradient.as_slice::<f32>().unwrap(),
+            [0.0, 0.0, 0.0, 0.0, 101.5, 202.5]
+        );
+        assert!(plan.accumulate(&[1f32; 4], None, &mut gradient).is_err());
+        assert!(plan.accumulate(&[1f64; 6], None, &mut gradient).is_err());
+    }
+}

@@ -1,0 +1,213 @@
+//! The frozen table.
+
+use half::{bf16, f16};
+
+use crate::{BackendError, DType, Element, Error, TokenId, TokenRows};
+
+/// A frozen embedding table of `vocab_size x embedding_dim` elements.
+///
+/// # Contract
+///
+/// 1. The sizes and the element type never change.
+/// 2. [`read_rows`](Self::read_rows) returns row `ids[i]` as row `i`, bit for bit, in the table's element type;
+///    ids may repeat and come in any order.
+/// 3. An id at or above `vocab_size()` is [`Error::TokenOutOfRange`]; nothing is read.
+/// 4. No call but [`WriteRows::write_rows`] changes the table, and none allocates in proportion to `vocab_size()`.
+pub trait EmbeddingSource {
+    /// The backend's error.
+    type Error: BackendError;
+
+    /// Rows of the table (`V`).
+    fn vocab_size(&self) -> usize;
+    /// Length of a row (`D`).
+    fn embedding_dim(&self) -> usize;
+    /// Element type of the table.
+    fn dtype(&self) -> DType;
+    /// Copies rows to the host: `[ids.len(), embedding_dim()]`.
+    ///
+    /// # Errors
+    ///
+    /// By clause 3, or when the framework fails.
+    fn read_rows(&self, ids: &[TokenId]) -> Result<TokenRows, Self::Error>;
+}
+
+/// A table whose rows can be overwritten: what merging needs.
+///
+/// # Contract
+///
+/// 1. [`write_rows`](Self::write_rows) sets row `ids[i]` to row `i` of `rows`, bit for bit; no other row changes.
+/// 2. Rows of another element type or shape are [`Error::DType`] or [`Error::Shape`], an id out of range is
+///    [`Error::TokenOutOfRange`]; then no row changes.
+/// 3. Everything that shares the table's storage sees the new rows.
+pub trait WriteRows: EmbeddingSource {
+    /// Overwrites the rows `ids` with `rows`, of shape `[ids.len(), embedding_dim()]` and the table's type.
+    ///
+    /// # Errors
+    ///
+    /// By clause 2, or when the framework fails.
+    fn write_rows(&mut self, ids: &[TokenId], rows: &TokenRows) -> Result<(), Self::Error>;
+
+    /// The checks of clause 2, for implementations to call first.
+    ///
+    /// # Errors
+    ///
+    /// By clause 2.
+    fn check_write(&self, ids: &[TokenId], rows: &TokenRows) -> crate::Result<()> {
+        rows.expect_shape("rows to write", ids.len(), self.embedding_dim())?;
+        if rows.dtype() != self.dtype() {
+            return Err(Error::DType {
+                what: "rows to write",
+                expected: self.dtype(),
+                got: rows.dtype(),
+            });
+        }
+        check_ids(ids, self.vocab_size())
+    }
+}
+
+/// A table whose rows lie in host memory, as an array or a memory-mapped file: rows are borrowed, never copied
+/// before they reach their destination.
+///
+/// # Contract
+///
+/// 1. For an id below `vocab_size()`, [`row`](Self::row) borrows exactly `embedding_dim()` elements.
+/// 2. For any other id it is `None`.
+pub trait HostTable: EmbeddingSource {
+    /// Borrows a row.
+    fn row(&self, id: TokenId) -> Option<RowRef<'_>>;
+
+    /// Clause 2 and 3 of [`EmbeddingSource`] in terms of [`row`](Self::row), for implementations to call.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::TokenOutOfRange`] by clause 3.
+    fn collect_rows(&self, ids: &[TokenId]) -> crate::Result<TokenRows> {
+        fn collect<T: Element, S: HostTable + ?Sized>(
+            table: &S,
+            ids: &[TokenId],
+        ) -> crate::Result<TokenRows> {
+            let dim = table.embedding_dim();
+            let mut values = vec![T::default(); ids.len() * dim];
+            for (out, id) in values.chunks_exact_mut(dim.max(1)).zip(ids) {
+                if let Some(row) = table.row(*id) {
+                    row.decode_into(out);
+                }
+            }
+            TokenRows::new(values, ids.len(), dim)
+        }
+        check_ids(ids, self.vocab_size())?;
+        match self.dtype() {
+            DType::F64 => collect::<f64, _>(self, ids),
+            DType::F32 => collect::<f32, _>(self, ids),
+            DType::F16 => collect::<f16, _>(self, ids),
+            DType::BF16 => collect::<bf16, _>(self, ids),
+        }
+    }
+}
+
+/// Refuses the first id that is not below `vocab_size`.
+fn check_ids(ids: &[TokenId], vocab_size: usize) -> crate::Result<()> {
+    match ids.iter().find(|id| id.row() >= vocab_size) {
+        Some(id) => Err(Error::TokenOutOfRange {
+            id: i64::from(id.0),
+            vocab_size,
+        }),
+        None => Ok(()),
+    }
+}
+
+/// A borrowed row of a host table.
+#[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
+pub enum RowRef<'a> {
+    /// Double precision.
+    F64(&'a [f64]),
+    /// Single precision.
+    F32(&'a [f32]),
+    /// Half precision.
+    F16(&'a [f16]),
+    /// bfloat16.
+    BF16(&'a [bf16]),
+    /// Little-endian bytes of a file, of any alignment.
+    Bytes(DType, &'a [u8]),
+}
+
+impl RowRef<'_> {
+    /// Writes the row's elements to `out`, converted to its type: the same bits if that is the row's own type,
+    /// else rounded to nearest even. Elements past the shorter of the two are left alone.
+    #[inline]
+    pub fn decode_into<T: Element>(self, out: &mut [T]) {
+        if let Some(row) = T::borrow_row(self) {
+            let len = row.len().min(out.len());
+            out[..len].copy_from_slice(&row[..len]);
+            return;
+        }
+        match self {
+            Self::F64(row) => convert(row, out),
+            Self::F32(row) => convert(row, out),
+            Self::F16(row) => convert(row, out),
+            Self::BF16(row) => convert(row, out),
+            Self::Bytes(DType::F64, bytes) => decode::<f64, T>(bytes, out),
+            Self::Bytes(DType::F32, bytes) => decode::<f32, T>(bytes, out),
+            Self::Bytes(DType::F16, bytes) => decode::<f16, T>(bytes, out),
+            Self::Bytes(DType::BF16, bytes) => decode::<bf16, T>(bytes, out),
+        }
+    }
+}
+
+/// Converts one element; the branch is constant for each pair of types.
+#[inline]
+fn cast<S: Element, T: Element>(value: S) -> T {
+    if S::DTYPE as u8 == DType::F64 as u8 || T::DTYPE as u8 == DType::F64 as u8 {
+        T::from_f64(value.to_f64())
+    } else {
+        T::from_f32(value.to_f32())
+    }
+}
+
+#[inline]
+fn convert<S: Element, T: Element>(row: &[S], out: &mut [T]) {
+    out.iter_mut()
+        .zip(row)
+        .for_each(|(out, value)| *out = cast(*value));
+}
+
+#[inline]
+fn decode<S: Element, T: Element>(bytes: &[u8], out: &mut [T]) {
+    if S::DTYPE as u8 == T::DTYPE as u8 {
+        let values = bytes.chunks_exact(S::DTYPE.size_in_bytes());
+        out.iter_mut()
+            .zip(values)
+            .for_each(|(out, value)| *out = T::from_le_bytes(value));
+    } else {
+        let values = bytes.chunks_exact(S::DTYPE.size_in_bytes());
+        out.iter_mut()
+            .zip(values)
+            .for_each(|(out, value)| *out = cast(S::from_le_bytes(value)));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_same_type_keeps_every_bit() {
+        let nan = bf16::from_bits(0x7f81);
+        let mut out = [bf16::ZERO; 2];
+        RowRef::BF16(&[nan, bf16::NEG_ZERO]).decode_into(&mut out);
+        assert_eq!(out.map(bf16::to_bits), [0x7f81, 0x8000]);
+        RowRef::Bytes(DType::BF16, &[0x81, 0x7f, 0x00, 0x80]).decode_into(&mut out);
+        assert_eq!(out.map(bf16::to_bits), [0x7f81, 0x8000]);
+    }
+
+    #[test]
+    fn other_types_are_converted() {
+        let mut out = [0f32; 2];
+        RowRef::Bytes(DType::F16, &[0x00, 0x3c, 0x00, 0xc0]).decode_into(&mut out);
+        assert_eq!(out.map(f32::to_bits), [1f32, -2.0].map(f32::to_bits));
+        let mut half = [bf16::ZERO; 1];
+        RowRef::F32(&[1.5]).decode_into(&mut half);
+        assert_eq!(half[0], bf16::from_f32(1.5));
+    }
+}

@@ -1,0 +1,1 @@
+//! Reads and writes PEFT trainable-token adapters and Hugging Face checkpoints.

@@ -1,0 +1,1 @@
+//! Trains chosen token rows of Hugging Face checkpoints with differentiable decoders on candle.
