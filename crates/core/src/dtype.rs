@@ -79,6 +79,8 @@ pub trait Element: Copy + Default + PartialEq + Debug + Send + Sync + 'static {
     fn from_le_bytes(bytes: &[u8]) -> Self;
     /// Appends the element's little-endian bytes.
     fn extend_le_bytes(self, out: &mut Vec<u8>);
+    /// Tags a row of the type.
+    fn row_ref(row: &[Self]) -> RowRef<'_>;
     /// Borrows a table's row as it is, if it is of the type and aligned in memory.
     fn borrow_row(row: RowRef<'_>) -> Option<&[Self]>;
     /// Wraps a vector of the type.
@@ -127,6 +129,10 @@ macro_rules! element {
             }
             fn extend_le_bytes(self, out: &mut Vec<u8>) {
                 out.extend_from_slice(&self.to_le_bytes());
+            }
+            #[inline]
+            fn row_ref(row: &[Self]) -> RowRef<'_> {
+                RowRef::$tag(row)
             }
             #[inline]
             fn borrow_row(row: RowRef<'_>) -> Option<&[Self]> {

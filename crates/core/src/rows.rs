@@ -5,7 +5,7 @@ use std::fmt;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
-use crate::{DType, Element, Error, Result};
+use crate::{DType, Element, Error, Result, RowRef};
 
 /// The elements of rows, by element type.
 #[derive(Clone, Debug, PartialEq)]
@@ -176,6 +176,20 @@ impl TokenRows {
     /// The elements as `T`, if that is their type.
     pub fn as_mut_slice<T: Element>(&mut self) -> Option<&mut [T]> {
         T::data_mut(&mut self.data)
+    }
+
+    /// Borrows row `index`, if there is one.
+    pub fn row(&self, index: usize) -> Option<RowRef<'_>> {
+        if index >= self.num_rows {
+            return None;
+        }
+        let range = index * self.embedding_dim..(index + 1) * self.embedding_dim;
+        Some(match &self.data {
+            RowData::F64(v) => RowRef::F64(&v[range]),
+            RowData::F32(v) => RowRef::F32(&v[range]),
+            RowData::F16(v) => RowRef::F16(&v[range]),
+            RowData::BF16(v) => RowRef::BF16(&v[range]),
+        })
     }
 
     /// The rows in another element type, rounded to nearest even; the same bits if it is the same type.

@@ -155,6 +155,87 @@ impl RowRef<'_> {
     }
 }
 
+impl RowRef<'_> {
+    /// As [`decode_into`](Self::decode_into), appended: `out` grows by the row.
+    #[inline]
+    pub fn extend_into<T: Element>(self, out: &mut Vec<T>) {
+        if let Some(row) = T::borrow_row(self) {
+            out.extend_from_slice(row);
+        } else {
+            let start = out.len();
+            out.resize(start + self.len(), T::default());
+            self.decode_into(&mut out[start..]);
+        }
+    }
+
+    /// Writes a trained row as a table of type `table` would hold it: rounded to that type, then converted to
+    /// `T`. So an override gives the bits of merging first and looking up then.
+    #[inline]
+    pub fn decode_rounded<T: Element>(self, table: DType, out: &mut [T]) {
+        fn via<M: Element, T: Element>(row: RowRef<'_>, out: &mut [T]) {
+            let mut middle = [M::default(); 64];
+            let len = row.len().min(out.len());
+            let mut start = 0;
+            while start < len {
+                let end = len.min(start + middle.len());
+                row.slice(start, end).decode_into(&mut middle[..end - start]);
+                convert(&middle[..end - start], &mut out[start..end]);
+                start = end;
+            }
+        }
+        match table {
+            _ if table == self.dtype() || table == T::DTYPE => self.decode_into(out),
+            DType::F64 => via::<f64, T>(self, out),
+            DType::F32 => via::<f32, T>(self, out),
+            DType::F16 => via::<f16, T>(self, out),
+            DType::BF16 => via::<bf16, T>(self, out),
+        }
+    }
+
+    /// How many elements the row has.
+    pub fn len(self) -> usize {
+        match self {
+            Self::F64(row) => row.len(),
+            Self::F32(row) => row.len(),
+            Self::F16(row) => row.len(),
+            Self::BF16(row) => row.len(),
+            Self::Bytes(dtype, bytes) => bytes.len() / dtype.size_in_bytes(),
+        }
+    }
+
+    /// Whether the row has no element.
+    pub fn is_empty(self) -> bool {
+        self.len() == 0
+    }
+
+    /// The element type.
+    pub fn dtype(self) -> DType {
+        match self {
+            Self::F64(_) => DType::F64,
+            Self::F32(_) => DType::F32,
+            Self::F16(_) => DType::F16,
+            Self::BF16(_) => DType::BF16,
+            Self::Bytes(dtype, _) => dtype,
+        }
+    }
+}
+
+impl<'a> RowRef<'a> {
+    /// Elements `start..end`, which must lie in the row.
+    fn slice(self, start: usize, end: usize) -> RowRef<'a> {
+        match self {
+            Self::F64(row) => Self::F64(&row[start..end]),
+            Self::F32(row) => Self::F32(&row[start..end]),
+            Self::F16(row) => Self::F16(&row[start..end]),
+            Self::BF16(row) => Self::BF16(&row[start..end]),
+            Self::Bytes(dtype, bytes) => {
+                let size = dtype.size_in_bytes();
+                Self::Bytes(dtype, &bytes[start * size..end * size])
+            }
+        }
+    }
+}
+
 /// Converts one element; the branch is constant for each pair of types.
 #[inline]
 fn cast<S: Element, T: Element>(value: S) -> T {
@@ -209,5 +290,16 @@ mod tests {
         let mut half = [bf16::ZERO; 1];
         RowRef::F32(&[1.5]).decode_into(&mut half);
         assert_eq!(half[0], bf16::from_f32(1.5));
+    }
+
+    #[test]
+    fn a_trained_row_is_rounded_as_the_table_would() {
+        let row: Vec<f32> = (0u8..130).map(|i| 1.0 + f32::from(i) * 1e-3).collect();
+        let mut out = vec![0f32; 130];
+        RowRef::F32(&row).decode_rounded(DType::BF16, &mut out);
+        let want: Vec<f32> = row.iter().map(|x| bf16::from_f32(*x).to_f32()).collect();
+        assert_eq!(out, want);
+        RowRef::F32(&row).decode_rounded(DType::F32, &mut out);
+        assert_eq!(out, row);
     }
 }

@@ -1,0 +1,107 @@
+//! No step allocates in proportion to V x D; with buffers of the caller's, lookup and backward allocate nothing.
+#![allow(missing_docs, clippy::unwrap_used, clippy::panic)]
+// A counting allocator has to implement an unsafe trait; it only forwards to the system's.
+#![allow(unsafe_code)]
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+
+use ndarray::Array2;
+use trainable_tokens_core::{Adam, AdamConfig, TokenSet};
+use trainable_tokens_ndarray::{NdTable, TrainableTokens, TrainableTokensExt};
+
+struct Counting;
+
+static LARGEST: AtomicUsize = AtomicUsize::new(0);
+static TOTAL: AtomicUsize = AtomicUsize::new(0);
+
+fn count(bytes: usize) {
+    LARGEST.fetch_max(bytes, Relaxed);
+    TOTAL.fetch_add(bytes, Relaxed);
+}
+
+// SAFETY: every call goes to the system allocator unchanged.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        count(layout.size());
+        unsafe { System.alloc(layout) }
+    }
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        count(layout.size());
+        unsafe { System.alloc_zeroed(layout) }
+    }
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        unsafe { System.dealloc(pointer, layout) }
+    }
+    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        count(size);
+        unsafe { System.realloc(pointer, layout, size) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// Runs `work` and returns the largest allocation and the sum of all, in bytes.
+fn measure(work: impl FnOnce()) -> (usize, usize) {
+    LARGEST.store(0, Relaxed);
+    TOTAL.store(0, Relaxed);
+    work();
+    (LARGEST.load(Relaxed), TOTAL.load(Relaxed))
+}
+
+// One test: the counters are the process's.
+#[test]
+fn a_step_never_allocates_the_table() {
+    const V: usize = 200_000;
+    const D: usize = 64;
+    const N: usize = 256;
+    let table = Array2::<f32>::ones((V, D));
+    let tokens: Vec<u32> = (0..100).map(|i| 199_999 - i * 7).collect();
+    let ids: Vec<u32> = (0..256)
+        .map(|i| {
+            if i % 3 == 0 {
+                tokens[i % 100]
+            } else {
+                700 * u32::try_from(i).unwrap()
+            }
+        })
+        .collect();
+    let tokens = TokenSet::new(tokens, V).unwrap();
+    let mut layer: TrainableTokens<_> = TrainableTokens::new(NdTable::new(table).unwrap(), tokens).unwrap();
+    let mut optimizer = Adam::new(AdamConfig::ADAMW).unwrap();
+    let upstream = Array2::<f32>::ones((N, D));
+
+    let (largest, total) = measure(|| {
+        let plan = layer.plan(&ids).unwrap();
+        let rows = layer.lookup_planned(&plan).unwrap();
+        assert_eq!(rows.dim(), (N, D));
+        let gradient = layer.backward(&plan, upstream.view()).unwrap();
+        layer.step_with(gradient, &mut optimizer, &mut []).unwrap();
+    });
+    assert!(largest <= N * D * 4, "a step allocated {largest} bytes at once");
+    assert!(total < 8 * N * D * 4, "a step allocated {total} bytes");
+
+    let hidden = Array2::<f32>::ones((4, D));
+    let logits_gradient = Array2::<f32>::ones((4, V));
+    let (largest, _) = measure(|| {
+        let mut gradient = layer.zero_gradient();
+        layer.logits(hidden.clone()).unwrap();
+        layer
+            .logits_backward(hidden.view(), logits_gradient.view(), &mut gradient)
+            .unwrap();
+    });
+    assert!(largest <= 4 * V * 4, "the head allocated {largest} bytes at once");
+
+    let mut plan = layer.plan(&ids).unwrap();
+    let mut out = Array2::<f32>::zeros((N, D));
+    let mut gradient = layer.zero_gradient();
+    let (_, total) = measure(|| {
+        plan.rebuild(layer.tokens(), None, &ids).unwrap();
+        layer.lookup_into(&plan, out.view_mut()).unwrap();
+        layer
+            .backward_into(&plan, upstream.view(), &mut gradient)
+            .unwrap();
+    });
+    assert_eq!(total, 0, "reused buffers");
+}
