@@ -74,7 +74,7 @@ fn layer<T: Element, O: Element>(case: &Case) -> Layer<T, O> {
 /// The layer with other rows than the base's, and the table that the rows define.
 fn trained<T: Element, O: Element>(case: &Case) -> (Layer<T, O>, Array2<T>) {
     let mut layer = layer::<T, O>(case);
-    let rows = values::<f32>(case.seed ^ 77, case.tokens.len(), case.d);
+    let rows = values::<f32>(case.seed ^ 0x77, case.tokens.len(), case.d);
     layer
         .set_rows(&TokenRows::new(rows.iter().copied().collect(), rows.nrows(), case.d).unwrap())
         .unwrap();
@@ -208,12 +208,12 @@ fn training<T: Element>(case: &Case) {
 fn options(case: &Case, padding: u32, rule: PaddingRule) {
     let padding = TokenId(padding % u32::try_from(case.v).unwrap());
     let (layer, dense) = trained::<bf16, f32>(case);
-    let scale = Some(EmbedScale::TableDType(5.656_854_2));
+    let scale = Some(EmbedScale::TableDType(5.656_854));
     let layer = layer.with_options(LayerOptions {
         padding: Some(Padding { token: padding, rule }),
         scale,
     });
-    let factor = bf16::from_f32(5.656_854_2).to_f32();
+    let factor = bf16::from_f32(5.656_854).to_f32();
     let want = select(&dense, &case.ids).mapv(|x| x.to_f32() * factor);
     assert_eq!(layer.lookup(&case.ids).unwrap(), want);
 

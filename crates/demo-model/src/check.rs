@@ -83,13 +83,20 @@ pub(crate) fn run(dir: &Path, options: &Options, seed: u64) -> Result<()> {
     let embed = || Tensor::cat(&[&frozen, rows.as_tensor()], 0);
     let report = |when: &str| -> Result<()> {
         let embed = embed()?.detach();
-        let (a, b) = (data::evaluate(&model, &embed, &train)?, data::evaluate(&model, &embed, &heldout)?);
+        let (a, b) = (
+            data::evaluate(&model, &embed, &train)?,
+            data::evaluate(&model, &embed, &heldout)?,
+        );
         println!("{when}: train loss {a:.6}, held-out loss {b:.6}");
         generate(&tokenizer, &model, &embed, &prompts, options.max_new)
     };
 
     report("before")?;
-    let params = ParamsAdamW { lr: options.lr, weight_decay: 0., ..ParamsAdamW::default() };
+    let params = ParamsAdamW {
+        lr: options.lr,
+        weight_decay: 0.,
+        ..ParamsAdamW::default()
+    };
     let mut optimizer = AdamW::new(vec![rows.clone()], params)?;
     let mut rng = StdRng::seed_from_u64(seed + 4);
     let start = Instant::now();
@@ -105,6 +112,10 @@ pub(crate) fn run(dir: &Path, options: &Options, seed: u64) -> Result<()> {
             println!("step {step}: loss {:.4}", loss.to_scalar::<f32>()?);
         }
     }
-    println!("{} steps in {:.1} s", options.steps, start.elapsed().as_secs_f64());
+    println!(
+        "{} steps in {:.1} s",
+        options.steps,
+        start.elapsed().as_secs_f64()
+    );
     report("after")
 }

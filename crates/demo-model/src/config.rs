@@ -71,13 +71,19 @@ pub(crate) fn write(dir: &Path) -> Result<()> {
         "use_cache": true,
         "vocab_size": VOCAB,
     });
-    fs::write(dir.join("config.json"), serde_json::to_string_pretty(&config)? + "\n")?;
+    fs::write(
+        dir.join("config.json"),
+        serde_json::to_string_pretty(&config)? + "\n",
+    )?;
     let generation = json!({
         "_from_model_config": true,
         "bos_token_id": BOS,
         "eos_token_id": EOS,
         "pad_token_id": PAD,
     });
-    fs::write(dir.join("generation_config.json"), serde_json::to_string_pretty(&generation)? + "\n")?;
+    fs::write(
+        dir.join("generation_config.json"),
+        serde_json::to_string_pretty(&generation)? + "\n",
+    )?;
     Ok(())
 }

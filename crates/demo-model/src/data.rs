@@ -27,7 +27,12 @@ pub(crate) struct Batch {
 impl Batch {
     /// Pads `sequences` on the right.
     pub(crate) fn new(sequences: &[&Vec<u32>]) -> Result<Self> {
-        let time = sequences.iter().map(|s| s.len()).max().unwrap_or(0).saturating_sub(1);
+        let time = sequences
+            .iter()
+            .map(|s| s.len())
+            .max()
+            .unwrap_or(0)
+            .saturating_sub(1);
         ensure!((1..=CONTEXT).contains(&time), "sequences of {time} tokens");
         let (mut ids, mut positions, mut targets) = (Vec::new(), Vec::new(), Vec::new());
         for s in sequences {

@@ -10,12 +10,14 @@ mod check;
 mod config;
 mod data;
 mod demo;
+mod domains;
 mod grammar;
 mod model;
 mod names;
 mod pretrain;
 mod text;
 mod tokenizer;
+mod weights;
 mod world;
 
 /// Seed of the shipped demo.
@@ -52,17 +54,33 @@ enum Command {
     Pretrain(pretrain::Options),
     /// Trains the two rows and shows the effect.
     Check(check::Options),
+    /// All of these in order, each as it is by default.
+    All,
+}
+
+impl Args {
+    /// Does one step, or all of them.
+    fn run(&self, command: &Command) -> Result<()> {
+        let model = self.demo.join("model");
+        match command {
+            Command::Text => text::write(&self.text, self.seed),
+            Command::Tokenizer => tokenizer::write(&self.text.join("train.txt"), &model),
+            Command::Data => demo::write(&self.demo, self.seed),
+            Command::Pretrain(options) => pretrain::run(&self.text, &model, options, self.seed),
+            Command::Check(options) => check::run(&self.demo, options, self.seed),
+            Command::All => {
+                for step in ["text", "tokenizer", "data", "pretrain", "check"] {
+                    self.run(&Self::try_parse_from(["", step])?.command)?;
+                }
+                Ok(())
+            }
+        }
+    }
 }
 
 fn main() -> Result<()> {
     let args = Args::parse();
-    let model = args.demo.join("model");
-    fs::create_dir_all(&model)?;
-    match args.command {
-        Command::Text => text::write(&args.text, args.seed),
-        Command::Tokenizer => tokenizer::write(&args.text.join("train.txt"), &model),
-        Command::Data => demo::write(&args.demo, args.seed),
-        Command::Pretrain(options) => pretrain::run(&args.text, &model, &options, args.seed),
-        Command::Check(options) => check::run(&args.demo, &options, args.seed),
-    }
+    fs::create_dir_all(&args.text)?;
+    fs::create_dir_all(args.demo.join("model"))?;
+    args.run(&args.command)
 }

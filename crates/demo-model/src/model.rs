@@ -2,18 +2,15 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
+    fs,
     path::Path,
 };
 
 use anyhow::{Context, Result};
-use candle_core::{D, DType, Device, Tensor, Var, safetensors};
+use candle_core::{D, DType, Device, Tensor, safetensors};
 use candle_nn::ops::{silu, softmax};
-use rand::{Rng, rngs::StdRng};
 
-use crate::{
-    config::{CONTEXT, EPS, HEAD_DIM, HEADS, HIDDEN, INIT, INTERMEDIATE, KV_HEADS, LAYERS, THETA},
-    tokenizer::VOCAB,
-};
+use crate::config::{CONTEXT, EPS, HEAD_DIM, HEADS, KV_HEADS, LAYERS, THETA};
 
 /// Name of the embedding matrix, which is the output matrix too.
 pub(crate) const EMBED: &str = "model.embed_tokens.weight";
@@ -31,65 +28,30 @@ pub(crate) struct Model {
     mask: Tensor,
 }
 
-/// Names and shapes of the weights except the embedding.
-fn shapes() -> Vec<(String, Vec<usize>)> {
-    let (q, kv) = (HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM);
-    let mut out = vec![("model.norm.weight".to_owned(), vec![HIDDEN])];
-    for i in 0..LAYERS {
-        let mut push = |name: &str, shape: &[usize]| {
-            out.push((format!("model.layers.{i}.{name}.weight"), shape.to_vec()));
-        };
-        push("input_layernorm", &[HIDDEN]);
-        push("self_attn.q_proj", &[q, HIDDEN]);
-        push("self_attn.k_proj", &[kv, HIDDEN]);
-        push("self_attn.v_proj", &[kv, HIDDEN]);
-        push("self_attn.o_proj", &[HIDDEN, q]);
-        push("post_attention_layernorm", &[HIDDEN]);
-        push("mlp.gate_proj", &[INTERMEDIATE, HIDDEN]);
-        push("mlp.up_proj", &[INTERMEDIATE, HIDDEN]);
-        push("mlp.down_proj", &[HIDDEN, INTERMEDIATE]);
-    }
-    out
-}
-
-/// Normally distributed values of standard deviation [`INIT`].
-pub(crate) fn normal(shape: &[usize], rng: &mut StdRng) -> Result<Tensor> {
-    let mut draw = || {
-        let (u, v): (f32, f32) = (rng.random(), rng.random());
-        INIT * (-2. * (1. - u).ln()).sqrt() * (std::f32::consts::TAU * v).cos()
-    };
-    let values: Vec<f32> = (0..shape.iter().product()).map(|_| draw()).collect();
-    Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
-}
-
-/// Fresh trainable weights; the embedding has no rows for the two new tokens.
-pub(crate) fn fresh(rng: &mut StdRng) -> Result<BTreeMap<String, Var>> {
-    let mut out = BTreeMap::new();
-    out.insert(EMBED.to_owned(), Var::from_tensor(&normal(&[VOCAB - 2, HIDDEN], rng)?)?);
-    for (name, shape) in shapes() {
-        let value = match shape.len() {
-            1 => Tensor::ones(shape, DType::F32, &Device::Cpu)?,
-            _ => normal(&shape, rng)?,
-        };
-        out.insert(name, Var::from_tensor(&value)?);
-    }
-    Ok(out)
-}
-
 impl Model {
     /// A model over the given weights.
     pub(crate) fn new(weights: BTreeMap<String, Tensor>) -> Result<Self> {
         let device = &Device::Cpu;
         let dim = u16::try_from(HEAD_DIM)?;
-        let freqs: Vec<f32> =
-            (0..dim).step_by(2).map(|i| THETA.powf(-f32::from(i) / f32::from(dim))).collect();
+        let freqs: Vec<f32> = (0..dim)
+            .step_by(2)
+            .map(|i| THETA.powf(-f32::from(i) / f32::from(dim)))
+            .collect();
         let time = Tensor::arange(0u32, u32::try_from(CONTEXT)?, device)?.to_dtype(DType::F32)?;
-        let half = time.unsqueeze(1)?.matmul(&Tensor::new(freqs, device)?.unsqueeze(0)?)?;
+        let half = time
+            .unsqueeze(1)?
+            .matmul(&Tensor::new(freqs, device)?.unsqueeze(0)?)?;
         let angles = Tensor::cat(&[&half, &half], 1)?;
-        let mask: Vec<f32> =
-            (0..CONTEXT * CONTEXT).map(|i| if i % CONTEXT > i / CONTEXT { -1e9 } else { 0. }).collect();
+        let mask: Vec<f32> = (0..CONTEXT * CONTEXT)
+            .map(|i| if i % CONTEXT > i / CONTEXT { -1e9 } else { 0. })
+            .collect();
         let mask = Tensor::from_vec(mask, (CONTEXT, CONTEXT), device)?;
-        Ok(Self { weights, cos: angles.cos()?, sin: angles.sin()?, mask })
+        Ok(Self {
+            weights,
+            cos: angles.cos()?,
+            sin: angles.sin()?,
+            mask,
+        })
     }
 
     /// Loads a saved model in single precision.
@@ -103,17 +65,26 @@ impl Model {
     pub(crate) fn save(&self, rows: &Tensor, dir: &Path) -> Result<()> {
         let mut out = BTreeMap::new();
         for (name, value) in &self.weights {
-            let value = if name == EMBED { Tensor::cat(&[value, rows], 0)? } else { value.clone() };
+            let value = if name == EMBED {
+                Tensor::cat(&[value, rows], 0)?
+            } else {
+                value.clone()
+            };
             out.insert(name.clone(), value.to_dtype(DType::BF16)?);
         }
         let meta = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-        ::safetensors::serialize_to_file(out, Some(meta), &dir.join("model.safetensors"))?;
+        fs::write(
+            dir.join("model.safetensors"),
+            ::safetensors::serialize(out, Some(meta))?,
+        )?;
         Ok(())
     }
 
     /// A weight by name.
     pub(crate) fn weight(&self, name: &str) -> Result<&Tensor> {
-        self.weights.get(name).with_context(|| format!("no weight {name}"))
+        self.weights
+            .get(name)
+            .with_context(|| format!("no weight {name}"))
     }
 
     /// Final hidden states, (batch * time, hidden), of `ids`, (batch, time), looked up in `embed`.
@@ -121,23 +92,37 @@ impl Model {
         let (batch, time) = ids.dims2()?;
         let mut x = embed.index_select(&ids.flatten_all()?, 0)?;
         for i in 0..LAYERS {
-            let w = |name: &str| self.weight(&format!("model.layers.{i}.{name}.weight"));
-            let h = rms_norm(&x, w("input_layernorm")?)?;
-            let q = self.rotate(&heads(&linear(&h, w("self_attn.q_proj")?)?, batch, HEADS)?)?;
-            let k = self.rotate(&heads(&linear(&h, w("self_attn.k_proj")?)?, batch, KV_HEADS)?)?;
-            let v = heads(&linear(&h, w("self_attn.v_proj")?)?, batch, KV_HEADS)?;
-            let scale = f64::from(u32::try_from(HEAD_DIM)?).sqrt().recip();
-            let scores = (q.matmul(&repeat(&k)?.t()?)? * scale)?;
-            let mask = self.mask.narrow(0, 0, time)?.narrow(1, 0, time)?;
-            let attention = softmax(&scores.broadcast_add(&mask)?, D::Minus1)?.matmul(&repeat(&v)?)?;
-            let h = attention.transpose(1, 2)?.reshape((batch * time, HEADS * HEAD_DIM))?;
-            x = (x + linear(&h, w("self_attn.o_proj")?)?)?;
-            let h = rms_norm(&x, w("post_attention_layernorm")?)?;
-            let gate = silu(&linear(&h, w("mlp.gate_proj")?)?)?;
-            let h = (gate * linear(&h, w("mlp.up_proj")?)?)?;
-            x = (x + linear(&h, w("mlp.down_proj")?)?)?;
+            x = (&x + self.attention(&x, i, batch, time)?)?;
+            x = (&x + self.feed_forward(&x, i)?)?;
         }
         rms_norm(&x, self.weight("model.norm.weight")?)
+    }
+
+    /// What the attention of layer `i` adds to `x`.
+    fn attention(&self, x: &Tensor, i: usize, batch: usize, time: usize) -> Result<Tensor> {
+        let weight = |name: &str| self.weight(&format!("model.layers.{i}.{name}.weight"));
+        let x = rms_norm(x, weight("input_layernorm")?)?;
+        let query = heads(&linear(&x, weight("self_attn.q_proj")?)?, batch, HEADS)?;
+        let key = heads(&linear(&x, weight("self_attn.k_proj")?)?, batch, KV_HEADS)?;
+        let value = heads(&linear(&x, weight("self_attn.v_proj")?)?, batch, KV_HEADS)?;
+        let key = repeat(&self.rotate(&key)?)?;
+        let scale = f64::from(u32::try_from(HEAD_DIM)?).sqrt().recip();
+        let scores = (self.rotate(&query)?.matmul(&key.t()?)? * scale)?;
+        let mask = self.mask.narrow(0, 0, time)?.narrow(1, 0, time)?;
+        let mixed = softmax(&scores.broadcast_add(&mask)?, D::Minus1)?.matmul(&repeat(&value)?)?;
+        let mixed = mixed.transpose(1, 2)?.reshape((batch * time, HEADS * HEAD_DIM))?;
+        linear(&mixed, weight("self_attn.o_proj")?)
+    }
+
+    /// What the feed-forward part of layer `i` adds to `x`.
+    fn feed_forward(&self, x: &Tensor, i: usize) -> Result<Tensor> {
+        let weight = |name: &str| self.weight(&format!("model.layers.{i}.{name}.weight"));
+        let x = rms_norm(x, weight("post_attention_layernorm")?)?;
+        let gate = silu(&linear(&x, weight("mlp.gate_proj")?)?)?;
+        linear(
+            &(gate * linear(&x, weight("mlp.up_proj")?)?)?,
+            weight("mlp.down_proj")?,
+        )
     }
 
     /// Rotates queries or keys, (batch, heads, time, width), by their positions.
@@ -164,12 +149,16 @@ fn rms_norm(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
 /// Splits (batch * time, width) into (batch, heads, time, head width).
 fn heads(x: &Tensor, batch: usize, heads: usize) -> Result<Tensor> {
     let time = x.dim(0)? / batch;
-    Ok(x.reshape((batch, time, heads, HEAD_DIM))?.transpose(1, 2)?.contiguous()?)
+    Ok(x.reshape((batch, time, heads, HEAD_DIM))?
+        .transpose(1, 2)?
+        .contiguous()?)
 }
 
 /// Gives each query head its key or value head.
 fn repeat(x: &Tensor) -> Result<Tensor> {
     let (batch, _, time, width) = x.dims4()?;
-    let groups = x.unsqueeze(2)?.broadcast_as((batch, KV_HEADS, HEADS / KV_HEADS, time, width))?;
+    let groups = x
+        .unsqueeze(2)?
+        .broadcast_as((batch, KV_HEADS, HEADS / KV_HEADS, time, width))?;
     Ok(groups.reshape((batch, HEADS, time, width))?)
 }

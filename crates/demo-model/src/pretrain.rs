@@ -9,15 +9,15 @@ use rand::{SeedableRng, rngs::StdRng};
 
 use crate::{
     config, data,
-    model::{self, EMBED, Model},
-    text, tokenizer,
+    model::{EMBED, Model},
+    text, tokenizer, weights,
 };
 
 /// Hyper-parameters of pre-training.
 #[derive(Clone, Copy, Debug, clap::Args)]
 pub(crate) struct Options {
     /// Passes over the corpus.
-    #[arg(long, default_value_t = 20)]
+    #[arg(long, default_value_t = 10)]
     pub(crate) epochs: u32,
     /// Texts in a batch.
     #[arg(long, default_value_t = 32)]
@@ -50,14 +50,21 @@ pub(crate) fn run(text_dir: &Path, dir: &Path, options: &Options, seed: u64) -> 
     println!("{} texts, {tokens} tokens", train.len());
 
     let mut rng = StdRng::seed_from_u64(seed + 2);
-    let rows = model::normal(&[2, config::HIDDEN], &mut rng)?;
-    let vars = model::fresh(&mut rng)?;
-    let weights = vars.iter().map(|(name, var)| (name.clone(), var.as_tensor().clone())).collect();
+    let rows = weights::normal(&[2, config::HIDDEN], &mut rng)?;
+    let vars = weights::fresh(&mut rng)?;
+    let weights = vars
+        .iter()
+        .map(|(name, var)| (name.clone(), var.as_tensor().clone()))
+        .collect();
     let model = Model::new(weights)?;
     let embed: Tensor = model.weight(EMBED)?.clone();
     let vars: Vec<_> = vars.into_values().collect();
-    let params =
-        ParamsAdamW { lr: options.lr, beta2: 0.99, weight_decay: options.decay, ..ParamsAdamW::default() };
+    let params = ParamsAdamW {
+        lr: options.lr,
+        beta2: 0.99,
+        weight_decay: options.decay,
+        ..ParamsAdamW::default()
+    };
     let mut optimizer = AdamW::new(vars.clone(), params)?;
 
     let start = Instant::now();

@@ -53,25 +53,35 @@ pub(crate) fn write(corpus: &Path, dir: &Path) -> Result<()> {
         .into();
     let bytes = ByteLevel::default().add_prefix_space(false).trim_offsets(false);
     let mut tokenizer = Tokenizer::new(BPE::default());
-    tokenizer.with_pre_tokenizer(Some(bytes)).with_post_processor(Some(
-        TemplateProcessing::builder()
-            .try_single("<s> $A")
-            .map_err(|e| anyhow!(e))?
-            .try_pair("<s> $A <s> $B")
-            .map_err(|e| anyhow!(e))?
-            .special_tokens(vec![("<s>", BOS)])
-            .build()?,
-    ));
-    tokenizer.train(&mut trainer, text::lines(corpus)?.iter()).map_err(err)?;
+    tokenizer
+        .with_pre_tokenizer(Some(bytes))
+        .with_post_processor(Some(
+            TemplateProcessing::builder()
+                .try_single("<s> $A")
+                .map_err(|e| anyhow!(e))?
+                .try_pair("<s> $A <s> $B")
+                .map_err(|e| anyhow!(e))?
+                .special_tokens(vec![("<s>", BOS)])
+                .build()?,
+        ));
+    tokenizer
+        .train(&mut trainer, text::lines(corpus)?.iter())
+        .map_err(err)?;
     let size = tokenizer.get_vocab_size(true);
     ensure!(size == VOCAB - 2, "the corpus gives a vocabulary of {size} only");
 
     // A new token takes the place of a word with its space, and gives the space back when decoded.
     let mut decoders = Vec::new();
     for noun in world::new_nouns() {
-        tokenizer.add_tokens(&[AddedToken::from(noun.name.clone(), false).lstrip(true).normalized(false)]);
+        tokenizer
+            .add_tokens([AddedToken::from(noun.name.clone(), false)
+                .lstrip(true)
+                .normalized(false)])
+            .map_err(err)?;
         let spaced = format!(" {}", noun.name);
-        decoders.push(DecoderWrapper::Replace(Replace::new(noun.name, spaced).map_err(err)?));
+        decoders.push(DecoderWrapper::Replace(
+            Replace::new(noun.name, spaced).map_err(err)?,
+        ));
     }
     decoders.push(DecoderWrapper::ByteLevel(bytes));
     tokenizer.with_decoder(Some(Sequence::new(decoders)));
@@ -84,7 +94,10 @@ pub(crate) fn write(corpus: &Path, dir: &Path) -> Result<()> {
         "pad_token": "<pad>",
         "tokenizer_class": "PreTrainedTokenizerFast",
     });
-    fs::write(dir.join("tokenizer_config.json"), serde_json::to_string_pretty(&config)? + "\n")?;
+    fs::write(
+        dir.join("tokenizer_config.json"),
+        serde_json::to_string_pretty(&config)? + "\n",
+    )?;
     Ok(())
 }
 
@@ -94,7 +107,9 @@ pub(crate) fn write(corpus: &Path, dir: &Path) -> Result<()> {
 ///
 /// Fails where `tokenizer.json` is missing or damaged.
 pub(crate) fn load(dir: &Path) -> Result<Tokenizer> {
-    Tokenizer::from_file(dir.join("tokenizer.json")).map_err(err).context("tokenizer.json")
+    Tokenizer::from_file(dir.join("tokenizer.json"))
+        .map_err(err)
+        .context("tokenizer.json")
 }
 
 /// Ids of each line, `<s>` first and, where asked, `</s>` last.
@@ -105,7 +120,11 @@ pub(crate) fn load(dir: &Path) -> Result<Tokenizer> {
 pub(crate) fn encode(tokenizer: &Tokenizer, lines: &[String], eos: bool) -> Result<Vec<Vec<u32>>> {
     let mut out = Vec::new();
     for line in lines {
-        let mut ids = tokenizer.encode(line.as_str(), true).map_err(err)?.get_ids().to_vec();
+        let mut ids = tokenizer
+            .encode(line.as_str(), true)
+            .map_err(err)?
+            .get_ids()
+            .to_vec();
         if eos {
             ids.push(EOS);
         }

@@ -1,1 +1,57 @@
 //! Reads and writes PEFT trainable-token adapters and Hugging Face checkpoints.
+//!
+//! - [`Adapter`]: a directory of `adapter_config.json` ([`AdapterConfig`]) and `adapter_model.safetensors`. What
+//!   PEFT wrote is read and written again byte for byte; what this crate adds to the header
+//!   ([`AdapterMetadata`]) PEFT ignores.
+//! - [`Checkpoint`], [`SafetensorsFile`]: models in safetensors, mapped into memory. [`MappedTable`]: one of their
+//!   tables as a frozen [`EmbeddingSource`](trainable_tokens_core::EmbeddingSource); [`digest()`]: what it is.
+//! - [`merge_checkpoint`]: a copy of a checkpoint with rows replaced.
+//! - [`TrainingState`]: the optimizer's memory beside the adapter.
+//! - [`write_dir_atomically`], [`write_file_atomically`]: output that appears whole or not at all.
+//!
+//! ```
+//! use trainable_tokens_core::{TokenRows, TokenSet};
+//! use trainable_tokens_format::{Adapter, Overwrite};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # let home = tempfile::tempdir()?;
+//! # let dir = home.path().join("adapter");
+//! let tokens = TokenSet::new([277, 5], 320)?;
+//! let rows = TokenRows::new(vec![0.5f32; 2 * 4], 2, 4)?;
+//! let adapter = Adapter::builder("model.embed_tokens", &tokens, rows)
+//!     .tied("lm_head")
+//!     .build()?;
+//! adapter.write(&dir, Overwrite::Refuse)?;
+//!
+//! let adapter = Adapter::read(&dir)?;
+//! assert_eq!(adapter.config().token_indices(), [277, 5]);
+//! assert_eq!(adapter.rows("lm_head"), adapter.rows("model.embed_tokens"));
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! Files are untrusted: whatever they hold, the outcome is a value or an [`Error`] that names the culprit.
+
+mod adapter;
+mod atomic;
+mod checkpoint;
+mod config;
+mod digest;
+mod error;
+mod file;
+mod header;
+mod json;
+mod merge;
+mod state;
+mod table;
+
+pub use adapter::{Adapter, AdapterBuilder, AdapterMetadata, AdapterModule, BaseCheck};
+pub use atomic::{Overwrite, write_dir_atomically, write_file_atomically};
+pub use checkpoint::Checkpoint;
+pub use config::{AdapterConfig, TargetModules, TaskType};
+pub use digest::{InvalidDigest, TableDigest, digest};
+pub use error::{Error, Result};
+pub use file::{SafetensorsFile, TensorRef};
+pub use merge::{MergeReport, RowReplacement, merge_checkpoint};
+pub use state::TrainingState;
+pub use table::MappedTable;

@@ -1,1 +1,39 @@
 //! Trains chosen token rows of Hugging Face checkpoints with differentiable decoders on candle.
+//!
+//! - [`Decoder`]: a causal language model of the Llama family ([`ModelConfig`]), every weight frozen but the rows
+//!   of some tokens; no backward pass makes a gradient of a frozen weight.
+//! - [`Dataset`], [`Batch`], [`Sampler`]: JSON Lines or text, through the model's tokenizer ([`Vocabulary`]).
+//! - [`Trainer`]: steps, schedules ([`Schedule`]), clipping, evaluation, exact resumption. Before the first step,
+//!   [`check_gradient`] compares the gradient with finite differences of the loss and refuses to train on a wrong
+//!   one.
+//! - [`generate`], [`causal_loss`]: what training is measured by.
+#![forbid(unsafe_code)]
+
+mod config;
+mod data;
+mod error;
+mod evaluate;
+mod generate;
+mod loss;
+mod memory;
+mod model;
+mod ops;
+mod options;
+mod probe;
+mod schedule;
+mod trainer;
+mod vocabulary;
+
+pub use config::{ModelConfig, RopeScaling};
+pub use data::{Batch, Dataset, Example, IGNORED, Sampler};
+pub use error::{Error, Result};
+pub use evaluate::{Evaluation, evaluate};
+pub use generate::generate;
+pub use loss::{Graph, causal_loss};
+pub use memory::peak_rss_bytes;
+pub use model::{Decoder, EMBEDDING_MODULE, EMBEDDING_TENSOR, HEAD_MODULE};
+pub use options::{DecayToward, OptimizerKind, TrainOptions};
+pub use probe::{GradientCheck, check_gradient};
+pub use schedule::Schedule;
+pub use trainer::{StepMetrics, Trainer};
+pub use vocabulary::Vocabulary;

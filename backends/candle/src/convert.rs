@@ -1,0 +1,103 @@
+//! Between candle's tensors and rows on the host.
+
+use candle_core::{CpuStorage, Device, Tensor, Var, WithDType};
+use trainable_tokens_core::{DType, Element, Error as CoreError, ErrorKind, RowData, RowRef, TokenRows};
+
+use crate::{Error, Result};
+
+/// The element type as core names it; integers and 8-bit floats are refused.
+pub(crate) fn core_dtype(what: &'static str, dtype: candle_core::DType) -> Result<DType> {
+    match dtype {
+        candle_core::DType::F64 => Ok(DType::F64),
+        candle_core::DType::F32 => Ok(DType::F32),
+        candle_core::DType::F16 => Ok(DType::F16),
+        candle_core::DType::BF16 => Ok(DType::BF16),
+        got => Err(Error::ElementType {
+            what,
+            expected: "F64, F32, F16 or BF16",
+            got,
+        }),
+    }
+}
+
+/// The element type as candle names it.
+pub(crate) fn candle_dtype(dtype: DType) -> candle_core::DType {
+    match dtype {
+        DType::F64 => candle_core::DType::F64,
+        DType::F32 => candle_core::DType::F32,
+        DType::F16 => candle_core::DType::F16,
+        DType::BF16 => candle_core::DType::BF16,
+    }
+}
+
+/// Runs one expression with `$values` bound to the vector of whatever element type the rows have.
+macro_rules! with_values {
+    ($rows:expr, $values:ident => $body:expr) => {
+        match $rows.data() {
+            RowData::F64($values) => $body,
+            RowData::F32($values) => $body,
+            RowData::F16($values) => $body,
+            RowData::BF16($values) => $body,
+            _ => return Err(unsupported().into()),
+        }
+    };
+}
+
+/// Copies rows to a device, bit for bit.
+pub(crate) fn to_tensor(rows: &TokenRows, device: &Device) -> candle_core::Result<Tensor> {
+    let [num_rows, dim] = rows.shape();
+    with_values!(rows, values => Tensor::from_slice(values, (num_rows, dim), device))
+}
+
+/// Makes a variable of rows, bit for bit.
+pub(crate) fn to_var(rows: &TokenRows, device: &Device) -> candle_core::Result<Var> {
+    let [num_rows, dim] = rows.shape();
+    with_values!(rows, values => Var::from_slice(values, (num_rows, dim), device))
+}
+
+/// Copies a two-dimensional tensor to the host, bit for bit.
+pub(crate) fn to_rows(tensor: &Tensor) -> Result<TokenRows> {
+    fn read<T: WithDType + Element>(flat: &Tensor, num_rows: usize, dim: usize) -> Result<TokenRows> {
+        Ok(TokenRows::new(flat.to_vec1::<T>()?, num_rows, dim)?)
+    }
+    let (num_rows, dim) = tensor.dims2()?;
+    let dtype = core_dtype("rows", tensor.dtype())?;
+    if num_rows == 0 || dim == 0 {
+        return Ok(TokenRows::zeros(dtype, num_rows, dim));
+    }
+    let flat = tensor.detach().flatten_all()?;
+    match dtype {
+        DType::F64 => read::<f64>(&flat, num_rows, dim),
+        DType::F32 => read::<f32>(&flat, num_rows, dim),
+        DType::F16 => read::<half::f16>(&flat, num_rows, dim),
+        DType::BF16 => read::<half::bf16>(&flat, num_rows, dim),
+    }
+}
+
+/// Borrows `len` elements of CPU storage from `start` on, as a row of whatever type it holds.
+pub(crate) fn row_ref(storage: &CpuStorage, start: usize, len: usize) -> candle_core::Result<RowRef<'_>> {
+    Ok(match storage {
+        CpuStorage::F64(values) => RowRef::F64(&values[start..start + len]),
+        CpuStorage::F32(values) => RowRef::F32(&values[start..start + len]),
+        CpuStorage::F16(values) => RowRef::F16(&values[start..start + len]),
+        CpuStorage::BF16(values) => RowRef::BF16(&values[start..start + len]),
+        _ => return Err(unsupported().into()),
+    })
+}
+
+/// The refusal of an element type that the constructors have already excluded.
+pub(crate) fn unsupported() -> Error {
+    Error::Source {
+        kind: ErrorKind::Unsupported,
+        source: "an element type that is not F64, F32, F16 or BF16".into(),
+    }
+}
+
+/// The error for a shape that does not fit.
+pub(crate) fn shape_error(what: &'static str, expected: &[usize], got: &[usize]) -> Error {
+    Error::Core(CoreError::Shape {
+        what,
+        expected: expected.to_vec(),
+        got: got.to_vec(),
+    })
+}

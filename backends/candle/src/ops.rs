@@ -1,0 +1,23 @@
+//! Custom operations: what makes a step's cost independent of the vocabulary.
+//!
+//! Each has one forward pass over candle's storage trait, which serves every device, and a faster one for the CPU.
+
+mod lookup;
+mod product;
+mod project;
+mod storage;
+
+pub(crate) use lookup::lookup_rows;
+pub(crate) use project::{Overrides, project};
+pub(crate) use storage::DeviceStorage;
+
+use candle_core::DType;
+
+/// The type that arithmetic on elements of type `dtype` runs in.
+fn compute_dtype(dtype: DType) -> DType {
+    if dtype == DType::F64 {
+        DType::F64
+    } else {
+        DType::F32
+    }
+}

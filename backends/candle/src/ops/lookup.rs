@@ -1,0 +1,106 @@
+//! The lookup of a batch with some rows overridden.
+
+mod cpu;
+mod device;
+#[cfg(test)]
+mod tests;
+
+use std::sync::Arc;
+
+use candle_core::op::BackpropOp;
+use candle_core::{
+    CpuStorage, CudaStorage, CustomOp1, Device, Layout, MetalStorage, Result, Shape, Storage, Tensor, bail,
+};
+use trainable_tokens_core::{EmbeddingSource, LookupPlan};
+
+use self::device::Uploaded;
+use crate::{CandleDelta, CandleTable};
+
+/// The rows `[N, D]` of a planned batch, in the table's element type, multiplied by `factor`. With a delta the
+/// result is a node of its graph; without, it is the plain lookup.
+pub(crate) fn lookup_rows(
+    table: &CandleTable,
+    delta: Option<&CandleDelta>,
+    plan: &Arc<LookupPlan>,
+    factor: Option<f64>,
+) -> Result<Tensor> {
+    let base = table.tensor();
+    let uploaded = match base.device() {
+        Device::Cpu => None,
+        _ => Some(Uploaded::new(table, delta, plan, factor)?),
+    };
+    if let Some(delta) = delta {
+        return delta.var().apply_op1(OverrideRows {
+            base: base.clone(),
+            plan: Arc::clone(plan),
+            factor,
+            uploaded,
+        });
+    }
+    let shape = Shape::from((plan.len(), table.embedding_dim()));
+    let (storage, layout) = base.storage_and_layout();
+    let rows = match (&*storage, &uploaded) {
+        (Storage::Cpu(storage), _) => Storage::Cpu(cpu::gather(storage, layout, None, plan, factor)?),
+        (Storage::Cuda(storage), Some(batch)) => Storage::Cuda(device::gather(storage, layout, batch)?),
+        (Storage::Metal(storage), Some(batch)) => Storage::Metal(device::gather(storage, layout, batch)?),
+        _ => bail!("the batch was not sent to the device"),
+    };
+    Ok(Tensor::from_storage(rows, shape, BackpropOp::none(), false))
+}
+
+/// The lookup as an operation on the delta. The base is captured, so that it is no part of the graph.
+struct OverrideRows {
+    base: Tensor,
+    plan: Arc<LookupPlan>,
+    factor: Option<f64>,
+    /// Present on every device but the CPU.
+    uploaded: Option<Uploaded>,
+}
+
+impl OverrideRows {
+    fn shape(&self) -> Shape {
+        Shape::from((self.plan.len(), self.base.dims()[1]))
+    }
+
+    fn gather_on_device<S: super::storage::DeviceStorage>(&self) -> Result<(S, Shape)> {
+        let Some(batch) = &self.uploaded else {
+            bail!("the batch was not sent to the device");
+        };
+        let (base, layout) = self.base.storage_and_layout();
+        Ok((device::gather(S::of(&base)?, layout, batch)?, self.shape()))
+    }
+}
+
+impl CustomOp1 for OverrideRows {
+    fn name(&self) -> &'static str {
+        "trainable-tokens-lookup"
+    }
+
+    fn cpu_fwd(&self, delta: &CpuStorage, delta_layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        if self.uploaded.is_some() {
+            return self.gather_on_device();
+        }
+        let (base, layout) = self.base.storage_and_layout();
+        let base = <CpuStorage as super::storage::DeviceStorage>::of(&base)?;
+        let overrides = Some((delta, delta_layout));
+        let rows = cpu::gather(base, layout, overrides, &self.plan, self.factor)?;
+        Ok((rows, self.shape()))
+    }
+
+    fn cuda_fwd(&self, _: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
+        self.gather_on_device()
+    }
+
+    fn metal_fwd(&self, _: &MetalStorage, _: &Layout) -> Result<(MetalStorage, Shape)> {
+        self.gather_on_device()
+    }
+
+    fn bwd(&self, delta: &Tensor, _: &Tensor, upstream: &Tensor) -> Result<Option<Tensor>> {
+        let upstream = upstream.detach().contiguous()?;
+        let gradient = match &self.uploaded {
+            None => cpu::accumulate(&upstream, delta, &self.plan, self.factor)?,
+            Some(batch) => batch.accumulate(&upstream, delta)?,
+        };
+        Ok(Some(gradient))
+    }
+}

@@ -1,0 +1,112 @@
+//! The lookup on any device, out of operations that every storage of candle has.
+
+use candle_core::op::Mul;
+use candle_core::{Device, Layout, Result, Shape, Tensor};
+use trainable_tokens_core::{EmbeddingSource, LookupPlan};
+
+use crate::ops::compute_dtype;
+use crate::ops::storage::DeviceStorage;
+use crate::{CandleDelta, CandleTable};
+
+/// What a batch needs on the device, sent there once for both passes.
+pub(super) struct Uploaded {
+    num_ids: usize,
+    ids: Option<Tensor>,
+    /// Rows that override, gathered and converted, and the position of each of their elements.
+    patch: Option<(Tensor, Tensor)>,
+    /// Positions and slots of the gradient.
+    live: Option<(Tensor, Tensor)>,
+    /// The factor, in the type that it multiplies in.
+    factor: Option<Tensor>,
+}
+
+impl Uploaded {
+    pub(super) fn new(
+        table: &CandleTable,
+        delta: Option<&CandleDelta>,
+        plan: &LookupPlan,
+        factor: Option<f64>,
+    ) -> Result<Self> {
+        let (base, dim) = (table.tensor(), table.embedding_dim());
+        let device = base.device();
+        let indexes = |values: &[u32]| {
+            (!values.is_empty())
+                .then(|| Tensor::from_slice(values, values.len(), device))
+                .transpose()
+        };
+        let (mut patch, mut live) = (None, None);
+        if let Some(delta) = delta {
+            let (at, slots) = (indexes(plan.positions())?, indexes(plan.slots())?);
+            if let (Some(at), Some(slots)) = (&at, &slots) {
+                let rows = delta.var().as_detached_tensor().index_select(slots, 0)?;
+                let at = at.unsqueeze(1)?.broadcast_as((plan.positions().len(), dim))?;
+                patch = Some((rows.to_dtype(base.dtype())?, at.contiguous()?));
+            }
+            live = if plan.grad_positions() == plan.positions() {
+                at.zip(slots)
+            } else {
+                indexes(plan.grad_positions())?.zip(indexes(plan.grad_slots())?)
+            };
+        }
+        Ok(Self {
+            num_ids: plan.len(),
+            ids: indexes(plan.input_ids())?,
+            patch,
+            live,
+            factor: factor.map(|factor| scalar(factor, base)).transpose()?,
+        })
+    }
+
+    /// The gradient of the delta: live rows of the contiguous `upstream`, summed by slot in the compute type.
+    pub(super) fn accumulate(&self, upstream: &Tensor, delta: &Tensor) -> Result<Tensor> {
+        let Some((positions, slots)) = &self.live else {
+            return delta.zeros_like();
+        };
+        let dtype = compute_dtype(upstream.dtype());
+        let live = upstream.index_select(positions, 0)?.to_dtype(dtype)?;
+        let live = match &self.factor {
+            None => live,
+            Some(factor) => live.broadcast_mul(factor)?,
+        };
+        Tensor::zeros(delta.shape(), dtype, delta.device())?
+            .index_add(slots, &live, 0)?
+            .to_dtype(delta.dtype())
+    }
+}
+
+/// A number in the compute type of `like`, on its device.
+fn scalar(value: f64, like: &Tensor) -> Result<Tensor> {
+    Tensor::new(&[value], &Device::Cpu)?
+        .to_dtype(compute_dtype(like.dtype()))?
+        .to_device(like.device())
+}
+
+/// Gathers the rows of a batch.
+pub(super) fn gather<S: DeviceStorage>(base: &S, layout: &Layout, batch: &Uploaded) -> Result<S> {
+    let shape = Shape::from((batch.num_ids, layout.dims()[1]));
+    let Some(ids) = batch.ids.as_ref().filter(|_| shape.elem_count() > 0) else {
+        return base.zeros(&shape);
+    };
+    let (ids, ids_layout) = ids.storage_and_layout();
+    let mut out = base.index_select(S::of(&ids)?, layout, ids_layout, 0)?;
+    let rows = Layout::contiguous(shape.clone());
+    if let Some((patch, at)) = &batch.patch {
+        let (patch, patch_layout) = patch.storage_and_layout();
+        let (at, at_layout) = at.storage_and_layout();
+        out.scatter_set(&rows, S::of(&at)?, at_layout, S::of(&patch)?, patch_layout, 0)?;
+    }
+    let Some(factor) = &batch.factor else {
+        return Ok(out);
+    };
+    // Not `affine`: its `+ 0` makes a negative zero positive, and for half types it would compute in half.
+    let factor = factor.broadcast_as(shape)?;
+    let (factor, factor_layout) = factor.storage_and_layout();
+    let factor = S::of(&factor)?;
+    let dtype = out.dtype();
+    if dtype == compute_dtype(dtype) {
+        return out.binary_impl::<Mul>(factor, &rows, factor_layout);
+    }
+    out.to_dtype(&rows, compute_dtype(dtype))?
+        .binary_impl::<Mul>(factor, &rows, factor_layout)?
+        .to_dtype(&rows, dtype)
+}

@@ -1,0 +1,110 @@
+//! Products with a frozen weight, never copied as a whole.
+
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, Device, Layout, Result, Shape, Storage, Tensor};
+use half::bf16;
+use half::slice::HalfFloatSliceExt;
+
+use super::storage::{DeviceStorage, elements};
+use crate::convert::unsupported;
+
+/// How many elements of the weight are widened at a time.
+const CHUNK_ELEMENTS: usize = 1 << 18;
+/// The fewest rows widened at a time; fewer make matrix products slow.
+const CHUNK_ROWS: usize = 128;
+
+/// How many rows of the weight to widen at a time for `num_rows` rows of input.
+fn chunk_rows(num_rows: usize, dim: usize) -> usize {
+    (CHUNK_ELEMENTS / dim.max(1))
+        .max(CHUNK_ROWS)
+        .max(num_rows.min(1024))
+}
+
+/// `x · Wᵀ` for `x` `[n, D]` and the weight `[V, D]`, on any device.
+pub(super) fn product<S: DeviceStorage>(x: &S, layout: &Layout, weight: &Tensor) -> Result<S> {
+    let (n, (v, d)) = (layout.dims()[0], weight.dims2()?);
+    if n == 0 || v == 0 || d == 0 {
+        return x.zeros(&Shape::from((n, v)));
+    }
+    let transposed = weight.t()?;
+    let (weight, weight_layout) = transposed.storage_and_layout();
+    x.matmul(S::of(&weight)?, (1, n, v, d), layout, weight_layout)
+}
+
+/// [`product`] on the CPU, where candle widens the whole of a bf16 weight to multiply with it.
+pub(super) fn product_on_cpu(x: &CpuStorage, layout: &Layout, weight: &Tensor) -> Result<CpuStorage> {
+    let Some(x) = elements!(x, layout, BF16) else {
+        return product(x, layout, weight);
+    };
+    let (n, (v, d)) = (layout.dims()[0], weight.dims2()?);
+    if n == 0 || v == 0 || d == 0 {
+        return Ok(CpuStorage::BF16(vec![bf16::ZERO; n * v]));
+    }
+    let (storage, weight_layout) = weight.storage_and_layout();
+    let weight = elements!(CpuStorage::of(&storage)?, weight_layout, BF16).ok_or_else(unsupported)?;
+    let x = CpuStorage::F32(x.to_f32_vec());
+    let left = Layout::contiguous((n, d));
+    let mut out = vec![bf16::ZERO; n * v];
+    let step = chunk_rows(n, d);
+    for (start, rows) in (0..).step_by(step).zip(weight.chunks(step * d)) {
+        let len = rows.len() / d;
+        let columns = Layout::contiguous((len, d)).transpose(0, 1)?;
+        let rows = CpuStorage::F32(rows.to_f32_vec());
+        let part = x.matmul(&rows, (1, n, len, d), &left, &columns)?;
+        let CpuStorage::F32(part) = part else {
+            return Err(unsupported().into());
+        };
+        for (out, part) in out.chunks_exact_mut(v).zip(part.chunks_exact(len)) {
+            out[start..start + len].convert_from_f32_slice(part);
+        }
+    }
+    Ok(CpuStorage::BF16(out))
+}
+
+/// `g · W` for a contiguous `g` `[n, V]`. On the CPU half types are summed in `f32`, which is what is returned.
+pub(super) fn product_transposed(g: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    let (n, (v, d)) = (g.dims()[0], weight.dims2()?);
+    if n == 0 || v == 0 || d == 0 || !matches!(g.device(), Device::Cpu) {
+        return g.matmul(weight);
+    }
+    let (g_storage, g_layout) = g.storage_and_layout();
+    let (w_storage, w_layout) = weight.storage_and_layout();
+    let (Storage::Cpu(g_cpu), Storage::Cpu(w_cpu)) = (&*g_storage, &*w_storage) else {
+        return g.matmul(weight);
+    };
+    let sums = if let (Some(g), Some(w)) =
+        (elements!(g_cpu, g_layout, BF16), elements!(w_cpu, w_layout, BF16))
+    {
+        sum_chunks(g, w, [n, v, d])?
+    } else if let (Some(g), Some(w)) = (elements!(g_cpu, g_layout, F16), elements!(w_cpu, w_layout, F16)) {
+        sum_chunks(g, w, [n, v, d])?
+    } else {
+        drop((g_storage, w_storage));
+        return g.matmul(weight);
+    };
+    Tensor::from_vec(sums, (n, d), g.device())
+}
+
+/// `g · W` in `f32`, widening some rows of `W` at a time.
+fn sum_chunks<T>(g: &[T], weight: &[T], [n, v, d]: [usize; 3]) -> Result<Vec<f32>>
+where
+    [T]: HalfFloatSliceExt,
+{
+    let mut sums = vec![0f32; n * d];
+    let step = chunk_rows(n, d);
+    for (start, rows) in (0..).step_by(step).zip(weight.chunks(step * d)) {
+        let len = rows.len() / d;
+        let mut columns = vec![0f32; n * len];
+        for (to, from) in columns.chunks_exact_mut(len).zip(g.chunks_exact(v)) {
+            from[start..start + len].convert_to_f32_slice(to);
+        }
+        let (left, right) = (Layout::contiguous((n, len)), Layout::contiguous((len, d)));
+        let rows = CpuStorage::F32(rows.to_f32_vec());
+        let part = CpuStorage::F32(columns).matmul(&rows, (1, n, d, len), &left, &right)?;
+        let CpuStorage::F32(part) = part else {
+            return Err(unsupported().into());
+        };
+        sums.iter_mut().zip(&part).for_each(|(sum, part)| *sum += part);
+    }
+    Ok(sums)
+}

@@ -1,0 +1,86 @@
+//! The projection on a frozen weight, with or without some columns of the result overridden.
+
+mod overridden;
+mod plain;
+#[cfg(test)]
+mod tests;
+
+use candle_core::{Tensor, Var};
+use trainable_tokens_core::Error as CoreError;
+
+use self::overridden::ProjectOverridden;
+use self::plain::Project;
+use crate::convert::{core_dtype, shape_error};
+use crate::{Error, Result};
+
+/// Trained rows in the place of some rows of a weight, as they are at the time of the call.
+pub(crate) struct Overrides {
+    delta: Tensor,
+    /// A copy of the delta in the weight's type, `[k, D]`.
+    rows: Tensor,
+    /// The weight's own rows, `[k, D]`.
+    base_rows: Tensor,
+    /// Which rows of the weight they are, `[k]`.
+    columns: Tensor,
+}
+
+impl Overrides {
+    /// Overrides the rows `columns` (at least one) of `weight`.
+    pub(crate) fn new(weight: &Tensor, delta: &Var, columns: Tensor) -> Result<Self> {
+        let rows = delta.as_detached_tensor();
+        let rows = if rows.dtype() == weight.dtype() {
+            rows.copy()?
+        } else {
+            rows.to_dtype(weight.dtype())?
+        };
+        Ok(Self {
+            delta: delta.as_tensor().clone(),
+            rows,
+            base_rows: weight.index_select(&columns, 0)?,
+            columns,
+        })
+    }
+}
+
+/// `x · Wᵀ + b` for `x` `[.., D]`, the detached weight `[V, D]` and the detached bias `[V]`. Gradients go to `x`
+/// and to the overriding rows, never to weight or bias.
+pub(crate) fn project(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    overrides: Option<Overrides>,
+) -> Result<Tensor> {
+    let what = "input of the projection";
+    let (v, d) = weight.dims2()?;
+    let Some((&last, leading)) = x.dims().split_last() else {
+        let (expected, got) = ("[.., in_features]", Vec::new());
+        return Err(Error::Rank { what, expected, got });
+    };
+    if last != d {
+        return Err(shape_error(what, &[leading, &[d]].concat(), x.dims()));
+    }
+    if x.dtype() != weight.dtype() {
+        let expected = core_dtype("weight", weight.dtype())?;
+        let got = core_dtype(what, x.dtype())?;
+        return Err(Error::Core(CoreError::DType { what, expected, got }));
+    }
+    if !x.device().same_device(weight.device()) {
+        return Err(Error::Device {
+            what,
+            expected: weight.device().location(),
+            got: x.device().location(),
+        });
+    }
+    let shape = [leading, &[v]].concat();
+    let rows = leading.iter().product::<usize>();
+    let x = x.reshape((rows, d))?;
+    let plain = Project::new(weight, bias);
+    let out = match overrides {
+        None => x.apply_op1(plain)?,
+        Some(overrides) => {
+            let delta = overrides.delta.clone();
+            x.apply_op2(&delta, ProjectOverridden::new(plain, overrides))?
+        }
+    };
+    Ok(out.reshape(shape)?)
+}

@@ -1,0 +1,146 @@
+//! No step allocates in proportion to the table: measured with a counting allocator.
+// Counting needs a global allocator, whose trait is unsafe; every call is passed on to the system's.
+#![allow(unsafe_code)]
+
+#[path = "support/common.rs"]
+mod common;
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+
+use candle_core::{DType, Device, Tensor, Var};
+use candle_nn::Module;
+use common::noise;
+use trainable_tokens_candle::{FrozenLinear, TrainableTokens};
+use trainable_tokens_core::{Adam, AdamConfig};
+
+struct Counting;
+
+static LIVE: AtomicUsize = AtomicUsize::new(0);
+static PEAK: AtomicUsize = AtomicUsize::new(0);
+static LARGEST: AtomicUsize = AtomicUsize::new(0);
+/// Tests of one binary run side by side, but only one may measure.
+static MEASURING: Mutex<()> = Mutex::new(());
+
+fn count(size: usize) {
+    PEAK.fetch_max(LIVE.fetch_add(size, Relaxed) + size, Relaxed);
+    LARGEST.fetch_max(size, Relaxed);
+}
+
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        count(layout.size());
+        unsafe { System.alloc(layout) }
+    }
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        count(layout.size());
+        unsafe { System.alloc_zeroed(layout) }
+    }
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        LIVE.fetch_sub(layout.size(), Relaxed);
+        unsafe { System.dealloc(pointer, layout) }
+    }
+    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        LIVE.fetch_sub(layout.size(), Relaxed);
+        count(size);
+        unsafe { System.realloc(pointer, layout, size) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// Runs `work`; what it allocated at most at once, and by one call.
+fn measure<R>(what: &str, work: impl FnOnce() -> R) -> (R, usize, usize) {
+    let before = LIVE.load(Relaxed);
+    PEAK.store(before, Relaxed);
+    LARGEST.store(0, Relaxed);
+    let result = work();
+    let (growth, largest) = (PEAK.load(Relaxed) - before, LARGEST.load(Relaxed));
+    println!(
+        "{what}: growth {} KiB, largest {} KiB",
+        growth >> 10,
+        largest >> 10
+    );
+    (result, growth, largest)
+}
+
+const VOCAB: usize = 200_000;
+const DIM: usize = 64;
+/// Rows of a batch, and of hidden states.
+const BATCH: usize = 64;
+const HIDDEN: usize = 4;
+
+fn layer(dtype: DType) -> TrainableTokens {
+    let tokens: Vec<u32> = (0..50).map(|i| i * 3_999).collect();
+    TrainableTokens::from_tensor(noise(&[VOCAB, DIM], dtype, 1), &tokens).unwrap()
+}
+
+fn ids() -> Tensor {
+    let last = u32::try_from(VOCAB).unwrap() - 1;
+    let batch: Vec<u32> = (0..u32::try_from(BATCH).unwrap())
+        .map(|i| (i * 3_999 * (1 + i % 2)).min(last))
+        .collect();
+    Tensor::from_vec(batch, (2, BATCH / 2), &Device::Cpu).unwrap()
+}
+
+#[test]
+fn a_step_through_the_lookup_costs_the_batch_and_the_rows() {
+    let _alone = MEASURING.lock();
+    for dtype in [DType::F32, DType::BF16, DType::F16] {
+        let (mut layer, ids) = (layer(dtype), ids());
+        let mut adam = Adam::new(AdamConfig::ADAMW).unwrap();
+        let mut step = || {
+            let loss = layer.forward(&ids).unwrap().sqr().unwrap().sum_all().unwrap();
+            layer.step(&loss.backward().unwrap(), &mut adam, &mut []).unwrap();
+        };
+        step();
+        let ((), growth, largest) = measure(&format!("lookup {dtype:?}"), step);
+        let batch_and_rows = (BATCH + 50) * DIM * 4;
+        assert!(
+            largest <= batch_and_rows,
+            "{dtype:?}: one allocation of {largest} bytes"
+        );
+        assert!(growth <= 12 * batch_and_rows, "{dtype:?}: {growth} bytes at once");
+    }
+}
+
+#[test]
+fn the_head_costs_its_logits() {
+    let _alone = MEASURING.lock();
+    for dtype in [DType::F32, DType::BF16, DType::F16] {
+        let mut layer = layer(dtype);
+        let head = layer.tied_head().unwrap();
+        let hidden = Var::from_tensor(&noise(&[HIDDEN, DIM], dtype, 2)).unwrap();
+        let mut adam = Adam::new(AdamConfig::ADAMW).unwrap();
+        let mut step = |layer: &mut TrainableTokens| {
+            let loss = head.forward(&hidden).unwrap().sum_all().unwrap();
+            let gradients = loss.backward().unwrap();
+            assert!(gradients.get(&hidden).is_some());
+            layer.step(&gradients, &mut adam, &mut []).unwrap();
+        };
+        // The rows differ from the base's from the second step on.
+        step(&mut layer);
+        let ((), growth, largest) = measure(&format!("head {dtype:?}"), || step(&mut layer));
+        let logits = HIDDEN * VOCAB * 4;
+        assert!(largest <= logits, "{dtype:?}: one allocation of {largest} bytes");
+        assert!(growth <= 5 * logits, "{dtype:?}: {growth} bytes at once");
+    }
+}
+
+#[test]
+fn a_frozen_linear_layer_makes_no_gradient_of_its_weight() {
+    let _alone = MEASURING.lock();
+    for dtype in [DType::F32, DType::BF16, DType::F16] {
+        let layer = FrozenLinear::new(noise(&[VOCAB, DIM], dtype, 1), None).unwrap();
+        let x = Var::from_tensor(&noise(&[HIDDEN, DIM], dtype, 2)).unwrap();
+        let ((), growth, largest) = measure(&format!("linear {dtype:?}"), || {
+            let gradients = layer.forward(&x).unwrap().sum_all().unwrap().backward().unwrap();
+            assert!(gradients.get(&x).is_some());
+        });
+        let result = HIDDEN * VOCAB * 4;
+        assert!(largest <= result, "{dtype:?}: one allocation of {largest} bytes");
+        assert!(growth <= 5 * result, "{dtype:?}: {growth} bytes at once");
+    }
+}

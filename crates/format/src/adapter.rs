@@ -1,0 +1,159 @@
+//! An adapter directory: config, trained rows, metadata.
+
+mod builder;
+mod check;
+mod key;
+mod metadata;
+mod parts;
+mod read;
+mod write;
+
+use std::path::{Path, PathBuf};
+
+pub use builder::AdapterBuilder;
+pub use check::BaseCheck;
+pub use metadata::AdapterMetadata;
+use trainable_tokens_core::{TokenId, TokenRows, TokenSet};
+
+use crate::config::AdapterConfig;
+use crate::error::Result;
+use crate::file::SafetensorsFile;
+
+/// The file that holds the rows.
+pub(crate) const ROWS_FILE: &str = "adapter_model.safetensors";
+
+/// The trained rows of one module, and the modules that are tied to it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct AdapterModule {
+    path: String,
+    tied_paths: Vec<String>,
+    rows: TokenRows,
+}
+
+impl AdapterModule {
+    /// The module's path in the model, such as `model.embed_tokens`.
+    pub fn path(&self) -> &str {
+        &self.path
+    }
+
+    /// Paths of modules that share the table, such as `lm_head`: the file holds a copy of the rows for each.
+    pub fn tied_paths(&self) -> &[String] {
+        &self.tied_paths
+    }
+
+    /// The rows, `[k, D]`, in slot order.
+    pub fn rows(&self) -> &TokenRows {
+        &self.rows
+    }
+
+    /// The module's own path and those tied to it.
+    pub fn all_paths(&self) -> impl Iterator<Item = &str> {
+        std::iter::once(&self.path)
+            .chain(&self.tied_paths)
+            .map(String::as_str)
+    }
+}
+
+/// A trainable-tokens adapter of PEFT, as it lies in a directory.
+///
+/// The rows are the new rows themselves; row `i` belongs to `token_indices[i]`.
+#[derive(Clone, Debug)]
+pub struct Adapter {
+    config: AdapterConfig,
+    modules: Vec<AdapterModule>,
+    metadata: AdapterMetadata,
+    extra: Vec<ExtraTensor>,
+    origin: PathBuf,
+}
+
+/// A tensor that is no trained rows; it stays in its file until it is written again.
+#[derive(Clone, Debug)]
+struct ExtraTensor {
+    file: SafetensorsFile,
+    name: String,
+}
+
+impl Adapter {
+    /// Starts an adapter for the table of the module at `path`.
+    pub fn builder(path: impl Into<String>, tokens: &TokenSet, rows: TokenRows) -> AdapterBuilder {
+        AdapterBuilder::new(path.into(), tokens, rows)
+    }
+
+    /// The config.
+    pub fn config(&self) -> &AdapterConfig {
+        &self.config
+    }
+
+    /// What the file says about itself beyond PEFT's format.
+    pub fn metadata(&self) -> &AdapterMetadata {
+        &self.metadata
+    }
+
+    /// The targeted modules with their rows; at least one.
+    pub fn modules(&self) -> &[AdapterModule] {
+        &self.modules
+    }
+
+    /// The rows for the module at `path`, itself targeted or tied to one that is.
+    pub fn rows(&self, path: &str) -> Option<&TokenRows> {
+        let module = self
+            .modules
+            .iter()
+            .find(|module| module.all_paths().any(|at| at == path));
+        module.map(AdapterModule::rows)
+    }
+
+    /// The ids of the trained tokens, in slot order.
+    pub fn token_ids(&self) -> Vec<TokenId> {
+        self.config.token_indices().iter().copied().map(TokenId).collect()
+    }
+
+    /// The ids, validated against a table of `vocab_size` rows.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`TokenSet::new`].
+    pub fn token_set(&self, vocab_size: usize) -> Result<TokenSet> {
+        Ok(TokenSet::new(
+            self.config.token_indices().iter().copied(),
+            vocab_size,
+        )?)
+    }
+
+    /// Names of the tensors of the file that are no trained rows.
+    pub fn extra_tensors(&self) -> impl Iterator<Item = &str> {
+        self.extra.iter().map(|extra| extra.name.as_str())
+    }
+
+    /// The first value that is not finite: the module's path, the token, and the column.
+    pub fn first_non_finite(&self) -> Option<(&str, TokenId, usize)> {
+        self.modules.iter().find_map(|module| {
+            let (row, column) = module.rows.first_non_finite()?;
+            let id = self.config.token_indices().get(row)?;
+            Some((module.path(), TokenId(*id), column))
+        })
+    }
+
+    /// The same adapter with another config.
+    ///
+    /// # Errors
+    ///
+    /// Those of reading: the config must fit the rows.
+    pub fn with_config(self, config: AdapterConfig) -> Result<Self> {
+        Self { config, ..self }.checked()
+    }
+
+    /// The same adapter with other metadata.
+    ///
+    /// # Errors
+    ///
+    /// Those of reading: the metadata must fit the config and the rows.
+    pub fn with_metadata(self, metadata: AdapterMetadata) -> Result<Self> {
+        Self { metadata, ..self }.checked()
+    }
+
+    /// Where the rows were read from, or where they would go.
+    fn origin(&self) -> &Path {
+        &self.origin
+    }
+}

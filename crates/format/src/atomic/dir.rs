@@ -1,0 +1,108 @@
+//! One directory, atomically.
+
+use std::fs::{self, File};
+use std::path::Path;
+
+use super::Overwrite;
+use super::target::{Target, builder, sync_dir};
+use crate::error::{Error, Result};
+
+/// Files of which one marks a directory that may be replaced.
+const OURS: [&str; 2] = ["adapter_config.json", "config.json"];
+
+/// Writes a directory through `fill`, which gets an empty temporary sibling; its files are then synced and it is
+/// renamed into place. Missing parent directories are created. After any error nothing has changed.
+///
+/// A directory is replaced only if it is empty or holds an `adapter_config.json` or a `config.json`: then it is
+/// an adapter or a model, and all that it holds goes.
+///
+/// # Errors
+///
+/// [`Error::Exists`] if the target exists and `overwrite` refuses, [`Error::Target`] if it is something that is
+/// never replaced, [`Error::Io`], or the error of `fill`.
+pub fn write_dir_atomically<T, E: From<Error>>(
+    target: impl AsRef<Path>,
+    overwrite: Overwrite,
+    fill: impl FnOnce(&Path) -> Result<T, E>,
+) -> Result<T, E> {
+    let target = target.as_ref();
+    check_replaceable(target, overwrite)?;
+    let place = Target::prepare(target)?;
+    let prefix = place.temporary_prefix();
+    let temporary = builder(&prefix, 0o777)
+        .tempdir_in(&place.parent)
+        .map_err(Error::io("create a temporary directory in", &place.parent))?;
+    let value = fill(temporary.path())?;
+    sync_tree(temporary.path())?;
+    // The target may have appeared in the meantime.
+    check_replaceable(target, overwrite)?;
+    if place.path.exists() {
+        replace(temporary.path(), &place)?;
+    } else {
+        rename(temporary.path(), &place.path)?;
+    }
+    // It is no longer there to be cleaned up.
+    let _ = temporary.keep();
+    place.done()?;
+    Ok(value)
+}
+
+fn check_replaceable(target: &Path, overwrite: Overwrite) -> Result<()> {
+    if !target.exists() {
+        return Ok(());
+    }
+    let path = target.to_owned();
+    if overwrite == Overwrite::Refuse {
+        return Err(Error::Exists { path });
+    }
+    let reason = if !target.is_dir() {
+        "it is a file, not a directory"
+    } else if !OURS.iter().any(|name| target.join(name).is_file()) && !is_empty(target)? {
+        "it holds files, but neither adapter_config.json nor config.json; remove it by hand"
+    } else {
+        return Ok(());
+    };
+    let reason = reason.to_owned();
+    Err(Error::Target { path, reason })
+}
+
+fn is_empty(dir: &Path) -> Result<bool> {
+    let mut entries = fs::read_dir(dir).map_err(Error::io("list", dir))?;
+    Ok(entries.next().is_none())
+}
+
+/// Moves the old directory aside, the new one in, and removes the old one; puts it back if the new one does not
+/// come in.
+fn replace(new: &Path, place: &Target) -> Result<()> {
+    let aside = builder(&place.temporary_prefix(), 0o777)
+        .tempdir_in(&place.parent)
+        .map_err(Error::io("create a temporary directory in", &place.parent))?;
+    let old = aside.path().join(&place.name);
+    rename(&place.path, &old)?;
+    let renamed = rename(new, &place.path);
+    if renamed.is_err() && fs::rename(&old, &place.path).is_err() {
+        // The old content must not be cleaned up with its temporary home.
+        let _ = aside.keep();
+    }
+    renamed
+}
+
+fn rename(from: &Path, to: &Path) -> Result<()> {
+    fs::rename(from, to).map_err(Error::io("rename a directory to", to))
+}
+
+fn sync_tree(dir: &Path) -> Result<()> {
+    for entry in fs::read_dir(dir).map_err(Error::io("list", dir))? {
+        let entry = entry.map_err(Error::io("list", dir))?;
+        let path = entry.path();
+        let kind = entry.file_type().map_err(Error::io("inspect", &path))?;
+        if kind.is_dir() {
+            sync_tree(&path)?;
+        } else if kind.is_file() {
+            File::open(&path)
+                .and_then(|file| file.sync_all())
+                .map_err(Error::io("sync", &path))?;
+        }
+    }
+    sync_dir(dir)
+}

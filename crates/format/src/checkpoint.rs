@@ -1,0 +1,211 @@
+//! A Hugging Face checkpoint directory.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Component, Path, PathBuf};
+
+use serde_json::value::RawValue;
+
+use crate::error::{Error, Result, one_line};
+use crate::file::{SafetensorsFile, TensorRef};
+use crate::json::{UniqueMap, read_text};
+use crate::table::MappedTable;
+
+pub(crate) const SINGLE_FILE: &str = "model.safetensors";
+pub(crate) const INDEX_FILE: &str = "model.safetensors.index.json";
+pub(crate) const MODEL_CONFIG_FILE: &str = "config.json";
+/// The largest index that is read; those of the largest models have a few megabytes.
+const MAX_INDEX_BYTES: u64 = 16 << 20;
+
+/// A checkpoint directory: `model.safetensors`, or the shards named by `model.safetensors.index.json`, mapped into
+/// memory. As in transformers, the single file counts if both are there.
+#[derive(Clone, Debug)]
+pub struct Checkpoint {
+    dir: PathBuf,
+    files: Vec<SafetensorsFile>,
+    /// Which file holds which tensor.
+    tensors: BTreeMap<String, usize>,
+}
+
+impl Checkpoint {
+    /// Maps and checks the checkpoint in `dir`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotFound`] if there is no checkpoint or a shard is absent; [`Error::Field`] if the index names a
+    /// file outside the directory; [`Error::TensorMissing`] if a shard lacks a tensor that the index puts there;
+    /// [`Error::Safetensors`] if a file is malformed or a tensor lies in two shards.
+    pub fn open(dir: impl AsRef<Path>) -> Result<Self> {
+        let dir = dir.as_ref();
+        let single = dir.join(SINGLE_FILE);
+        let index = dir.join(INDEX_FILE);
+        if single.exists() {
+            let file = SafetensorsFile::open(single)?;
+            let tensors = file.names().map(|name| (name.to_owned(), 0)).collect();
+            return Ok(Self {
+                dir: dir.to_owned(),
+                files: vec![file],
+                tensors,
+            });
+        }
+        if !index.exists() {
+            return Err(not_a_checkpoint(dir, single));
+        }
+        Self::open_shards(dir, &index)
+    }
+
+    fn open_shards(dir: &Path, index: &Path) -> Result<Self> {
+        let weight_map = read_index(index)?;
+        let shards: BTreeSet<&String> = weight_map.values().collect();
+        let mut files = Vec::with_capacity(shards.len());
+        let mut tensors = BTreeMap::new();
+        for (at, shard) in shards.into_iter().enumerate() {
+            let path = dir.join(shard);
+            if !path.exists() {
+                let hint = "the index names it as a shard";
+                return Err(Error::NotFound { path, hint });
+            }
+            let file = SafetensorsFile::open(path)?;
+            for name in file.names() {
+                if let Some(other) = tensors.insert(name.to_owned(), at) {
+                    let other: &SafetensorsFile = &files[other];
+                    let reason = format!("tensor {name:?} is also in {}", crate::error::shown(other.path()));
+                    return Err(Error::Safetensors {
+                        path: file.path().to_owned(),
+                        reason,
+                    });
+                }
+            }
+            files.push(file);
+        }
+        for (name, shard) in &weight_map {
+            let found = tensors.get(name).map(|at| files[*at].path());
+            if found != Some(&dir.join(shard)) {
+                return Err(Error::TensorMissing {
+                    path: dir.join(shard),
+                    tensor: name.clone(),
+                    hint: format!(", though {INDEX_FILE} puts it there"),
+                });
+            }
+        }
+        tensors.retain(|name, _| weight_map.contains_key(name));
+        Ok(Self {
+            dir: dir.to_owned(),
+            files,
+            tensors,
+        })
+    }
+
+    /// The directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Where the model's `config.json` lies, whether or not it exists.
+    pub fn config_path(&self) -> PathBuf {
+        self.dir.join(MODEL_CONFIG_FILE)
+    }
+
+    /// The mapped files, in the order of their names.
+    pub fn files(&self) -> &[SafetensorsFile] {
+        &self.files
+    }
+
+    /// The names of the tensors, sorted.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+
+    /// Whether there is a tensor `name`.
+    pub fn contains(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
+    }
+
+    /// The tensor `name`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::TensorMissing`].
+    pub fn tensor(&self, name: &str) -> Result<TensorRef<'_>> {
+        self.file_of(name)?.tensor(name)
+    }
+
+    /// The tensor `name` as a frozen table; the map is shared, nothing is copied.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`SafetensorsFile::table`].
+    pub fn table(&self, name: &str) -> Result<MappedTable> {
+        self.file_of(name)?.table(name)
+    }
+
+    /// The file that holds the tensor `name`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::TensorMissing`].
+    pub fn shard_of(&self, name: &str) -> Result<&Path> {
+        Ok(self.file_of(name)?.path())
+    }
+
+    fn file_of(&self, name: &str) -> Result<&SafetensorsFile> {
+        let file = self.tensors.get(name).and_then(|at| self.files.get(*at));
+        file.ok_or_else(|| Error::TensorMissing {
+            path: self.dir.clone(),
+            tensor: name.to_owned(),
+            hint: similar(self.names(), name),
+        })
+    }
+}
+
+/// Names that end like the missing one, for the message.
+fn similar<'a>(names: impl Iterator<Item = &'a str>, missing: &str) -> String {
+    let tail: Vec<_> = missing.rsplit('.').take(2).collect();
+    let mut close = names.filter(|name| name.rsplit('.').take(2).eq(tail.iter().copied()));
+    match close.next() {
+        Some(name) => format!("; there is {name:?}"),
+        None => String::new(),
+    }
+}
+
+fn not_a_checkpoint(dir: &Path, single: PathBuf) -> Error {
+    if dir.join("pytorch_model.bin").exists() || dir.join("pytorch_model.bin.index.json").exists() {
+        return Error::Unsupported {
+            path: dir.to_owned(),
+            what: "only a pickled checkpoint (pytorch_model.bin) is there; convert it to safetensors".into(),
+        };
+    }
+    if dir.exists() {
+        let hint = "a checkpoint directory holds it or model.safetensors.index.json";
+        return Error::NotFound { path: single, hint };
+    }
+    let hint = "expected a checkpoint directory";
+    Error::NotFound {
+        path: dir.to_owned(),
+        hint,
+    }
+}
+
+/// The `weight_map` of an index: tensor name to file name, all inside the directory.
+fn read_index(path: &Path) -> Result<BTreeMap<String, String>> {
+    const FIELD: &str = "weight_map";
+    let text = read_text(path, MAX_INDEX_BYTES)?;
+    let json = |error: serde_json::Error| Error::Json {
+        path: path.to_owned(),
+        reason: one_line(error),
+    };
+    let UniqueMap(mut fields) = serde_json::from_str::<UniqueMap<&RawValue>>(&text).map_err(json)?;
+    let raw = fields
+        .remove(FIELD)
+        .ok_or_else(|| Error::field(path, FIELD, "it is missing"))?;
+    let UniqueMap(map) = serde_json::from_str::<UniqueMap<String>>(raw.get())
+        .map_err(|error| Error::field(path, FIELD, one_line(error)))?;
+    for (tensor, file) in &map {
+        let mut components = Path::new(file).components();
+        let plain = matches!(components.next(), Some(Component::Normal(name)) if name == file.as_str());
+        if !plain || components.next().is_some() || file.contains(['\\', '\0']) {
+            let reason = format!("{file:?} is not a plain file name in the directory");
+            return Err(Error::field(path, format!("{FIELD}[{tensor:?}]"), reason));
+        }
+    }
+    Ok(map)
+}

@@ -1,0 +1,111 @@
+//! Which modules an adapter targets.
+
+use fancy_regex::Regex;
+
+use crate::error::one_line;
+use crate::json::Json;
+
+/// `target_modules`: the modules whose rows train.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum TargetModules {
+    /// Each entry is a module path, or the end of one after a dot.
+    List(Vec<String>),
+    /// A regular expression for the whole path, as Python's `re.fullmatch`; a plain path matches itself.
+    Pattern(String),
+    /// `null`: PEFT's default, modules named `embed_tokens`.
+    Default,
+}
+
+impl TargetModules {
+    /// Whether the module at `path` is targeted. The error says why a pattern is not a regular expression.
+    pub(crate) fn matches(&self, path: &str) -> Result<bool, String> {
+        match self {
+            Self::List(entries) => Ok(entries.iter().any(|entry| is_path_or_suffix(entry, path))),
+            Self::Default => Ok(is_path_or_suffix("embed_tokens", path)),
+            Self::Pattern(pattern) if is_path_or_suffix(pattern, path) => Ok(true),
+            Self::Pattern(pattern) => compile(pattern)?
+                .is_match(path)
+                .map_err(|error| pattern_error(pattern, &error)),
+        }
+    }
+
+    /// Refuses what can never match.
+    pub(crate) fn check(&self) -> Result<(), String> {
+        match self {
+            Self::List(entries) if entries.is_empty() => Err("the list is empty".to_owned()),
+            Self::List(entries) => match entries.iter().position(String::is_empty) {
+                Some(at) => Err(format!("entry {at} is empty")),
+                None => Ok(()),
+            },
+            Self::Pattern(pattern) => compile(pattern).map(drop),
+            Self::Default => Ok(()),
+        }
+    }
+
+    pub(super) fn to_json(&self) -> Json {
+        match self {
+            Self::List(entries) => Json::Array(entries.iter().map(|entry| entry.as_str().into()).collect()),
+            Self::Pattern(pattern) => pattern.as_str().into(),
+            Self::Default => Json::Null,
+        }
+    }
+}
+
+/// Targets the modules named in a list.
+impl<S: Into<String>, const N: usize> From<[S; N]> for TargetModules {
+    fn from(entries: [S; N]) -> Self {
+        Self::List(entries.into_iter().map(Into::into).collect())
+    }
+}
+
+fn is_path_or_suffix(entry: &str, path: &str) -> bool {
+    path.strip_suffix(entry)
+        .is_some_and(|head| head.is_empty() || head.ends_with('.'))
+}
+
+fn compile(pattern: &str) -> Result<Regex, String> {
+    // By itself first: the anchors must not repair a pattern such as `a)|(b`.
+    Regex::new(pattern)
+        .and_then(|_| Regex::new(&format!(r"\A(?:{pattern})\z")))
+        .map_err(|error| pattern_error(pattern, &error))
+}
+
+fn pattern_error(pattern: &str, error: &fancy_regex::Error) -> String {
+    format!(
+        "{pattern:?} is not a usable regular expression: {}",
+        one_line(error)
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lists_match_paths_and_dotted_ends() {
+        let list = TargetModules::from(["emb", "dec.wte"]);
+        for (path, expected) in [
+            ("emb", true),
+            ("enc.emb", true),
+            ("pos_emb", false),
+            ("dec.wte", true),
+            ("wte", false),
+            ("emb.x", false),
+        ] {
+            assert_eq!(list.matches(path), Ok(expected), "{path}");
+        }
+    }
+
+    #[test]
+    fn patterns_match_whole_paths() {
+        let matches = |pattern: &str, path| TargetModules::Pattern(pattern.to_owned()).matches(path);
+        assert_eq!(matches(r".*\.emb", "enc.emb"), Ok(true));
+        assert_eq!(matches(r".*\.emb", "enc.emb.x"), Ok(false));
+        assert_eq!(matches("a|ab", "ab"), Ok(true));
+        assert_eq!(matches("(?!dec).*emb", "dec.emb"), Ok(false));
+        assert_eq!(matches("transformer.wte", "transformer.wte"), Ok(true));
+        for bad in ["(emb", "a)|(b", "*"] {
+            assert!(TargetModules::Pattern(bad.to_owned()).check().is_err(), "{bad}");
+        }
+    }
+}

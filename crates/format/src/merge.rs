@@ -1,0 +1,168 @@
+//! Baking rows into a copy of a checkpoint.
+
+mod copy;
+mod patch;
+
+use std::fs::{self, File};
+use std::io::BufWriter;
+use std::path::{Path, PathBuf};
+
+use trainable_tokens_core::{EmbeddingSource, TokenId, TokenRows};
+
+use crate::adapter::Adapter;
+use crate::atomic::{Overwrite, write_dir_atomically};
+use crate::checkpoint::Checkpoint;
+use crate::error::{Error, Result};
+use patch::Patches;
+
+/// Rows to put into one table of a checkpoint.
+#[derive(Clone, Debug)]
+pub struct RowReplacement {
+    /// The tensor's name, such as `model.embed_tokens.weight`.
+    pub tensor: String,
+    /// Which rows.
+    pub ids: Vec<TokenId>,
+    /// Their new values, `[ids.len(), D]`, in any element type; they are rounded to the table's.
+    pub rows: TokenRows,
+}
+
+/// What a merge did. Paths are relative to the directory.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct MergeReport {
+    /// How many rows were replaced, over all tables.
+    pub rows: usize,
+    /// Files of the checkpoint that hold replaced rows.
+    pub rewritten: Vec<PathBuf>,
+    /// Files of the checkpoint that are the same as in the base: hard links where the file system can.
+    pub shared: Vec<PathBuf>,
+    /// Other files, copied.
+    pub copied: Vec<PathBuf>,
+    /// Files that hold weights in some other form: the rows are not merged there, so they would contradict the
+    /// checkpoint.
+    pub left_out: Vec<PathBuf>,
+}
+
+impl Adapter {
+    /// What merging the adapter into `base` replaces: the rows of each module's table, and of each tied module's
+    /// if the checkpoint holds one of its own.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`check_against`](Self::check_against).
+    pub fn replacements(&self, base: &Checkpoint) -> Result<Vec<RowReplacement>> {
+        self.check_against(base, crate::BaseCheck::Fits)?;
+        let tables = self.modules().iter().flat_map(|module| {
+            let names = module.all_paths().map(|path| format!("{path}.weight"));
+            names.map(move |name| (name, module.rows()))
+        });
+        let replacements = tables
+            .filter(|(name, _)| base.contains(name))
+            .map(|(tensor, rows)| RowReplacement {
+                tensor,
+                ids: self.token_ids(),
+                rows: rows.clone(),
+            });
+        Ok(replacements.collect())
+    }
+}
+
+/// Writes a copy of `base` with rows replaced as the directory `out`, whole or not at all.
+///
+/// Only files that hold a named table are rewritten, in one pass over their bytes: header, order and all other
+/// bytes stay. Other files of the checkpoint become hard links to the base's; they must not be changed in place
+/// later. Of the rest of the directory, weights in other formats and hidden files are left out.
+///
+/// # Errors
+///
+/// Those of [`Checkpoint::table`]; core's error for an id out of range, an id that is replaced twice in one
+/// table, or rows of the wrong shape; [`Error::Target`] if `out` is the base, inside it or around it; those of
+/// [`write_dir_atomically`].
+pub fn merge_checkpoint(
+    base: &Checkpoint,
+    replacements: &[RowReplacement],
+    out: impl AsRef<Path>,
+    overwrite: Overwrite,
+) -> Result<MergeReport> {
+    let out = out.as_ref();
+    check_apart(base.dir(), out)?;
+    let mut patches = Patches::default();
+    for replacement in replacements {
+        patches.add(base, replacement)?;
+    }
+    write_dir_atomically(out, overwrite, |dir| {
+        let mut report = MergeReport {
+            rows: patches.len(),
+            ..MergeReport::default()
+        };
+        for file in base.files() {
+            let name = file.path().file_name().map(PathBuf::from).unwrap_or_default();
+            let target = dir.join(&name);
+            if patches.touch(file.path()) {
+                let created = File::create(&target).map_err(Error::io("create", &target))?;
+                let mut writer = BufWriter::with_capacity(1 << 20, created);
+                patches
+                    .write(file, &mut writer)
+                    .map_err(Error::io("write", &target))?;
+                report.rewritten.push(name);
+            } else {
+                copy::link(file.path(), &target)?;
+                report.shared.push(name);
+            }
+        }
+        copy::others(base, dir, &mut report)?;
+        Ok(report)
+    })
+}
+
+impl Patches {
+    fn add(&mut self, base: &Checkpoint, replacement: &RowReplacement) -> Result<()> {
+        let table = base.table(&replacement.tensor)?;
+        let RowReplacement { ids, rows, .. } = replacement;
+        rows.expect_shape("rows to merge", ids.len(), table.embedding_dim())?;
+        let bytes = rows.to_dtype(table.dtype()).to_le_bytes();
+        let row_bytes = table.embedding_dim() * table.dtype().size_in_bytes();
+        for (slot, id) in ids.iter().enumerate() {
+            let range = table.row_range(*id).ok_or_else(|| {
+                Error::Core(trainable_tokens_core::Error::TokenOutOfRange {
+                    id: i64::from(id.0),
+                    vocab_size: table.vocab_size(),
+                })
+            })?;
+            let row = bytes.get(slot * row_bytes..(slot + 1) * row_bytes);
+            self.insert(table.path(), range.start, *id, slot, row.unwrap_or_default())?;
+        }
+        Ok(())
+    }
+}
+
+/// Refuses an output that is the base, lies inside it, or would take its place with all around it.
+fn check_apart(base: &Path, out: &Path) -> Result<()> {
+    let base = fs::canonicalize(base).map_err(Error::io("resolve", base))?;
+    let resolved = resolve(out)?;
+    let reason = if resolved == base {
+        "it is the base checkpoint"
+    } else if resolved.starts_with(&base) {
+        "it lies inside the base checkpoint"
+    } else if base.starts_with(&resolved) {
+        "the base checkpoint lies inside it"
+    } else {
+        return Ok(());
+    };
+    Err(Error::Target {
+        path: out.to_owned(),
+        reason: reason.to_owned(),
+    })
+}
+
+/// The absolute path without symbolic links, of something that need not exist.
+fn resolve(path: &Path) -> Result<PathBuf> {
+    let path = std::path::absolute(path).map_err(Error::io("resolve", path))?;
+    for ancestor in path.ancestors() {
+        if let Ok(real) = fs::canonicalize(ancestor) {
+            let rest = path.strip_prefix(ancestor).unwrap_or(Path::new(""));
+            return Ok(real.join(rest).components().collect());
+        }
+    }
+    Ok(path)
+}

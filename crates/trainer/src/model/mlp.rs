@@ -1,0 +1,33 @@
+//! The gated feed-forward layer (Shazeer 2020).
+
+use candle_core::Tensor;
+use candle_nn::Module;
+use trainable_tokens_candle::FrozenLinear;
+
+use super::weights::Weights;
+use crate::{ModelConfig, Result};
+
+#[derive(Debug)]
+pub(super) struct Mlp {
+    gate: FrozenLinear,
+    up: FrozenLinear,
+    down: FrozenLinear,
+}
+
+impl Mlp {
+    pub(super) fn load(weights: &Weights<'_>, config: &ModelConfig, module: &str) -> Result<Self> {
+        let (hidden, inner) = (config.hidden_size, config.intermediate_size);
+        let linear =
+            |name: &str, out, input| weights.linear(&format!("{module}.{name}"), out, input, config.mlp_bias);
+        Ok(Self {
+            gate: linear("gate_proj", inner, hidden)?,
+            up: linear("up_proj", inner, hidden)?,
+            down: linear("down_proj", hidden, inner)?,
+        })
+    }
+
+    pub(super) fn forward(&self, hidden: &Tensor) -> Result<Tensor> {
+        let gated = (self.gate.forward(hidden)?.silu()? * self.up.forward(hidden)?)?;
+        Ok(self.down.forward(&gated)?)
+    }
+}

@@ -1,0 +1,76 @@
+//! Weights of a checkpoint as tensors on a device.
+
+use std::cell::Cell;
+
+use candle_core::{DType, Device, Tensor, WithDType};
+use half::{bf16, f16};
+use trainable_tokens_candle::FrozenLinear;
+use trainable_tokens_core::{Element, RowRef};
+use trainable_tokens_format::Checkpoint;
+
+use crate::{Error, Result};
+
+/// Loads tensors by name, checks their shapes, converts them in one pass.
+pub(super) struct Weights<'a> {
+    checkpoint: &'a Checkpoint,
+    dtype: DType,
+    device: &'a Device,
+    num_parameters: Cell<usize>,
+}
+
+impl<'a> Weights<'a> {
+    pub(super) fn new(checkpoint: &'a Checkpoint, dtype: DType, device: &'a Device) -> Self {
+        Self {
+            checkpoint,
+            dtype,
+            device,
+            num_parameters: Cell::new(0),
+        }
+    }
+
+    /// Parameters loaded so far.
+    pub(super) fn num_parameters(&self) -> usize {
+        self.num_parameters.get()
+    }
+
+    /// A tensor that must have `shape`.
+    pub(super) fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        let tensor = self.checkpoint.tensor(name)?;
+        if tensor.shape != shape {
+            return Err(Error::Config {
+                path: self.checkpoint.config_path(),
+                reason: format!(
+                    "says that tensor {name} has shape {shape:?}, but in {} it has {:?}",
+                    tensor.file.display(),
+                    tensor.shape
+                ),
+            });
+        }
+        let bytes = RowRef::Bytes(tensor.float_dtype()?, tensor.bytes);
+        self.num_parameters.set(self.num_parameters.get() + bytes.len());
+        match self.dtype {
+            DType::F64 => self.upload::<f64>(bytes, shape),
+            DType::F32 => self.upload::<f32>(bytes, shape),
+            DType::F16 => self.upload::<f16>(bytes, shape),
+            DType::BF16 => self.upload::<bf16>(bytes, shape),
+            other => Err(Error::Setting(format!("weights cannot be loaded as {other:?}"))),
+        }
+    }
+
+    fn upload<T: Element + WithDType>(&self, bytes: RowRef<'_>, shape: &[usize]) -> Result<Tensor> {
+        let mut values = vec![T::default(); bytes.len()];
+        bytes.decode_into(&mut values);
+        Ok(Tensor::from_vec(values, shape, self.device)?)
+    }
+
+    /// A frozen linear layer `[out, in]`, with its bias where the model has one.
+    pub(super) fn linear(&self, module: &str, out: usize, input: usize, bias: bool) -> Result<FrozenLinear> {
+        let weight = self.tensor(&format!("{module}.weight"), &[out, input])?;
+        let bias = if bias {
+            Some(self.tensor(&format!("{module}.bias"), &[out])?)
+        } else {
+            None
+        };
+        Ok(FrozenLinear::new(weight, bias)?)
+    }
+}

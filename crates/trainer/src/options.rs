@@ -1,0 +1,165 @@
+//! The settings of a training run.
+
+use serde::{Deserialize, Serialize};
+use trainable_tokens_core::{
+    Adam, AdamConfig, ClipGradNorm, Decay, DecayTowardOriginal, RowOptimizer, Sgd, SgdConfig, TokenRows,
+};
+
+use crate::{Error, Result, Schedule};
+
+/// The update rule.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OptimizerKind {
+    /// Adam with decoupled weight decay.
+    #[default]
+    AdamW,
+    /// Adam; weight decay enters the gradient.
+    Adam,
+    /// Gradient descent with momentum; weight decay enters the gradient.
+    Sgd,
+}
+
+/// Where weight decay pulls rows to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DecayToward {
+    /// Zero, as in torch.
+    #[default]
+    Zero,
+    /// The rows that training started from; decoupled from the gradient in every optimizer.
+    Original,
+}
+
+/// The settings of a training run. Names and defaults are torch's where torch has them; weight decay is 0.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TrainOptions {
+    /// Steps to take; one pass over the data if absent.
+    pub steps: Option<u64>,
+    /// Examples per step.
+    pub batch_size: usize,
+    /// The update rule.
+    pub optimizer: OptimizerKind,
+    /// Learning rate.
+    pub lr: f64,
+    /// Adam's decay of the first moment.
+    pub beta1: f64,
+    /// Adam's decay of the second moment.
+    pub beta2: f64,
+    /// Adam's summand in the denominator.
+    pub eps: f64,
+    /// Strength of weight decay.
+    pub weight_decay: f64,
+    /// Momentum of gradient descent.
+    pub momentum: f64,
+    /// Where weight decay pulls to.
+    pub decay_toward: DecayToward,
+    /// The course of the learning rate.
+    pub schedule: Schedule,
+    /// Steps in which the learning rate rises from 0.
+    pub warmup_steps: u64,
+    /// Largest L2 norm of the gradient, all rows together.
+    pub max_grad_norm: Option<f64>,
+    /// Seed of the shuffle and of the gradient check.
+    pub seed: u64,
+    /// Whether each pass takes the examples in a new order.
+    pub shuffle: bool,
+}
+
+impl Default for TrainOptions {
+    fn default() -> Self {
+        let AdamConfig {
+            lr,
+            beta1,
+            beta2,
+            eps,
+            weight_decay,
+            ..
+        } = AdamConfig::ADAMW;
+        Self {
+            steps: None,
+            batch_size: 8,
+            optimizer: OptimizerKind::default(),
+            lr,
+            beta1,
+            beta2,
+            eps,
+            weight_decay,
+            momentum: 0.0,
+            decay_toward: DecayToward::default(),
+            schedule: Schedule::default(),
+            warmup_steps: 0,
+            max_grad_norm: None,
+            seed: 0,
+            shuffle: false,
+        }
+    }
+}
+
+/// The hooks that a run's options ask for.
+#[derive(Debug)]
+pub(crate) struct Hooks {
+    pub(crate) clip: Option<ClipGradNorm>,
+    pub(crate) decay: Option<DecayTowardOriginal>,
+}
+
+impl TrainOptions {
+    /// The optimizer, its settings checked.
+    pub(crate) fn build_optimizer(&self) -> Result<Box<dyn RowOptimizer>> {
+        let weight_decay = if self.decay_toward == DecayToward::Zero {
+            self.weight_decay
+        } else {
+            0.0
+        };
+        let Self {
+            lr,
+            beta1,
+            beta2,
+            eps,
+            momentum,
+            ..
+        } = *self;
+        let adam = |decay| {
+            Adam::new(AdamConfig {
+                lr,
+                beta1,
+                beta2,
+                eps,
+                weight_decay,
+                decay,
+                amsgrad: false,
+            })
+        };
+        Ok(match self.optimizer {
+            OptimizerKind::AdamW => Box::new(adam(Decay::Decoupled)?),
+            OptimizerKind::Adam => Box::new(adam(Decay::L2)?),
+            OptimizerKind::Sgd => Box::new(Sgd::new(SgdConfig {
+                lr,
+                momentum,
+                weight_decay,
+                ..SgdConfig::default()
+            })?),
+        })
+    }
+
+    /// The hooks, for rows that start as `original`.
+    pub(crate) fn build_hooks(&self, original: &TokenRows) -> Result<Hooks> {
+        let clip = self.max_grad_norm.map(ClipGradNorm::new).transpose()?;
+        let decay = match self.decay_toward {
+            DecayToward::Zero => None,
+            DecayToward::Original => Some(DecayTowardOriginal::new(self.weight_decay, original.clone())?),
+        };
+        Ok(Hooks { clip, decay })
+    }
+
+    /// Checks what no constructor above does.
+    pub(crate) fn check(&self) -> Result<()> {
+        if self.batch_size == 0 {
+            return Err(Error::Setting("batch-size must be at least 1".to_owned()));
+        }
+        if self.steps == Some(0) {
+            return Err(Error::Setting("steps must be at least 1".to_owned()));
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,343 @@
+//! The training loop.
+
+use std::time::Instant;
+
+use candle_core::DType;
+use serde::{Deserialize, Serialize};
+use trainable_tokens_core::{EmbeddingSource, OptimizerHook, RowOptimizer, TokenId, TokenRows};
+use trainable_tokens_format::{Checkpoint, TrainingState};
+
+use crate::loss::scalar;
+use crate::options::Hooks;
+use crate::{
+    Batch, Dataset, Decoder, EMBEDDING_TENSOR, Error, Evaluation, GradientCheck, Graph, OptimizerKind,
+    Result, Sampler, TrainOptions, causal_loss, check_gradient, evaluate, peak_rss_bytes,
+};
+
+/// What one step did, as it is written to a metrics file.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct StepMetrics {
+    /// Steps taken, this one included.
+    pub step: u64,
+    /// Mean cross-entropy of the batch before the update, in nats.
+    pub loss: f64,
+    /// Learning rate of the step.
+    pub lr: f64,
+    /// L2 norm of the gradient of all rows, before clipping.
+    pub grad_norm: f64,
+    /// Tokens of the batch, without padding.
+    pub tokens: u64,
+    /// Wall-clock time of the step.
+    pub seconds: f64,
+    /// Largest resident set of the process so far.
+    pub peak_rss_bytes: Option<u64>,
+    /// Loss over the evaluation data, where it was due after this step.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub eval_loss: Option<f64>,
+}
+
+/// What a run must share with the one it continues; kept in the training state.
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+struct RunIdentity {
+    optimizer: OptimizerKind,
+    token_indices: Vec<u32>,
+    num_examples: usize,
+    batch_size: usize,
+    seed: u64,
+    shuffle: bool,
+}
+
+/// Trains the rows of a [`Decoder`] on a [`Dataset`].
+pub struct Trainer {
+    model: Decoder,
+    data: Dataset,
+    options: TrainOptions,
+    sampler: Sampler,
+    optimizer: Box<dyn RowOptimizer>,
+    hooks: Hooks,
+    original: TokenRows,
+    step: u64,
+    total_steps: u64,
+}
+
+impl Trainer {
+    /// Checks the options.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Setting`] and core's error for a hyper-parameter out of its range; [`Error::Setting`] if no token
+    /// trains.
+    pub fn new(model: Decoder, data: Dataset, options: TrainOptions) -> Result<Self> {
+        options.check()?;
+        if model.embedding().tokens().is_empty() {
+            return Err(Error::Setting("no token trains: name at least one".to_owned()));
+        }
+        let original = model.embedding().rows()?;
+        let shuffle = options.shuffle.then_some(options.seed);
+        let sampler = Sampler::new(
+            data.examples().len(),
+            options.batch_size,
+            shuffle,
+            options.steps.is_some(),
+        );
+        let total_steps = options.steps.unwrap_or_else(|| sampler.steps_per_epoch());
+        let optimizer = options.build_optimizer()?;
+        let hooks = options.build_hooks(&original)?;
+        Ok(Self {
+            model,
+            data,
+            options,
+            sampler,
+            optimizer,
+            hooks,
+            original,
+            step: 0,
+            total_steps,
+        })
+    }
+
+    /// The model, its rows as they are now.
+    pub fn model(&self) -> &Decoder {
+        &self.model
+    }
+
+    /// The rows that training started from, `[k, D]`.
+    pub fn original_rows(&self) -> &TokenRows {
+        &self.original
+    }
+
+    /// Steps taken, those of a resumed run included.
+    pub fn steps_taken(&self) -> u64 {
+        self.step
+    }
+
+    /// Steps of the whole run.
+    pub fn total_steps(&self) -> u64 {
+        self.total_steps
+    }
+
+    /// Compares the gradient of the first example with finite differences of its loss; the rows are as before
+    /// afterwards.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::GradientMismatch`], core's [`NoGradient`](trainable_tokens_core::Error::NoGradient) if nothing
+    /// reaches the rows; candle's errors.
+    pub fn check_gradient(&mut self) -> Result<GradientCheck> {
+        let batch = self.probe_batch()?;
+        let rows = self.model.embedding().rows()?;
+        let loss = causal_loss(&self.model, &batch, Graph::Keep)?;
+        let gradient = self.model.embedding().gradient(&loss.backward()?)?;
+        let precision = match self.model.embedding().table().tensor().dtype() {
+            DType::F64 => f64::EPSILON,
+            DType::F16 => half::f16::EPSILON.to_f64(),
+            DType::BF16 => half::bf16::EPSILON.to_f64(),
+            _ => f64::from(f32::EPSILON),
+        };
+        let (model, seed) = (&mut self.model, self.options.seed);
+        // A loss is a mean of many rounded terms: a few units in the last place.
+        let outcome = check_gradient(&rows, &gradient, seed, 4.0 * precision, |nudged| {
+            model.embedding_mut().set_rows(nudged)?;
+            Ok(scalar(&causal_loss(model, &batch, Graph::Drop)?)?)
+        });
+        self.model.embedding_mut().set_rows(&rows)?;
+        outcome
+    }
+
+    /// The first example of the run that meets a trainable token, or else simply the first: in a tied model, or
+    /// with no trainable token in sight, it still says whether the graph is whole.
+    fn probe_batch(&self) -> Result<Batch> {
+        let tokens = self.model.embedding().tokens();
+        let trains = |index: &usize| {
+            let example = &self.data.examples()[*index];
+            let seen = &example.input_ids[..example.input_ids.len() - 1];
+            seen.iter().any(|id| tokens.contains(TokenId(*id))) && self.data.batch(&[*index]).is_ok()
+        };
+        let found = (0..self.data.examples().len()).find(trains);
+        self.data.batch(&[found.unwrap_or(0)])
+    }
+
+    /// Takes one step.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Diverged`] if the loss is not finite (the rows are as before then); [`Error::Dataset`] if the batch
+    /// has no target; those of the model, the hooks and the optimizer.
+    pub fn step(&mut self) -> Result<StepMetrics> {
+        let started = Instant::now();
+        let indices = self.sampler.indices(self.step);
+        let batch = self.data.batch(&indices)?;
+        let loss = causal_loss(&self.model, &batch, Graph::Keep)?;
+        let value = scalar(&loss)?;
+        if !value.is_finite() {
+            return Err(Error::Diverged {
+                step: self.step + 1,
+                loss: value,
+                lines: self.data.lines_of(&indices),
+            });
+        }
+        let gradients = loss.backward()?;
+        let factor = self
+            .options
+            .schedule
+            .factor(self.step, self.options.warmup_steps, self.total_steps);
+        self.optimizer.set_learning_rate(self.options.lr * factor);
+        let Hooks { clip, decay } = &mut self.hooks;
+        let mut hooks: Vec<&mut dyn OptimizerHook> = Vec::new();
+        hooks.extend(clip.as_mut().map(|hook| hook as &mut dyn OptimizerHook));
+        hooks.extend(decay.as_mut().map(|hook| hook as &mut dyn OptimizerHook));
+        let report = self
+            .model
+            .embedding_mut()
+            .step(&gradients, &mut *self.optimizer, &mut hooks)?;
+        self.step += 1;
+        Ok(StepMetrics {
+            step: self.step,
+            loss: value,
+            lr: report.learning_rate,
+            grad_norm: report.grad_norm,
+            tokens: batch.num_tokens() as u64,
+            seconds: started.elapsed().as_secs_f64(),
+            peak_rss_bytes: peak_rss_bytes(),
+            eval_loss: None,
+        })
+    }
+
+    /// The loss over other data.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`evaluate`].
+    pub fn evaluate(&self, data: &Dataset) -> Result<Evaluation> {
+        evaluate(&self.model, data, self.options.batch_size)
+    }
+
+    /// All that is needed, besides the rows, to continue the run.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Setting`] if the state cannot be written as JSON.
+    pub fn training_state(&self) -> Result<TrainingState> {
+        let extra =
+            serde_json::to_value(self.identity()).map_err(|error| Error::Setting(error.to_string()))?;
+        Ok(TrainingState {
+            optimizer: self.optimizer.state(),
+            extra,
+        })
+    }
+
+    /// Continues a run from its rows and state: the next step is the one that the run would have taken.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Resume`] if the state belongs to a run with another optimizer, other tokens, data, batch size, seed
+    /// or order; core's errors if its tensors do not fit.
+    pub fn resume(&mut self, rows: &TokenRows, state: TrainingState, path: &std::path::Path) -> Result<()> {
+        let refuse = |reason: String| Error::Resume {
+            path: path.to_owned(),
+            reason,
+        };
+        let saved: RunIdentity = serde_json::from_value(state.extra)
+            .map_err(|error| refuse(format!("is not the state of a training run: {error}")))?;
+        let current = self.identity();
+        if saved != current {
+            return Err(refuse(format!(
+                "is the state of another run: {}",
+                saved.difference(&current)
+            )));
+        }
+        let step = state.optimizer.step;
+        if step > self.total_steps {
+            return Err(refuse(format!(
+                "has taken {step} steps already, of the {} asked for",
+                self.total_steps
+            )));
+        }
+        self.optimizer.load_state(state.optimizer)?;
+        self.model.embedding_mut().set_rows(rows)?;
+        self.step = step;
+        Ok(())
+    }
+
+    fn identity(&self) -> RunIdentity {
+        RunIdentity {
+            optimizer: self.options.optimizer,
+            token_indices: self.model.embedding().tokens().to_vec(),
+            num_examples: self.data.examples().len(),
+            batch_size: self.options.batch_size,
+            seed: self.options.seed,
+            shuffle: self.options.shuffle,
+        }
+    }
+
+    /// The largest absolute difference between any row of the frozen table and the checkpoint it was loaded from.
+    /// Training never writes the table, so this is 0; it is compared, not assumed.
+    ///
+    /// # Errors
+    ///
+    /// Those of reading either table.
+    pub fn largest_base_change(&self, checkpoint: &Checkpoint) -> Result<f64> {
+        const ROWS_AT_A_TIME: u32 = 4096;
+        let (table, origin) = (
+            self.model.embedding().table(),
+            checkpoint.table(EMBEDDING_TENSOR)?,
+        );
+        let vocab_size = u32::try_from(table.vocab_size()).unwrap_or(u32::MAX);
+        let mut largest: f64 = 0.0;
+        let mut start = 0;
+        while start < vocab_size {
+            let end = vocab_size.min(start + ROWS_AT_A_TIME);
+            let ids: Vec<TokenId> = (start..end).map(TokenId).collect();
+            let (now, before) = (
+                table.read_rows(&ids)?,
+                origin.read_rows(&ids)?.to_dtype(table.dtype()),
+            );
+            if !now.bits_eq(&before) {
+                let difference =
+                    |(now, before): (f64, f64)| if now == before { 0.0 } else { (now - before).abs() };
+                let differences = now
+                    .to_f64_vec()
+                    .into_iter()
+                    .zip(before.to_f64_vec())
+                    .map(difference);
+                largest = differences.fold(largest, |a, b| if b.is_nan() { f64::INFINITY } else { a.max(b) });
+            }
+            start = end;
+        }
+        Ok(largest)
+    }
+}
+
+impl RunIdentity {
+    /// Names the first field that differs.
+    fn difference(&self, current: &Self) -> String {
+        let pairs = [
+            (
+                "optimizer",
+                format!("{:?}", self.optimizer),
+                format!("{:?}", current.optimizer),
+            ),
+            (
+                "token ids",
+                format!("{:?}", self.token_indices),
+                format!("{:?}", current.token_indices),
+            ),
+            (
+                "number of examples",
+                self.num_examples.to_string(),
+                current.num_examples.to_string(),
+            ),
+            (
+                "batch size",
+                self.batch_size.to_string(),
+                current.batch_size.to_string(),
+            ),
+            ("seed", self.seed.to_string(), current.seed.to_string()),
+            ("shuffle", self.shuffle.to_string(), current.shuffle.to_string()),
+        ];
+        let differs = pairs.into_iter().find(|(_, saved, current)| saved != current);
+        differs.map_or_else(String::new, |(name, saved, current)| {
+            format!("its {name} is {saved}, not {current}")
+        })
+    }
+}
