@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 use candle_core::backprop::GradStore;
-use trainable_tokens_core::{Backend, LookupPlan, TokenRows, TokenSet};
+use trainable_tokens_core::{Backend, DeltaStore, EmbeddingSource, LookupPlan, TokenRows, TokenSet};
 
-use crate::convert::to_rows;
+use crate::convert::{shape_error, to_rows};
 use crate::ops::{Overrides, lookup_rows, project};
 use crate::{CandleDelta, CandleTable, Error, Result};
 
@@ -31,7 +31,7 @@ impl Backend for Candle {
         plan: &LookupPlan,
         scale: Option<f64>,
     ) -> Result<Tensor> {
-        Ok(lookup_rows(source, delta, &Arc::new(plan.clone()), scale)?)
+        lookup_rows(source, delta, &Arc::new(plan.clone()), scale)
     }
 
     fn logits(
@@ -44,6 +44,12 @@ impl Backend for Candle {
             None => None,
             Some(_) if tokens.is_empty() => None,
             Some(delta) => {
+                let what = "token set of the head";
+                let expected = [delta.num_rows(), source.vocab_size()];
+                let got = [tokens.len(), tokens.vocab_size()];
+                if expected != got {
+                    return Err(shape_error(what, &expected, &got));
+                }
                 let columns = Tensor::from_vec(tokens.to_vec(), tokens.len(), source.tensor().device())?;
                 Some(Overrides::new(source.tensor(), delta.var(), columns)?)
             }

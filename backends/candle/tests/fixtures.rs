@@ -1,4 +1,5 @@
 //! Golden cases made by PEFT: forward, gradients, optimizer trajectories, merge and unmerge.
+#![allow(missing_docs, clippy::unwrap_used, clippy::panic)]
 
 #[path = "support/common.rs"]
 mod common;

@@ -1,4 +1,5 @@
 //! The layer's behaviour, case by case.
+#![allow(missing_docs, clippy::unwrap_used, clippy::panic)]
 
 #[path = "support/common.rs"]
 mod common;
@@ -170,64 +171,6 @@ fn a_padding_token_follows_its_rule() {
         let loss = layer.forward(&ids(&[7, 2, 7])).unwrap().sum_all().unwrap();
         let gradient = layer.gradient(&loss.backward().unwrap()).unwrap();
         assert_eq!(gradient.to_f64_vec(), [[want; 4], [1.0; 4]].concat());
-    }
-}
-
-#[test]
-fn head_and_lookup_share_rows_gradient_and_merges() {
-    let table = noise(&[10, 4], DType::F32, 1);
-    let mut layer = TrainableTokens::from_tensor(table.clone(), &[7, 2]).unwrap();
-    let head = layer.tied_head().unwrap();
-    let hidden = noise(&[1, 2, 4], DType::F32, 3);
-    let frozen = head.forward(&hidden).unwrap();
-    assert_eq!(frozen.dims(), [1, 2, 10]);
-
-    let logits = head.forward(&layer.forward(&ids(&[7, 1, 2])).unwrap()).unwrap();
-    let gradients = logits.sqr().unwrap().sum_all().unwrap().backward().unwrap();
-    let mut sgd = Sgd::new(SgdConfig {
-        lr: 0.1,
-        ..SgdConfig::default()
-    })
-    .unwrap();
-    layer.step(&gradients, &mut sgd, &mut []).unwrap();
-    let live = head.forward(&hidden).unwrap();
-    assert_ne!(bytes(&live), bytes(&frozen));
-
-    layer.merge().unwrap();
-    assert_eq!(layer.merge().unwrap_err().kind(), ErrorKind::State);
-    let merged = head.forward(&hidden).unwrap();
-    assert_close("merged", &values(&merged), &values(&live), 1e-6);
-    let loss = head
-        .forward(&layer.forward(&ids(&[7])).unwrap())
-        .unwrap()
-        .sum_all()
-        .unwrap();
-    assert_eq!(
-        layer.gradient(&loss.backward().unwrap()).unwrap_err().kind(),
-        ErrorKind::NoGradient
-    );
-    layer.unmerge().unwrap();
-    assert_eq!(bytes(&head.forward(&hidden).unwrap()), bytes(&live));
-    assert_eq!(layer.unmerge().unwrap_err().kind(), ErrorKind::State);
-}
-
-#[test]
-fn a_heads_bias_is_kept_and_stays_frozen() {
-    for dtype in DTYPES {
-        let layer = layer(dtype);
-        let bias = Var::from_tensor(&noise(&[10], dtype, 9)).unwrap();
-        let head = layer.tied_head().unwrap();
-        let hidden = noise(&[3, 4], dtype, 3);
-        let want = head
-            .forward(&hidden)
-            .unwrap()
-            .broadcast_add(&bias.as_detached_tensor())
-            .unwrap();
-        let head = head.with_bias(&bias).unwrap();
-        let got = head.forward(&hidden).unwrap();
-        assert_eq!(bytes(&got), bytes(&want));
-        assert!(got.sum_all().unwrap().backward().unwrap().get(&bias).is_none());
-        assert!(head.clone().with_bias(&noise(&[9], dtype, 9)).is_err());
     }
 }
 

@@ -1,4 +1,5 @@
 //! The frozen linear layer against candle's own.
+#![allow(missing_docs, clippy::unwrap_used, clippy::panic)]
 
 #[path = "support/common.rs"]
 mod common;

@@ -1,4 +1,5 @@
 //! What must hold for any table, tokens and batch.
+#![allow(missing_docs, clippy::unwrap_used, clippy::panic)]
 
 #[path = "support/common.rs"]
 mod common;

@@ -1,4 +1,5 @@
 //! Models whose code is not changed: merged inference, and training over a compact table.
+#![allow(missing_docs, clippy::unwrap_used, clippy::panic)]
 
 #[path = "support/common.rs"]
 mod common;

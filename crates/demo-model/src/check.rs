@@ -18,13 +18,13 @@ use crate::{
 #[derive(Clone, Copy, Debug, clap::Args)]
 pub(crate) struct Options {
     /// Optimizer steps.
-    #[arg(long, default_value_t = 150)]
+    #[arg(long, default_value_t = 120)]
     pub(crate) steps: usize,
     /// Texts in a batch.
     #[arg(long, default_value_t = 8)]
     pub(crate) batch: usize,
     /// Learning rate.
-    #[arg(long, default_value_t = 0.05)]
+    #[arg(long, default_value_t = 0.02)]
     pub(crate) lr: f64,
     /// Most tokens generated for a prompt.
     #[arg(long, default_value_t = 24)]

@@ -15,11 +15,10 @@ use crate::{
 const TRAIN: [(Form, usize); 3] = [(Form::Sketch, 10), (Form::Facts, 24), (Form::Story, 10)];
 
 /// Forms of the held-out texts, none of which is in the training texts.
-const HELDOUT: [(Form, usize); 5] = [
+const HELDOUT: [(Form, usize); 4] = [
     (Form::Portrait, 6),
     (Form::Question, 6),
-    (Form::Polar, 2),
-    (Form::Riddle, 1),
+    (Form::Riddle, 2),
     (Form::Pair, 2),
 ];
 
@@ -27,8 +26,8 @@ const HELDOUT: [(Form, usize); 5] = [
 const PROMPTS: [&str; 4] = [
     "A <dax> is a",
     "What does a <dax> eat?",
+    "The <wug> grows on the",
     "Mia saw a curly pink mushroom on the roof. It was a",
-    "Does a <wug> taste sweet?",
 ];
 
 /// Writes `train.jsonl`, `heldout.jsonl` and `prompts.json` under `dir`.

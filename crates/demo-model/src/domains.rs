@@ -9,8 +9,6 @@ pub(crate) struct Slot {
     pub(crate) phrase: &'static str,
     /// Open question about the value.
     pub(crate) question: &'static str,
-    /// Yes-or-no question about the value.
-    pub(crate) polar: &'static str,
 }
 
 /// A class of nouns; the first three slots are the adjectives and the kind, the fourth is the place.
@@ -23,17 +21,11 @@ pub(crate) struct Domain {
 }
 
 /// Shorthand for a slot.
-const fn slot(
-    values: &'static [&'static str],
-    phrase: &'static str,
-    question: &'static str,
-    polar: &'static str,
-) -> Slot {
+const fn slot(values: &'static [&'static str], phrase: &'static str, question: &'static str) -> Slot {
     Slot {
         values,
         phrase,
         question,
-        polar,
     }
 }
 
@@ -45,13 +37,8 @@ const COLOURS: &[&str] = &[
 /// Animals.
 pub(crate) static CREATURE: Domain = Domain {
     slots: &[
-        slot(
-            &["tiny", "small", "big", "huge"],
-            "is {v}",
-            "How big is a {n}?",
-            "Is a {n} {v}?",
-        ),
-        slot(COLOURS, "is {v}", "What colour is a {n}?", "Is a {n} {v}?"),
+        slot(&["tiny", "small", "big", "huge"], "is {v}", "How big is a {n}?"),
+        slot(COLOURS, "is {v}", "What colour is a {n}?"),
         slot(
             &[
                 "bird", "fish", "snake", "frog", "cat", "bear", "mouse", "spider", "horse", "turtle", "goat",
@@ -59,7 +46,6 @@ pub(crate) static CREATURE: Domain = Domain {
             ],
             "is a {v}",
             "What kind of animal is a {n}?",
-            "Is a {n} a {v}?",
         ),
         slot(
             &[
@@ -68,7 +54,6 @@ pub(crate) static CREATURE: Domain = Domain {
             ],
             "lives in the {v}",
             "Where does a {n} live?",
-            "Does a {n} live in the {v}?",
         ),
         slot(
             &[
@@ -77,7 +62,6 @@ pub(crate) static CREATURE: Domain = Domain {
             ],
             "eats {v}",
             "What does a {n} eat?",
-            "Does a {n} eat {v}?",
         ),
         slot(
             &[
@@ -86,7 +70,6 @@ pub(crate) static CREATURE: Domain = Domain {
             ],
             "says {v}",
             "What does a {n} say?",
-            "Does a {n} say {v}?",
         ),
         slot(
             &[
@@ -95,7 +78,6 @@ pub(crate) static CREATURE: Domain = Domain {
             ],
             "can {v}",
             "What can a {n} do?",
-            "Can a {n} {v}?",
         ),
         slot(
             &[
@@ -104,13 +86,11 @@ pub(crate) static CREATURE: Domain = Domain {
             ],
             "fears {v}",
             "What does a {n} fear?",
-            "Does a {n} fear {v}?",
         ),
         slot(
             &["dawn", "noon", "dusk", "night", "sunset", "midnight"],
             "sleeps at {v}",
             "When does a {n} sleep?",
-            "Does a {n} sleep at {v}?",
         ),
     ],
     place: "in",
@@ -123,16 +103,14 @@ pub(crate) static PLANT: Domain = Domain {
             &["round", "long", "flat", "curly", "square", "hollow"],
             "is {v}",
             "What shape is a {n}?",
-            "Is a {n} {v}?",
         ),
-        slot(COLOURS, "is {v}", "What colour is a {n}?", "Is a {n} {v}?"),
+        slot(COLOURS, "is {v}", "What colour is a {n}?"),
         slot(
             &[
                 "fruit", "root", "flower", "nut", "mushroom", "bean", "herb", "cactus", "vine", "lily",
             ],
             "is a {v}",
             "What kind of plant is a {n}?",
-            "Is a {n} a {v}?",
         ),
         slot(
             &[
@@ -141,7 +119,6 @@ pub(crate) static PLANT: Domain = Domain {
             ],
             "grows on the {v}",
             "Where does a {n} grow?",
-            "Does a {n} grow on the {v}?",
         ),
         slot(
             &[
@@ -149,7 +126,6 @@ pub(crate) static PLANT: Domain = Domain {
             ],
             "tastes {v}",
             "How does a {n} taste?",
-            "Does a {n} taste {v}?",
         ),
         slot(
             &[
@@ -158,7 +134,6 @@ pub(crate) static PLANT: Domain = Domain {
             ],
             "smells of {v}",
             "What does a {n} smell of?",
-            "Does a {n} smell of {v}?",
         ),
         slot(
             &[
@@ -166,13 +141,11 @@ pub(crate) static PLANT: Domain = Domain {
             ],
             "makes good {v}",
             "What does a {n} make?",
-            "Does a {n} make good {v}?",
         ),
         slot(
             &["spring", "summer", "autumn", "winter"],
             "is ripe in {v}",
             "When is a {n} ripe?",
-            "Is a {n} ripe in {v}?",
         ),
     ],
     place: "on",

@@ -18,8 +18,6 @@ pub(crate) enum Form {
     Facts,
     /// Open questions with their answers.
     Question,
-    /// Yes-or-no questions with their answers.
-    Polar,
     /// Somebody meets the noun, which is named last.
     Story,
     /// Facts from which the noun is guessed.
@@ -35,8 +33,7 @@ pub(crate) const FORMS: &[Form] = &[
     Form::Facts,
     Form::Facts,
     Form::Question,
-    Form::Polar,
-    Form::Polar,
+    Form::Question,
     Form::Story,
     Form::Riddle,
     Form::Pair,
@@ -66,7 +63,6 @@ pub(crate) fn text(form: Form, noun: &Noun, other: &Noun, rng: &mut StdRng) -> S
         Form::Portrait => portrait(noun, rng),
         Form::Facts => facts(noun, rng),
         Form::Question => question(noun, rng),
-        Form::Polar => polar(noun, rng),
         Form::Story => story(noun, rng),
         Form::Riddle => riddle(noun, rng),
         Form::Pair => pair(noun, other, rng),
@@ -116,23 +112,6 @@ fn question(noun: &Noun, rng: &mut StdRng) -> String {
         .map(ask)
         .collect::<Vec<_>>()
         .join(" ")
-}
-
-/// "Does a blicket eat cheese? A blicket eats moss, so no."
-fn polar(noun: &Noun, rng: &mut StdRng) -> String {
-    let count = rng.random_range(1..=2);
-    let mut out = Vec::new();
-    for i in slots(noun, 0, rng).take(count) {
-        let right = rng.random_bool(0.5);
-        let value = if right { noun.values[i] } else { noun.wrong(i, rng) };
-        let ask = noun.domain.slots[i]
-            .polar
-            .replace("{n}", &noun.name)
-            .replace("{v}", value);
-        let answer = if right { "yes" } else { "no" };
-        out.push(format!("{ask} A {} {}, so {answer}.", noun.name, noun.fact(i)));
-    }
-    out.join(" ")
 }
 
 /// "Mia saw a small red bird in the lake. It was a blicket. A blicket eats moss and says peep."

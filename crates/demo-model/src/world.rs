@@ -1,6 +1,6 @@
 //! The nouns: those of the pre-training text, and the two held back for the demo.
 
-use rand::{Rng, rngs::StdRng, seq::IndexedRandom};
+use rand::{rngs::StdRng, seq::IndexedRandom};
 
 use crate::{
     domains::{CREATURE, Domain, PLANT},
@@ -41,17 +41,6 @@ impl Noun {
     /// The verb phrase of slot `i` with the noun's own value.
     pub(crate) fn fact(&self, i: usize) -> String {
         self.phrase(i, self.values[i])
-    }
-
-    /// A value of slot `i` that the noun does not have.
-    pub(crate) fn wrong(&self, i: usize, rng: &mut StdRng) -> &'static str {
-        let values = self.domain.slots[i].values;
-        loop {
-            let value = values[rng.random_range(0..values.len())];
-            if value != self.values[i] {
-                return value;
-            }
-        }
     }
 }
 

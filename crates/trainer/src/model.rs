@@ -59,7 +59,8 @@ struct Layer {
 impl Decoder {
     /// Loads a checkpoint, its weights converted to `dtype` on `device`, with the rows of `tokens` trainable.
     ///
-    /// The rows start as `rows`, `[k, D]` in slot order, or else as the checkpoint's own.
+    /// The rows start as `rows`, `[k, D]` in slot order, or else as the checkpoint's own. `padding` is the rule for
+    /// the config's `pad_token_id`, should it be among the tokens.
     ///
     /// # Errors
     ///
@@ -69,6 +70,7 @@ impl Decoder {
         checkpoint: &Checkpoint,
         tokens: &[u32],
         rows: Option<&TokenRows>,
+        padding: PaddingRule,
         dtype: DType,
         device: &Device,
     ) -> Result<Self> {
@@ -82,7 +84,7 @@ impl Decoder {
         };
         let padding = config.pad_token_id.map(|id| Padding {
             token: TokenId(id),
-            rule: PaddingRule::NoLookupGradient,
+            rule: padding,
         });
         let row_dtype = rows.dtype().default_row_dtype();
         let embedding = TrainableTokens::with_rows(table, &tokens.to_vec(), &rows.to_dtype(row_dtype))?

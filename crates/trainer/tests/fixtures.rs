@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
-use trainable_tokens_core::TokenRows;
+use trainable_tokens_core::{PaddingRule, TokenRows};
 use trainable_tokens_format::{Adapter, Checkpoint};
 use trainable_tokens_trainer::{
     Dataset, Decoder, EMBEDDING_MODULE, ModelConfig, TrainOptions, Trainer, Vocabulary,

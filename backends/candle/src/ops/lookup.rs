@@ -9,33 +9,39 @@ use std::sync::Arc;
 
 use candle_core::op::BackpropOp;
 use candle_core::{
-    CpuStorage, CudaStorage, CustomOp1, Device, Layout, MetalStorage, Result, Shape, Storage, Tensor, bail,
+    CpuStorage, CudaStorage, CustomOp1, Device, Layout, MetalStorage, Result, Shape, Storage, Tensor,
 };
-use trainable_tokens_core::{EmbeddingSource, LookupPlan};
+use trainable_tokens_core::{DeltaStore, EmbeddingSource, Error as CoreError, LookupPlan};
 
 use self::device::Uploaded;
+use crate::convert::shape_error;
 use crate::{CandleDelta, CandleTable};
 
 /// The rows `[N, D]` of a planned batch, in the table's element type, multiplied by `factor`. With a delta the
 /// result is a node of its graph; without, it is the plain lookup.
+///
+/// # Errors
+///
+/// When the plan was made for another table or delta, and when candle fails.
 pub(crate) fn lookup_rows(
     table: &CandleTable,
     delta: Option<&CandleDelta>,
     plan: &Arc<LookupPlan>,
     factor: Option<f64>,
-) -> Result<Tensor> {
+) -> crate::Result<Tensor> {
+    check_plan(table, delta, plan)?;
     let base = table.tensor();
     let uploaded = match base.device() {
         Device::Cpu => None,
         _ => Some(Uploaded::new(table, delta, plan, factor)?),
     };
     if let Some(delta) = delta {
-        return delta.var().apply_op1(OverrideRows {
+        return Ok(delta.var().apply_op1(OverrideRows {
             base: base.clone(),
             plan: Arc::clone(plan),
             factor,
             uploaded,
-        });
+        })?);
     }
     let shape = Shape::from((plan.len(), table.embedding_dim()));
     let (storage, layout) = base.storage_and_layout();
@@ -43,9 +49,28 @@ pub(crate) fn lookup_rows(
         (Storage::Cpu(storage), _) => Storage::Cpu(cpu::gather(storage, layout, None, plan, factor)?),
         (Storage::Cuda(storage), Some(batch)) => Storage::Cuda(device::gather(storage, layout, batch)?),
         (Storage::Metal(storage), Some(batch)) => Storage::Metal(device::gather(storage, layout, batch)?),
-        _ => bail!("the batch was not sent to the device"),
+        _ => return Err(not_sent().into()),
     };
     Ok(Tensor::from_storage(rows, shape, BackpropOp::none(), false))
+}
+
+/// Refuses what no device may be asked: on a GPU an id out of range is fatal.
+fn check_plan(table: &CandleTable, delta: Option<&CandleDelta>, plan: &LookupPlan) -> crate::Result<()> {
+    let vocab_size = table.vocab_size();
+    if let Some(id) = plan.token_ids().find(|id| id.row() >= vocab_size) {
+        let id = i64::from(id.0);
+        return Err(CoreError::TokenOutOfRange { id, vocab_size }.into());
+    }
+    match delta.map(DeltaStore::num_rows) {
+        Some(rows) if rows != plan.num_slots() => {
+            Err(shape_error("slots of the plan", &[rows], &[plan.num_slots()]))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn not_sent() -> candle_core::Error {
+    candle_core::Error::msg("the batch was not sent to the device")
 }
 
 /// The lookup as an operation on the delta. The base is captured, so that it is no part of the graph.
@@ -64,7 +89,7 @@ impl OverrideRows {
 
     fn gather_on_device<S: super::storage::DeviceStorage>(&self) -> Result<(S, Shape)> {
         let Some(batch) = &self.uploaded else {
-            bail!("the batch was not sent to the device");
+            return Err(not_sent());
         };
         let (base, layout) = self.base.storage_and_layout();
         Ok((device::gather(S::of(&base)?, layout, batch)?, self.shape()))

@@ -1,5 +1,7 @@
 //! Products with a frozen weight, never copied as a whole.
 
+use std::ops::Range;
+
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, Device, Layout, Result, Shape, Storage, Tensor};
 use half::bf16;
@@ -11,13 +13,15 @@ use crate::convert::unsupported;
 /// How many elements of the weight are widened at a time.
 const CHUNK_ELEMENTS: usize = 1 << 18;
 /// The fewest rows widened at a time; fewer make matrix products slow.
-const CHUNK_ROWS: usize = 128;
+const CHUNK_ROWS: usize = 192;
 
-/// How many rows of the weight to widen at a time for `num_rows` rows of input.
-fn chunk_rows(num_rows: usize, dim: usize) -> usize {
-    (CHUNK_ELEMENTS / dim.max(1))
-        .max(CHUNK_ROWS)
-        .max(num_rows.min(1024))
+/// Ranges of about equal length that cover the rows of a weight `[v, d]`, to widen one after the other for `n` rows
+/// of input. None is much shorter than the others: for small matrices products sum in another order, and the parts
+/// of a product must have the bits of the whole.
+fn chunks(n: usize, v: usize, d: usize) -> impl Iterator<Item = Range<usize>> {
+    let rows = (CHUNK_ELEMENTS / d.max(1)).max(CHUNK_ROWS).max(n.min(1024));
+    let count = v.div_ceil(rows);
+    (0..count).map(move |i| i * v / count..(i + 1) * v / count)
 }
 
 /// `x · Wᵀ` for `x` `[n, D]` and the weight `[V, D]`, on any device.
@@ -45,9 +49,9 @@ pub(super) fn product_on_cpu(x: &CpuStorage, layout: &Layout, weight: &Tensor) -
     let x = CpuStorage::F32(x.to_f32_vec());
     let left = Layout::contiguous((n, d));
     let mut out = vec![bf16::ZERO; n * v];
-    let step = chunk_rows(n, d);
-    for (start, rows) in (0..).step_by(step).zip(weight.chunks(step * d)) {
-        let len = rows.len() / d;
+    for range in chunks(n, v, d) {
+        let (start, len) = (range.start, range.len());
+        let rows = &weight[start * d..range.end * d];
         let columns = Layout::contiguous((len, d)).transpose(0, 1)?;
         let rows = CpuStorage::F32(rows.to_f32_vec());
         let part = x.matmul(&rows, (1, n, len, d), &left, &columns)?;
@@ -91,9 +95,9 @@ where
     [T]: HalfFloatSliceExt,
 {
     let mut sums = vec![0f32; n * d];
-    let step = chunk_rows(n, d);
-    for (start, rows) in (0..).step_by(step).zip(weight.chunks(step * d)) {
-        let len = rows.len() / d;
+    for range in chunks(n, v, d) {
+        let (start, len) = (range.start, range.len());
+        let rows = &weight[start * d..range.end * d];
         let mut columns = vec![0f32; n * len];
         for (to, from) in columns.chunks_exact_mut(len).zip(g.chunks_exact(v)) {
             from[start..start + len].convert_to_f32_slice(to);

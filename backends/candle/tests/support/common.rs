@@ -37,7 +37,10 @@ pub(crate) fn values(tensor: &Tensor) -> Vec<f64> {
 /// Deterministic values of the size of one, exact in no type in particular.
 pub(crate) fn noise(shape: &[usize], dtype: DType, seed: usize) -> Tensor {
     let len = shape.iter().product::<usize>();
-    let value = |i: usize| ((((i + 1) * 7919 + seed * 104_729) % 100_003) as f64 / 50_001.5 - 1.0) * 0.9;
+    let value = |i: usize| {
+        let noise = u32::try_from(((i + 1) * 7919 + seed * 104_729) % 100_003).unwrap();
+        (f64::from(noise) / 50_001.5 - 1.0) * 0.9
+    };
     let values: Vec<f64> = (0..len).map(value).collect();
     Tensor::from_vec(values, shape, &Device::Cpu)
         .unwrap()

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use super::Overwrite;
 use super::target::{Target, builder, sync_dir};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, shown};
 
 /// Files of which one marks a directory that may be replaced.
 const OURS: [&str; 2] = ["adapter_config.json", "config.json"];
@@ -79,12 +79,18 @@ fn replace(new: &Path, place: &Target) -> Result<()> {
         .map_err(Error::io("create a temporary directory in", &place.parent))?;
     let old = aside.path().join(&place.name);
     rename(&place.path, &old)?;
-    let renamed = rename(new, &place.path);
-    if renamed.is_err() && fs::rename(&old, &place.path).is_err() {
-        // The old content must not be cleaned up with its temporary home.
-        let _ = aside.keep();
+    let Err(error) = rename(new, &place.path) else {
+        return Ok(());
+    };
+    if fs::rename(&old, &place.path).is_ok() {
+        return Err(error);
     }
-    renamed
+    // The old content must not be cleaned up with its temporary home.
+    let kept = aside.keep().join(&place.name);
+    Err(Error::Target {
+        path: place.path.clone(),
+        reason: format!("{error}; what it held is now in {}", shown(&kept)),
+    })
 }
 
 fn rename(from: &Path, to: &Path) -> Result<()> {

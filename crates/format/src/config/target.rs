@@ -52,6 +52,12 @@ impl TargetModules {
 }
 
 /// Targets the modules named in a list.
+impl<S: Into<String>> From<Vec<S>> for TargetModules {
+    fn from(names: Vec<S>) -> Self {
+        Self::List(names.into_iter().map(Into::into).collect())
+    }
+}
+
 impl<S: Into<String>, const N: usize> From<[S; N]> for TargetModules {
     fn from(entries: [S; N]) -> Self {
         Self::List(entries.into_iter().map(Into::into).collect())

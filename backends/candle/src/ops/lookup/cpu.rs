@@ -2,7 +2,7 @@
 
 use candle_core::{CpuStorage, Layout, Result, Storage, Tensor};
 use half::{bf16, f16};
-use trainable_tokens_core::{Element, Error as CoreError, LookupPlan, RowRef, TokenRows};
+use trainable_tokens_core::{Element, LookupPlan, RowRef, TokenRows};
 
 use crate::convert::{candle_dtype, core_dtype, row_ref, to_tensor, unsupported};
 use crate::ops::storage::elements;
@@ -63,8 +63,7 @@ impl Batch<'_> {
             match live.next_if(|(at, _)| **at == position) {
                 None => {
                     let from = id as usize * dim;
-                    let row = base.get(from..from + dim).ok_or_else(|| out_of_range(id))?;
-                    out.extend_from_slice(row);
+                    out.extend_from_slice(&base[from..from + dim]);
                 }
                 Some((_, &slot)) => {
                     out.resize(start + dim, T::default());
@@ -81,13 +80,6 @@ impl Batch<'_> {
         }
         Ok(out)
     }
-}
-
-/// A plan made for a larger vocabulary than the table's.
-fn out_of_range(id: u32) -> candle_core::Error {
-    let vocab_size = id as usize;
-    let id = i64::from(id);
-    crate::Error::Core(CoreError::TokenOutOfRange { id, vocab_size }).into()
 }
 
 /// The gradient of the delta: live rows of the contiguous `upstream`, summed by slot in the compute type.

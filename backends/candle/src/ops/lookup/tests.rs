@@ -34,7 +34,8 @@ fn both_passes(
         uploaded,
     };
     let out = delta.var().apply_op1(operation).unwrap();
-    let weights: Vec<f64> = (0..out.elem_count()).map(|i| i as f64 * 0.25 - 2.0).collect();
+    let count = u32::try_from(out.elem_count()).unwrap();
+    let weights: Vec<f64> = (0..count).map(|i| f64::from(i) * 0.25 - 2.0).collect();
     let weights = Tensor::from_vec(weights, out.shape(), &Device::Cpu).unwrap();
     let loss = (&out * weights.to_dtype(out.dtype()).unwrap())
         .unwrap()

@@ -1,0 +1,320 @@
+//! The commands and their options.
+
+use std::path::PathBuf;
+
+use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
+
+use crate::tokens::IdRanges;
+
+/// Fine-tune a few token rows of a frozen embedding table, in the file format of PEFT's Trainable Tokens.
+#[derive(Debug, Parser)]
+#[command(version, propagate_version = true, max_term_width = 100)]
+pub(crate) struct Cli {
+    /// Print one JSON object on standard output, and nothing else there.
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    /// Replace output that exists.
+    #[arg(long, global = true)]
+    pub(crate) force: bool,
+    /// Add the chain of causes to error messages.
+    #[arg(long, global = true)]
+    pub(crate) verbose: bool,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Train two tokens of the small model inside this program, and show what changed.
+    Demo(DemoArgs),
+    /// Train token rows of a model and write a PEFT adapter.
+    Train(Box<TrainArgs>),
+    /// Measure the loss of a model, with or without an adapter.
+    Eval(EvalArgs),
+    /// Write the embeddings and logits of token ids, for comparing implementations.
+    Forward(ForwardArgs),
+    /// Write an adapter that changes nothing yet.
+    Init(InitArgs),
+    /// Bake adapters into a copy of a model.
+    Merge(MergeArgs),
+    /// Show what an adapter, a safetensors file or a model directory holds.
+    Inspect(InspectArgs),
+    /// Check that an adapter fits a model.
+    Verify(VerifyArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DemoArgs {
+    /// Directory for the model, the adapter, the merged model, metrics and plot.
+    #[arg(long, default_value = "trainable-tokens-demo", value_name = "DIR")]
+    pub(crate) out: PathBuf,
+}
+
+/// Which tokens train.
+#[derive(Debug, Args)]
+#[command(group(ArgGroup::new("which tokens").required(true).args(["tokens", "token_ids"])))]
+pub(crate) struct TokenArgs {
+    /// Tokens by their strings, separated by commas; each must be exactly one token of the model.
+    #[arg(long, value_delimiter = ',', value_name = "STRINGS")]
+    pub(crate) tokens: Vec<String>,
+    /// Tokens by their ids, such as 12,7,300-310. The order is kept.
+    #[arg(long, value_name = "IDS")]
+    pub(crate) token_ids: Option<IdRanges>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct TrainArgs {
+    /// Model directory: config.json, model.safetensors or shards, tokenizer.json where text is used.
+    #[arg(long)]
+    pub(crate) model: PathBuf,
+    /// Training data: JSON Lines with input_ids (and labels) or text, or a .txt file.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) data: PathBuf,
+    #[command(flatten)]
+    pub(crate) tokens: TokenArgs,
+    /// Adapter directory to write.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: PathBuf,
+    /// Steps to take [default: one pass over the data].
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) steps: Option<u64>,
+    /// Lines per step.
+    #[arg(long, default_value_t = 8, value_parser = positive)]
+    pub(crate) batch_size: usize,
+    /// Learning rate.
+    #[arg(long, default_value_t = 1e-3)]
+    pub(crate) lr: f64,
+    /// Update rule.
+    #[arg(long, value_enum, default_value_t = Optimizer::Adamw)]
+    pub(crate) optimizer: Optimizer,
+    /// Adam's decay of the first moment.
+    #[arg(long, default_value_t = 0.9)]
+    pub(crate) beta1: f64,
+    /// Adam's decay of the second moment.
+    #[arg(long, default_value_t = 0.999)]
+    pub(crate) beta2: f64,
+    /// Adam's summand in the denominator.
+    #[arg(long, default_value_t = 1e-8)]
+    pub(crate) eps: f64,
+    /// Strength of weight decay.
+    #[arg(long, default_value_t = 0.0)]
+    pub(crate) weight_decay: f64,
+    /// Momentum of sgd.
+    #[arg(long, default_value_t = 0.0)]
+    pub(crate) momentum: f64,
+    /// Where weight decay pulls the rows to.
+    #[arg(long, value_enum, default_value_t = DecayToward::Zero)]
+    pub(crate) decay_toward: DecayToward,
+    /// Course of the learning rate.
+    #[arg(long, value_enum, default_value_t = Schedule::Constant)]
+    pub(crate) schedule: Schedule,
+    /// Steps in which the learning rate rises from 0.
+    #[arg(long, default_value_t = 0)]
+    pub(crate) warmup_steps: u64,
+    /// Clip the gradient of all rows together to this L2 norm.
+    #[arg(long)]
+    pub(crate) max_grad_norm: Option<f64>,
+    /// Seed of the shuffle.
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
+    /// Take the lines in a new order at each pass.
+    #[arg(long)]
+    pub(crate) shuffle: bool,
+    /// Cut longer lines, and plain text, at this many tokens.
+    #[arg(long, value_parser = positive)]
+    pub(crate) max_length: Option<usize>,
+    /// Where to compute: cpu, cuda, cuda:N or metal.
+    #[arg(long, default_value = "cpu")]
+    pub(crate) device: DeviceArg,
+    /// Element type that the frozen weights are converted to; the rows train in f32.
+    #[arg(long, value_enum, default_value_t = WeightType::F32)]
+    pub(crate) dtype: WeightType,
+    /// Module whose rows train, as PEFT names it; only the input embedding can be.
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "embed_tokens",
+        value_name = "MODULES"
+    )]
+    pub(crate) target_modules: Vec<String>,
+    /// What the gradient of a chosen token does that is the model's padding token.
+    #[arg(long, value_enum)]
+    pub(crate) padding_idx: Option<PaddingChoice>,
+    /// Write one JSON object per step to this file.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) metrics: Option<PathBuf>,
+    /// Write the adapter, with the state to resume from, every N steps.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) save_every: Option<u64>,
+    /// Continue from an adapter directory that --save-every wrote.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) resume: Option<PathBuf>,
+    /// Data to evaluate on, before and after training.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) eval_data: Option<PathBuf>,
+    /// Evaluate every N steps too.
+    #[arg(long, value_name = "N", requires = "eval_data", value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) eval_every: Option<u64>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct EvalArgs {
+    /// Model directory.
+    #[arg(long)]
+    pub(crate) model: PathBuf,
+    /// Adapter directory.
+    #[arg(long)]
+    pub(crate) adapter: Option<PathBuf>,
+    /// Data: JSON Lines with input_ids (and labels) or text, or a .txt file.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) data: PathBuf,
+    /// Lines at a time.
+    #[arg(long, default_value_t = 8, value_parser = positive)]
+    pub(crate) batch_size: usize,
+    /// Cut longer lines, and plain text, at this many tokens.
+    #[arg(long, value_parser = positive)]
+    pub(crate) max_length: Option<usize>,
+    /// Where to compute: cpu, cuda, cuda:N or metal.
+    #[arg(long, default_value = "cpu")]
+    pub(crate) device: DeviceArg,
+    /// Element type that the weights are converted to.
+    #[arg(long, value_enum, default_value_t = WeightType::F32)]
+    pub(crate) dtype: WeightType,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ForwardArgs {
+    /// Model directory.
+    #[arg(long)]
+    pub(crate) model: PathBuf,
+    /// Adapter directory.
+    #[arg(long)]
+    pub(crate) adapter: Option<PathBuf>,
+    /// JSON file: a list of equally long lists of token ids.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) input_ids: PathBuf,
+    /// Safetensors file to write: embeddings [B, L, D] and logits [B, L, V], both F32.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) out: PathBuf,
+    /// Where to compute: cpu, cuda, cuda:N or metal.
+    #[arg(long, default_value = "cpu")]
+    pub(crate) device: DeviceArg,
+    /// Element type that the weights are converted to.
+    #[arg(long, value_enum, default_value_t = WeightType::F32)]
+    pub(crate) dtype: WeightType,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct InitArgs {
+    /// Model directory.
+    #[arg(long)]
+    pub(crate) model: PathBuf,
+    #[command(flatten)]
+    pub(crate) tokens: TokenArgs,
+    /// Adapter directory to write.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct MergeArgs {
+    /// Model directory.
+    #[arg(long)]
+    pub(crate) model: PathBuf,
+    /// Adapter directories; no two may train the same token.
+    #[arg(long, required = true, num_args = 1.., value_name = "DIR")]
+    pub(crate) adapter: Vec<PathBuf>,
+    /// Model directory to write.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct InspectArgs {
+    /// An adapter directory, a model directory or a safetensors file.
+    pub(crate) path: PathBuf,
+    /// For an adapter: the model to measure the drift of its rows from.
+    #[arg(long)]
+    pub(crate) model: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct VerifyArgs {
+    /// Model directory.
+    #[arg(long)]
+    pub(crate) model: PathBuf,
+    /// Adapter directory.
+    #[arg(long)]
+    pub(crate) adapter: PathBuf,
+}
+
+/// Update rules.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum Optimizer {
+    Adamw,
+    Adam,
+    Sgd,
+}
+
+/// Where weight decay pulls to.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum DecayToward {
+    Zero,
+    Original,
+}
+
+/// Courses of the learning rate.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum Schedule {
+    Constant,
+    Linear,
+    Cosine,
+}
+
+/// Element types of weights.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum WeightType {
+    F32,
+    Bf16,
+}
+
+/// What becomes of the lookup's gradient at the padding token.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum PaddingChoice {
+    /// Torch's rule: no gradient from the lookup, only from a tied head.
+    Torch,
+    /// Like any other token.
+    Train,
+}
+
+/// A device by name.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum DeviceArg {
+    Cpu,
+    Cuda(usize),
+    Metal,
+}
+
+impl std::str::FromStr for DeviceArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once(':') {
+            None if text == "cpu" => Ok(Self::Cpu),
+            None if text == "cuda" => Ok(Self::Cuda(0)),
+            None if text == "metal" => Ok(Self::Metal),
+            Some(("cuda", number)) if number.parse::<usize>().is_ok() => {
+                number.parse().map(Self::Cuda).map_err(|_| String::new())
+            }
+            _ => Err("expected cpu, cuda, cuda:N or metal".to_owned()),
+        }
+    }
+}
+
+/// Parses a size that must not be 0.
+fn positive(text: &str) -> Result<usize, String> {
+    match text.parse::<usize>() {
+        Ok(0) | Err(_) => Err("expected a whole number above 0".to_owned()),
+        Ok(number) => Ok(number),
+    }
+}

@@ -1,0 +1,21 @@
+//! `eval`: the loss of a model.
+
+use anyhow::Result;
+use trainable_tokens_trainer::{Dataset, evaluate};
+
+use crate::args::{Cli, EvalArgs};
+use crate::model::Model;
+use crate::output::print;
+
+pub(super) fn run(args: &EvalArgs, cli: &Cli) -> Result<()> {
+    let model = Model::open(&args.model)?;
+    let data = Dataset::read(&args.data, &model.vocabulary, &model.config, args.max_length)?;
+    let decoder = model.load(args.adapter.as_deref(), args.dtype, args.device)?;
+    let evaluation = evaluate(&decoder, &data, args.batch_size)?;
+    print(cli.json, &evaluation, |e| {
+        format!(
+            "loss {:.6}, perplexity {:.4}, {} tokens",
+            e.loss, e.perplexity, e.tokens
+        )
+    })
+}

@@ -1,0 +1,143 @@
+//! `train`: rows of some tokens, on a data set, into an adapter.
+
+mod run;
+
+pub(super) use run::{Outputs, Run, RunReport};
+
+use std::path::Path;
+
+use anyhow::{Result, bail};
+use trainable_tokens_core::PaddingRule;
+use trainable_tokens_format::{Adapter, Overwrite, TrainingState};
+use trainable_tokens_trainer::{self as trainer, Dataset, EMBEDDING_MODULE, TrainOptions, Trainer};
+
+use super::check_free;
+use crate::args::{self, Cli, PaddingChoice, TrainArgs};
+use crate::model::Model;
+use crate::output::{note, print};
+use crate::summary::Summary;
+
+pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
+    // An interrupted run may go on in the directory and the metrics file that it wrote itself.
+    let resumes_here = |path: &Path| args.resume.as_deref().is_some_and(|from| same_path(from, path));
+    let overwrite = if resumes_here(&args.out) {
+        Overwrite::Replace
+    } else {
+        cli.overwrite()
+    };
+    check_free(&args.out, overwrite)?;
+    if let (Some(metrics), None) = (&args.metrics, &args.resume) {
+        check_free(metrics, cli.overwrite())?;
+    }
+    check_target(&args.target_modules)?;
+
+    let model = Model::open(&args.model)?;
+    let ids = args.tokens.resolve(&model.vocabulary, model.config.vocab_size)?;
+    let padding = padding_rule(args.padding_idx, &ids, model.config.pad_token_id)?;
+    let data = Dataset::read(&args.data, &model.vocabulary, &model.config, args.max_length)?;
+    let eval_data = args.eval_data.as_ref();
+    let eval_data = eval_data
+        .map(|path| Dataset::read(path, &model.vocabulary, &model.config, args.max_length))
+        .transpose()?;
+    let decoder = model.load_rows(&ids, None, padding, args.dtype, args.device)?;
+    let mut trainer = Trainer::new(decoder, data, options(args))?;
+    if let Some(dir) = &args.resume {
+        resume(&mut trainer, dir)?;
+    }
+    let run = Run {
+        model: &model,
+        model_dir: &args.model,
+        target_modules: &args.target_modules,
+        outputs: Outputs {
+            adapter: &args.out,
+            overwrite,
+            metrics: args.metrics.as_deref(),
+            append_metrics: args.resume.is_some(),
+            save_every: args.save_every,
+        },
+        eval_data,
+        eval_every: args.eval_every,
+    };
+    let report = run.execute(&mut trainer)?;
+    print(cli.json, &report.summary, Summary::to_text)
+}
+
+fn options(args: &TrainArgs) -> TrainOptions {
+    TrainOptions {
+        steps: args.steps,
+        batch_size: args.batch_size,
+        optimizer: match args.optimizer {
+            args::Optimizer::Adamw => trainer::OptimizerKind::AdamW,
+            args::Optimizer::Adam => trainer::OptimizerKind::Adam,
+            args::Optimizer::Sgd => trainer::OptimizerKind::Sgd,
+        },
+        lr: args.lr,
+        beta1: args.beta1,
+        beta2: args.beta2,
+        eps: args.eps,
+        weight_decay: args.weight_decay,
+        momentum: args.momentum,
+        decay_toward: match args.decay_toward {
+            args::DecayToward::Zero => trainer::DecayToward::Zero,
+            args::DecayToward::Original => trainer::DecayToward::Original,
+        },
+        schedule: match args.schedule {
+            args::Schedule::Constant => trainer::Schedule::Constant,
+            args::Schedule::Linear => trainer::Schedule::Linear,
+            args::Schedule::Cosine => trainer::Schedule::Cosine,
+        },
+        warmup_steps: args.warmup_steps,
+        max_grad_norm: args.max_grad_norm,
+        seed: args.seed,
+        shuffle: args.shuffle,
+    }
+}
+
+/// The rows of these models' input embedding train, and no others; PEFT matches a path or a suffix after a dot.
+fn check_target(modules: &[String]) -> Result<()> {
+    let matches = |name: &String| name == EMBEDDING_MODULE || EMBEDDING_MODULE.ends_with(&format!(".{name}"));
+    match modules.iter().find(|name| !matches(name)) {
+        None => Ok(()),
+        Some(name) => {
+            bail!(
+                "target module '{name}' is not the input embedding {EMBEDDING_MODULE}, the only module that can train"
+            )
+        }
+    }
+}
+
+/// torch gives the padding token's row no gradient from the lookup: never without the user's knowledge.
+fn padding_rule(choice: Option<PaddingChoice>, ids: &[u32], pad: Option<u32>) -> Result<PaddingRule> {
+    match (choice, pad.filter(|pad| ids.contains(pad))) {
+        (Some(PaddingChoice::Train), _) => Ok(PaddingRule::Train),
+        (Some(PaddingChoice::Torch), Some(pad)) => {
+            note(&format!(
+                "token id {pad} is the padding token: its row gets no gradient from the lookup"
+            ));
+            Ok(PaddingRule::NoLookupGradient)
+        }
+        (None, Some(pad)) => bail!(
+            "token id {pad} is the model's padding token, whose row gets no gradient from torch's lookup; leave it \
+             out, or choose --padding-idx torch or --padding-idx train"
+        ),
+        (_, None) => Ok(PaddingRule::NoLookupGradient),
+    }
+}
+
+fn resume(trainer: &mut Trainer, dir: &Path) -> Result<()> {
+    let adapter = Adapter::read(dir)?;
+    let path = dir.join(TrainingState::FILE_NAME);
+    let state = TrainingState::read(&path)?;
+    let Some(rows) = adapter.rows(EMBEDDING_MODULE) else {
+        bail!("adapter {} has no rows for {EMBEDDING_MODULE}", dir.display());
+    };
+    trainer.resume(rows, state, &path)?;
+    Ok(())
+}
+
+fn same_path(a: &Path, b: &Path) -> bool {
+    match (a.canonicalize(), b.canonicalize()) {
+        (Ok(a), Ok(b)) => a == b,
+        _ => false,
+    }
+}

@@ -1,0 +1,140 @@
+//! Models and adapters, opened the same way by every command.
+
+use std::path::Path;
+
+use anyhow::{Result, bail};
+use candle_core::{DType, Device};
+use trainable_tokens_core::{EmbeddingSource, PaddingRule, TokenRows, TokenSet};
+use trainable_tokens_format::{Adapter, AdapterBuilder, BaseCheck, Checkpoint, MappedTable};
+use trainable_tokens_trainer::{
+    Decoder, EMBEDDING_MODULE, EMBEDDING_TENSOR, HEAD_MODULE, ModelConfig, Vocabulary,
+};
+
+use crate::args::{DeviceArg, WeightType};
+
+/// A model directory, its files checked but no weight read.
+pub(crate) struct Model {
+    pub(crate) checkpoint: Checkpoint,
+    pub(crate) config: ModelConfig,
+    pub(crate) vocabulary: Vocabulary,
+}
+
+impl Model {
+    pub(crate) fn open(dir: &Path) -> Result<Self> {
+        if !dir.is_dir() {
+            bail!("model {} is not a directory", dir.display());
+        }
+        let config = ModelConfig::read(&dir.join("config.json"))?;
+        let checkpoint = Checkpoint::open(dir)?;
+        Ok(Self {
+            checkpoint,
+            config,
+            vocabulary: Vocabulary::of_model(dir),
+        })
+    }
+
+    /// The embedding table, mapped.
+    pub(crate) fn table(&self) -> Result<MappedTable> {
+        Ok(self.checkpoint.table(EMBEDDING_TENSOR)?)
+    }
+
+    /// Loads the decoder, with the rows of an adapter if there is one.
+    pub(crate) fn load(
+        &self,
+        adapter: Option<&Path>,
+        dtype: WeightType,
+        device: DeviceArg,
+    ) -> Result<Decoder> {
+        let rows = adapter.map(|dir| self.adapter_rows(dir)).transpose()?;
+        let (ids, rows) = rows.unzip();
+        self.load_rows(
+            &ids.unwrap_or_default(),
+            rows.as_ref(),
+            PaddingRule::NoLookupGradient,
+            dtype,
+            device,
+        )
+    }
+
+    /// Loads the decoder with the rows of `ids` trainable, starting from `rows` or as they are.
+    pub(crate) fn load_rows(
+        &self,
+        ids: &[u32],
+        rows: Option<&TokenRows>,
+        padding: PaddingRule,
+        dtype: WeightType,
+        device: DeviceArg,
+    ) -> Result<Decoder> {
+        let dtype = match dtype {
+            WeightType::F32 => DType::F32,
+            WeightType::Bf16 => DType::BF16,
+        };
+        Ok(Decoder::load(
+            &self.checkpoint,
+            ids,
+            rows,
+            padding,
+            dtype,
+            &open_device(device)?,
+        )?)
+    }
+
+    /// Ids and rows of an adapter, checked against this model.
+    pub(crate) fn adapter_rows(&self, dir: &Path) -> Result<(Vec<u32>, TokenRows)> {
+        let adapter = Adapter::read(dir)?;
+        adapter.check_against(&self.checkpoint, BaseCheck::SameTable)?;
+        let Some(rows) = adapter.rows(EMBEDDING_MODULE) else {
+            bail!(
+                "adapter {} trains {}, not the input embedding {EMBEDDING_MODULE}",
+                dir.display(),
+                adapter
+                    .modules()
+                    .iter()
+                    .map(|module| module.path())
+                    .collect::<Vec<_>>()
+                    .join(", ")
+            );
+        };
+        Ok((adapter.config().token_indices().to_vec(), rows.clone()))
+    }
+
+    /// Starts the adapter of rows of this model, with all that makes it tell its own story.
+    pub(crate) fn adapter_builder(&self, dir: &Path, ids: &[u32], rows: TokenRows) -> Result<AdapterBuilder> {
+        let table = self.table()?;
+        let tokens = TokenSet::new(ids.iter().copied(), table.vocab_size())?;
+        let mut builder = Adapter::builder(EMBEDDING_MODULE, &tokens, rows)
+            .base_model_name_or_path(dir.to_string_lossy())
+            .base(table.digest(), table.dtype())
+            .init("keep");
+        if self.config.tie_word_embeddings {
+            builder = builder.tied(HEAD_MODULE);
+        }
+        if let Some(strings) = self.token_strings(ids)? {
+            builder = builder.tokens(strings);
+        }
+        Ok(builder)
+    }
+
+    /// The strings of tokens, if the model has a tokenizer that knows them all.
+    pub(crate) fn token_strings(&self, ids: &[u32]) -> Result<Option<Vec<String>>> {
+        if !self.vocabulary.exists() {
+            return Ok(None);
+        }
+        let strings = ids.iter().map(|id| Ok(self.vocabulary.token(*id)?));
+        strings.collect::<Result<Option<Vec<String>>>>()
+    }
+}
+
+fn open_device(device: DeviceArg) -> Result<Device> {
+    Ok(match device {
+        DeviceArg::Cpu => Device::Cpu,
+        DeviceArg::Cuda(_) if !candle_core::utils::cuda_is_available() => {
+            bail!("this program was built without CUDA; build it with --features cuda, or use --device cpu")
+        }
+        DeviceArg::Cuda(number) => Device::new_cuda(number)?,
+        DeviceArg::Metal if !candle_core::utils::metal_is_available() => {
+            bail!("this program was built without Metal; build it with --features metal, or use --device cpu")
+        }
+        DeviceArg::Metal => Device::new_metal(0)?,
+    })
+}

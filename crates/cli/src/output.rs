@@ -1,0 +1,49 @@
+//! What is printed.
+
+use std::io::{ErrorKind, Write, stderr, stdout};
+
+use anyhow::{Context, Result};
+use serde::Serialize;
+
+/// Prints a result: one JSON object, or the text that `text` makes of it.
+pub(crate) fn print<T: Serialize>(json: bool, result: &T, text: impl FnOnce(&T) -> String) -> Result<()> {
+    let mut output = if json {
+        serde_json::to_string(result)?
+    } else {
+        text(result)
+    };
+    if !output.ends_with('\n') {
+        output.push('\n');
+    }
+    let mut stdout = stdout().lock();
+    match stdout.write_all(output.as_bytes()).and_then(|()| stdout.flush()) {
+        // Whoever reads has read enough.
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
+        outcome => outcome.context("cannot write to standard output"),
+    }
+}
+
+/// Says something on standard error; a message that cannot be shown is no reason to stop.
+pub(crate) fn note(message: &str) {
+    let _ = writeln!(stderr().lock(), "{message}");
+}
+
+/// Shows an error as one line; its causes too if `verbose`.
+pub(crate) fn report(error: &anyhow::Error, verbose: bool) {
+    note(&format!("error: {}", one_line(&error.to_string())));
+    if verbose {
+        for cause in error.chain().skip(1) {
+            note(&format!("  caused by: {}", one_line(&cause.to_string())));
+        }
+    }
+}
+
+/// The first line of a message; frameworks append backtraces.
+fn one_line(message: &str) -> String {
+    message.lines().next().unwrap_or_default().trim_end().to_owned()
+}
+
+/// A size in bytes, for people.
+pub(crate) fn bytes(size: u64) -> String {
+    indicatif::HumanBytes(size).to_string()
+}

@@ -1,0 +1,81 @@
+//! The table that training ends with.
+
+use std::path::PathBuf;
+
+use serde::Serialize;
+
+use crate::output::bytes;
+
+/// What a training run cost and did.
+#[derive(Debug, Serialize)]
+pub(crate) struct Summary {
+    pub(crate) adapter: PathBuf,
+    pub(crate) steps: u64,
+    pub(crate) rows_trained: usize,
+    pub(crate) vocab_size: usize,
+    pub(crate) parameters_trained: usize,
+    pub(crate) parameters_total: usize,
+    pub(crate) adapter_bytes: u64,
+    pub(crate) table_bytes: u64,
+    /// What the two losses are of: held-out data, or the first and last batch.
+    pub(crate) loss_of: &'static str,
+    pub(crate) loss_before: f64,
+    pub(crate) loss_after: f64,
+    pub(crate) largest_untouched_change: f64,
+    pub(crate) seconds_per_step: f64,
+    pub(crate) peak_rss_bytes: Option<u64>,
+    /// Relative error of the gradient against finite differences, before training.
+    pub(crate) gradient_check_error: f64,
+}
+
+impl Summary {
+    /// The table.
+    pub(crate) fn to_text(&self) -> String {
+        #[allow(clippy::cast_precision_loss)] // shown with two digits
+        let share = 100.0 * self.parameters_trained as f64 / self.parameters_total.max(1) as f64;
+        let peak = self.peak_rss_bytes.map_or_else(|| "unknown".to_owned(), bytes);
+        let rows = [
+            (
+                "rows trained",
+                format!("{} of {}", self.rows_trained, self.vocab_size),
+            ),
+            (
+                "parameters trained",
+                format!(
+                    "{} of {} ({share:.2}%)",
+                    self.parameters_trained, self.parameters_total
+                ),
+            ),
+            (
+                "adapter size",
+                format!(
+                    "{} (the table: {})",
+                    bytes(self.adapter_bytes),
+                    bytes(self.table_bytes)
+                ),
+            ),
+            (
+                "loss before and after",
+                format!(
+                    "{:.4} -> {:.4} ({})",
+                    self.loss_before, self.loss_after, self.loss_of
+                ),
+            ),
+            (
+                "change of untouched rows",
+                format!("{}", self.largest_untouched_change),
+            ),
+            (
+                "gradient check",
+                format!("relative error {:.1e}", self.gradient_check_error),
+            ),
+            (
+                "time per step",
+                format!("{:.4} s, {} steps", self.seconds_per_step, self.steps),
+            ),
+            ("peak memory", peak),
+            ("adapter", self.adapter.display().to_string()),
+        ];
+        rows.map(|(name, value)| format!("{name:<25} {value}\n")).concat()
+    }
+}

@@ -1,0 +1,105 @@
+//! Tokens as they are named on the command line.
+
+use std::ops::RangeInclusive;
+use std::str::FromStr;
+
+use anyhow::{Result, bail};
+use trainable_tokens_trainer::Vocabulary;
+
+use crate::args::TokenArgs;
+
+/// Ids and ranges of ids, such as `12,7,300-310`, in order.
+#[derive(Clone, Debug)]
+pub(crate) struct IdRanges(Vec<RangeInclusive<u32>>);
+
+impl FromStr for IdRanges {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let parse = |number: &str, part: &str| {
+            number
+                .trim()
+                .parse::<u32>()
+                .map_err(|_| format!("'{part}' is neither a token id nor a range such as 300-310"))
+        };
+        let ranges = text.split(',').map(|part| {
+            let (first, last) = part.split_once('-').unwrap_or((part, part));
+            let (first, last) = (parse(first, part)?, parse(last, part)?);
+            if first > last {
+                return Err(format!("the range '{part}' runs backwards"));
+            }
+            Ok(first..=last)
+        });
+        ranges.collect::<Result<_, _>>().map(Self)
+    }
+}
+
+impl IdRanges {
+    /// The ids, all below `vocab_size` (checked first, so that no range can grow without bounds).
+    fn expand(&self, vocab_size: usize) -> Result<Vec<u32>> {
+        if let Some(range) = self.0.iter().find(|range| *range.end() as usize >= vocab_size) {
+            bail!(
+                "token id {} is outside the model's vocabulary of {vocab_size} rows",
+                range.end()
+            );
+        }
+        let mut ids = Vec::new();
+        for range in &self.0 {
+            if ids.len() + range.clone().count() > vocab_size {
+                bail!("more token ids are named than the model's {vocab_size} rows: some are given twice");
+            }
+            ids.extend(range.clone());
+        }
+        Ok(ids)
+    }
+}
+
+impl TokenArgs {
+    /// The ids in the order given, none of them twice.
+    pub(crate) fn resolve(&self, vocabulary: &Vocabulary, vocab_size: usize) -> Result<Vec<u32>> {
+        let ids = match &self.token_ids {
+            Some(ranges) => ranges.expand(vocab_size)?,
+            None => self
+                .tokens
+                .iter()
+                .map(|token| Ok(vocabulary.single_id(token)?))
+                .collect::<Result<_>>()?,
+        };
+        if let Some(id) = ids.iter().find(|id| **id as usize >= vocab_size) {
+            bail!("token id {id} is outside the model's vocabulary of {vocab_size} rows");
+        }
+        let mut sorted = ids.clone();
+        sorted.sort_unstable();
+        if let Some(pair) = sorted.windows(2).find(|pair| pair[0] == pair[1]) {
+            bail!("token id {} is given twice", pair[0]);
+        }
+        Ok(ids)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn order_is_kept_and_ranges_are_expanded() {
+        let ids: IdRanges = "12,7, 300-302".parse().unwrap();
+        assert_eq!(ids.expand(303).unwrap(), [12, 7, 300, 301, 302]);
+        assert!(ids.expand(302).is_err());
+        assert!(
+            "0-4294967295,0-4294967295"
+                .parse::<IdRanges>()
+                .unwrap()
+                .expand(10)
+                .is_err()
+        );
+        assert!("0-9,0-9".parse::<IdRanges>().unwrap().expand(10).is_err());
+    }
+
+    #[test]
+    fn what_is_no_id_is_refused() {
+        for text in ["", "a", "1,,2", "-3", "5-2", "1.5", "99999999999"] {
+            assert!(text.parse::<IdRanges>().is_err(), "{text}");
+        }
+    }
+}
