@@ -1,1 +1,27 @@
-//! Facade.
+#![cfg_attr(all(feature = "candle", feature = "format", feature = "ndarray"), doc = include_str!("../README.md"))]
+#![cfg_attr(
+    not(all(feature = "candle", feature = "format", feature = "ndarray")),
+    doc = "Fine-tune a few rows of a frozen embedding table: PEFT's Trainable Tokens in Rust."
+)]
+#![cfg_attr(docsrs, feature(doc_cfg))]
+#![forbid(unsafe_code)]
+
+pub mod prelude;
+
+pub use trainable_tokens_core::{
+    Adam, AdamConfig, Backend, BackendError, ClipGradNorm, DType, Decay, DecayTowardOriginal, DeltaStore,
+    Element, EmbedScale, EmbeddingSource, Error, ErrorKind, HostTable, LayerOptions, LookupPlan,
+    OptimizerHook, OptimizerState, Padding, PaddingRule, Result, RowData, RowOptimizer, RowRef, Sgd,
+    SgdConfig, Slot, StepContext, StepReport, TokenId, TokenRows, TokenSet, TrainableTokens, UndoJournal,
+    WriteRows, step_rows,
+};
+
+#[cfg(feature = "candle")]
+#[cfg_attr(docsrs, doc(cfg(feature = "candle")))]
+pub use trainable_tokens_candle as candle;
+#[cfg(feature = "format")]
+#[cfg_attr(docsrs, doc(cfg(feature = "format")))]
+pub use trainable_tokens_format as format;
+#[cfg(feature = "ndarray")]
+#[cfg_attr(docsrs, doc(cfg(feature = "ndarray")))]
+pub use trainable_tokens_ndarray as ndarray;

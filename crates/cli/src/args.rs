@@ -67,7 +67,7 @@ pub(crate) struct TrainArgs {
     /// Model directory: config.json, model.safetensors or shards, tokenizer.json where text is used.
     #[arg(long)]
     pub(crate) model: PathBuf,
-    /// Training data: JSON Lines with input_ids (and labels) or text, or a .txt file.
+    /// Training data: JSON Lines with `input_ids` (and labels) or text, or a .txt file.
     #[arg(long, value_name = "FILE")]
     pub(crate) data: PathBuf,
     #[command(flatten)]
@@ -165,7 +165,7 @@ pub(crate) struct EvalArgs {
     /// Adapter directory.
     #[arg(long)]
     pub(crate) adapter: Option<PathBuf>,
-    /// Data: JSON Lines with input_ids (and labels) or text, or a .txt file.
+    /// Data: JSON Lines with `input_ids` (and labels) or text, or a .txt file.
     #[arg(long, value_name = "FILE")]
     pub(crate) data: PathBuf,
     /// Lines at a time.

@@ -7,7 +7,7 @@ use serde::Serialize;
 use crate::output::bytes;
 
 /// What a training run cost and did.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Default, Serialize)]
 pub(crate) struct Summary {
     pub(crate) adapter: PathBuf,
     pub(crate) steps: u64,
@@ -31,7 +31,6 @@ pub(crate) struct Summary {
 impl Summary {
     /// The table.
     pub(crate) fn to_text(&self) -> String {
-        #[allow(clippy::cast_precision_loss)] // shown with two digits
         let share = 100.0 * self.parameters_trained as f64 / self.parameters_total.max(1) as f64;
         let peak = self.peak_rss_bytes.map_or_else(|| "unknown".to_owned(), bytes);
         let rows = [

@@ -12,4 +12,7 @@ lodrin lorpin mabble mandor mimble modrin morvel mumper nabbel nandle nelbo nimp
 pub(crate) const PLANTS: &str = "\
 pabrin palko pelmon pimbel plindo podrin porvel prandel pumblo rabbol relmo rimbel rodrin rolpen rumbo sabrin \
 selmon simbel slarn snorvin sodrel spimble stolder tabrin talmo telber timbo todrin tolpen trandle tulver vabble \
-valmon velbo vimbel vodrin vorpel yabbin yelmo zabrin zelmo zimper zodrel zolpin";
+valmon velbo vimbel vodrin vorpel yabbin yelmo zabrin zelmo zimper zodrel zolpin \
+balmo belder bimbel borgel brindo dalmer delmo dimbel dorvel falmer felbo galdo gimper halmo helber himbel jalmer \
+jelbo kalmon kelmo kimper lalder lembo malder melko mimper nalmo nelder nimbel ralmo rembel sembo talder tembo \
+velder wobbin wemble wimper zalder zembo";

@@ -19,7 +19,7 @@ use tokenizers::{
 use crate::{text, world};
 
 /// Size of the vocabulary, the two new tokens included.
-pub(crate) const VOCAB: usize = 1012;
+pub(crate) const VOCAB: usize = 965;
 
 /// Id of `<s>`, which opens every text.
 pub(crate) const BOS: u32 = 0;

@@ -57,7 +57,7 @@ pub(crate) fn nouns(rng: &mut StdRng) -> Vec<Noun> {
 /// The two nouns that pre-training never sees.
 pub(crate) fn new_nouns() -> [Noun; 2] {
     let dax = [
-        "tiny", "blue", "bird", "cave", "honey", "moo", "dance", "snow", "noon",
+        "tiny", "blue", "bird", "cave", "honey", "moo", "climb", "snow", "noon",
     ];
     let wug = [
         "curly", "pink", "mushroom", "roof", "salty", "smoke", "paint", "winter",

@@ -69,7 +69,7 @@ impl Dataset {
         })?;
         let text = String::from_utf8(text).map_err(|error| {
             let before = &error.as_bytes()[..error.utf8_error().valid_up_to()];
-            let line = before.iter().filter(|byte| **byte == b'\n').count() + 1;
+            let line = before.split(|byte| *byte == b'\n').count();
             Error::Data {
                 path: path.to_owned(),
                 line,

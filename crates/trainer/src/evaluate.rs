@@ -35,7 +35,6 @@ pub fn evaluate(model: &Decoder, data: &Dataset, batch_size: usize) -> Result<Ev
         };
         let count = batch.targets().len() as u64;
         let loss = crate::loss::scalar(&causal_loss(model, &batch, Graph::Drop)?)?;
-        #[allow(clippy::cast_precision_loss)] // a batch has far fewer than 2^52 targets
         let weight = count as f64;
         sum += loss * weight;
         tokens += count;
@@ -43,7 +42,6 @@ pub fn evaluate(model: &Decoder, data: &Dataset, batch_size: usize) -> Result<Ev
     if let (0, Some(error)) = (tokens, last_error) {
         return Err(error);
     }
-    #[allow(clippy::cast_precision_loss)] // a data set has far fewer than 2^52 targets
     let loss = sum / tokens as f64;
     Ok(Evaluation {
         loss,

@@ -79,8 +79,9 @@ pub fn check_gradient(
         relative_error: error.sqrt() / scale,
         uncertainty: doubt.sqrt() / scale,
     };
-    // `!(a <= b)`, so that a loss that is not a number is a mismatch too.
-    if !(error.sqrt() <= TOLERANCE * size.sqrt() + doubt.sqrt()) {
+    // False for a loss that is not a number, which is a mismatch too.
+    let agrees = error.sqrt() <= TOLERANCE * size.sqrt() + doubt.sqrt();
+    if !agrees {
         return Err(Error::GradientMismatch {
             relative_error: check.relative_error,
             directions: DIRECTIONS,

@@ -16,7 +16,6 @@ pub enum Schedule {
 
 impl Schedule {
     /// The factor on the learning rate at `step` (from 0) of `total`, after a linear rise over `warmup` steps.
-    #[allow(clippy::cast_precision_loss)] // steps are far below 2^52
     pub fn factor(self, step: u64, warmup: u64, total: u64) -> f64 {
         if step < warmup {
             return step as f64 / warmup as f64;

@@ -2,7 +2,7 @@
 
 mod run;
 
-pub(super) use run::{Outputs, Run, RunReport};
+pub(super) use run::{Outputs, Run};
 
 use std::path::Path;
 

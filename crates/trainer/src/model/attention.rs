@@ -53,7 +53,6 @@ impl Attention {
         // The query heads of a group lie one after the other, so a group's scores are one product, without
         // repeating keys and values.
         let group = self.query_heads / self.key_heads * length;
-        #[allow(clippy::cast_precision_loss)] // a head's width is far below 2^52
         let scale = 1.0 / (self.head_dim as f64).sqrt();
         let query = (query.reshape((batch, self.key_heads, group, self.head_dim))? * scale)?;
         let scores =

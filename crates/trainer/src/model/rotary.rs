@@ -25,7 +25,7 @@ pub(super) struct Positions {
 }
 
 // Positions and dimensions are far below 2^24, so they are exact in `f32`.
-#[allow(clippy::cast_precision_loss, clippy::cast_possible_truncation)]
+#[allow(clippy::cast_possible_truncation)]
 impl Rotary {
     pub(super) fn new(config: &ModelConfig) -> Self {
         let theta = config.rope_theta as f32;

@@ -218,8 +218,6 @@ fn show(bar: &ProgressBar, step: &StepMetrics) {
     ));
     bar.set_position(step.step);
 }
-
-#[allow(clippy::cast_precision_loss)] // steps and tokens of a batch are far below 2^52
 fn as_f64(count: u64) -> f64 {
     count as f64
 }

@@ -1,0 +1,78 @@
+#!/usr/bin/env bash
+# Every check that guards main. Runs at home as it runs in CI: `bash ci/check.sh`.
+# The README's two commands are run word for word; a change of either has to be made in both places.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+TEST_COMMAND='cargo test --workspace --features ndarray,candle'
+DEMO_COMMAND='cargo run --release -p trainable-tokens-cli -- demo'
+export CARGO_TERM_COLOR=never
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+
+step() {
+    printf '\n== %s (%ss)\n' "$*" "$SECONDS"
+}
+
+step README names the commands that run here
+for command in "$TEST_COMMAND" "$DEMO_COMMAND"; do
+    grep -qxF "$command" README.md || { echo "README.md does not name: $command"; exit 1; }
+done
+
+step formatting
+cargo fmt --all -- --check
+
+step lints
+cargo clippy --locked --workspace --all-targets --features ndarray,candle -- -D warnings
+
+step each feature alone
+cargo check --locked -p trainable-tokens --no-default-features
+for feature in format ndarray candle; do
+    cargo check --locked -p trainable-tokens --no-default-features --features "$feature"
+done
+
+step arrows of dependency
+no_dependency() { # PACKAGE [CARGO OPTIONS] -- NAMES
+    local package=$1 options=() name tree
+    shift
+    while [ "$1" != -- ]; do options+=("$1"); shift; done
+    shift
+    tree=$(cargo tree --locked -p "$package" "${options[@]}" -e normal --prefix none)
+    for name in "$@"; do
+        if grep -q "^$name v" <<<"$tree"; then
+            echo "$package must not depend on $name"
+            exit 1
+        fi
+    done
+}
+frameworks=(candle-core candle-nn ndarray)
+no_dependency trainable-tokens-core -- "${frameworks[@]}" serde serde_json safetensors memmap2
+no_dependency trainable-tokens-format -- "${frameworks[@]}"
+no_dependency trainable-tokens-ndarray -- candle-core candle-nn trainable-tokens-format
+no_dependency trainable-tokens-candle -- ndarray trainable-tokens-format
+no_dependency trainable-tokens -- "${frameworks[@]}"
+no_dependency trainable-tokens --features ndarray -- candle-core candle-nn
+no_dependency trainable-tokens --features candle -- ndarray
+
+step tests
+$TEST_COMMAND 2>&1 | tee "$log"
+
+step documentation
+RUSTDOCFLAGS=-Dwarnings cargo doc --locked --workspace --no-deps --features ndarray,candle
+
+step CUDA, type-checked without a GPU
+bash ci/cuda-check.sh
+
+step packages
+cargo package --locked --workspace --allow-dirty --exclude trainable-tokens-demo-model
+
+step the demo
+rm -rf target/ci-demo
+$DEMO_COMMAND --out target/ci-demo
+
+step real PEFT
+bash ci/interop.sh
+
+passed=$(sed -n 's/^test result: ok\. \([0-9]*\) passed.*/\1/p' "$log" | awk '{ sum += $1 } END { print sum + 0 }')
+printf '\n== all checks passed in %ss\n' "$SECONDS"
+printf '%s passed, 0 failed\n' "$passed"

@@ -1,0 +1,9 @@
+//! The traits and types that most programs need, whatever the backend.
+
+pub use trainable_tokens_core::{
+    Adam, AdamConfig, DeltaStore, EmbeddingSource, HostTable, LayerOptions, OptimizerHook, RowOptimizer, Sgd,
+    SgdConfig, TokenId, TokenRows, TokenSet, WriteRows,
+};
+
+#[cfg(feature = "ndarray")]
+pub use trainable_tokens_ndarray::TrainableTokensExt;
