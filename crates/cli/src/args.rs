@@ -8,7 +8,12 @@ use crate::tokens::IdRanges;
 
 /// Fine-tune a few token rows of a frozen embedding table, in the file format of PEFT's Trainable Tokens.
 #[derive(Debug, Parser)]
-#[command(version, propagate_version = true, max_term_width = 100)]
+#[command(
+    name = "trainable-tokens",
+    version,
+    propagate_version = true,
+    max_term_width = 100
+)]
 pub(crate) struct Cli {
     /// Print one JSON object on standard output, and nothing else there.
     #[arg(long, global = true)]

@@ -9,6 +9,8 @@ mod merge;
 mod train;
 mod verify;
 
+use std::path::{Path, PathBuf};
+
 use anyhow::Result;
 use trainable_tokens_format::Overwrite;
 
@@ -40,9 +42,36 @@ impl Cli {
 }
 
 /// Refuses early what would be refused at the end, after all the work.
-fn check_free(path: &std::path::Path, overwrite: Overwrite) -> Result<()> {
+fn check_free(path: &Path, overwrite: Overwrite) -> Result<()> {
     if overwrite == Overwrite::Refuse && path.exists() {
         anyhow::bail!("{} already exists; use --force to replace it", path.display());
     }
     Ok(())
+}
+
+/// Refuses an output directory that is, or holds, something else that is read or written: a directory is replaced
+/// as a whole, and all that it holds goes.
+fn check_apart<'a>(out: &Path, others: impl IntoIterator<Item = &'a Path>) -> Result<()> {
+    let resolved_out = resolved(out);
+    match others
+        .into_iter()
+        .find(|other| resolved(other).starts_with(&resolved_out))
+    {
+        None => Ok(()),
+        Some(other) => anyhow::bail!(
+            "will not write to {}: {} would go with what it holds; choose another output directory",
+            out.display(),
+            other.display()
+        ),
+    }
+}
+
+/// The path without symbolic links, of something that need not exist.
+fn resolved(path: &Path) -> PathBuf {
+    let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    let real = |ancestor: &Path| {
+        let rest = path.strip_prefix(ancestor).ok()?;
+        Some(ancestor.canonicalize().ok()?.join(rest).components().collect())
+    };
+    path.ancestors().find_map(real).unwrap_or_else(|| path.clone())
 }

@@ -1,11 +1,12 @@
 //! Models and adapters, opened the same way by every command.
 
+use std::cell::OnceCell;
 use std::path::Path;
 
 use anyhow::{Result, bail};
 use candle_core::{DType, Device};
 use trainable_tokens_core::{EmbeddingSource, PaddingRule, TokenRows, TokenSet};
-use trainable_tokens_format::{Adapter, AdapterBuilder, BaseCheck, Checkpoint, MappedTable};
+use trainable_tokens_format::{Adapter, AdapterBuilder, AdapterModule, BaseCheck, Checkpoint, MappedTable, TableDigest};
 use trainable_tokens_trainer::{
     Decoder, EMBEDDING_MODULE, EMBEDDING_TENSOR, HEAD_MODULE, ModelConfig, Vocabulary,
 };
@@ -17,6 +18,8 @@ pub(crate) struct Model {
     pub(crate) checkpoint: Checkpoint,
     pub(crate) config: ModelConfig,
     pub(crate) vocabulary: Vocabulary,
+    /// Computed once, however often a run saves: it reads the whole table.
+    digest: OnceCell<TableDigest>,
 }
 
 impl Model {
@@ -30,6 +33,7 @@ impl Model {
             checkpoint,
             config,
             vocabulary: Vocabulary::of_model(dir),
+            digest: OnceCell::new(),
         })
     }
 
@@ -90,7 +94,7 @@ impl Model {
                 adapter
                     .modules()
                     .iter()
-                    .map(|module| module.path())
+                    .map(AdapterModule::path)
                     .collect::<Vec<_>>()
                     .join(", ")
             );
@@ -104,7 +108,7 @@ impl Model {
         let tokens = TokenSet::new(ids.iter().copied(), table.vocab_size())?;
         let mut builder = Adapter::builder(EMBEDDING_MODULE, &tokens, rows)
             .base_model_name_or_path(dir.to_string_lossy())
-            .base(table.digest(), table.dtype())
+            .base(*self.digest.get_or_init(|| table.digest()), table.dtype())
             .init("keep");
         if self.config.tie_word_embeddings {
             builder = builder.tied(HEAD_MODULE);

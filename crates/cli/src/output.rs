@@ -38,9 +38,17 @@ pub(crate) fn report(error: &anyhow::Error, verbose: bool) {
     }
 }
 
-/// The first line of a message; frameworks append backtraces.
+/// A message without the backtrace that frameworks append, its control characters (names may hold some) escaped.
 fn one_line(message: &str) -> String {
-    message.lines().next().unwrap_or_default().trim_end().to_owned()
+    let message = message.split("\n   0: ").next().unwrap_or_default();
+    message.trim_end().chars().fold(String::new(), |mut shown, c| {
+        if c.is_control() {
+            shown.extend(c.escape_default());
+        } else {
+            shown.push(c);
+        }
+        shown
+    })
 }
 
 /// A size in bytes, for people.

@@ -70,8 +70,12 @@ impl TokenArgs {
         }
         let mut sorted = ids.clone();
         sorted.sort_unstable();
-        if let Some(pair) = sorted.windows(2).find(|pair| pair[0] == pair[1]) {
-            bail!("token id {} is given twice", pair[0]);
+        let twice = |pair: &[u32]| match pair {
+            [first, second] if first == second => Some(*first),
+            _ => None,
+        };
+        if let Some(id) = sorted.windows(2).find_map(twice) {
+            bail!("token id {id} is given twice");
         }
         Ok(ids)
     }

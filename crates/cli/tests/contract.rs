@@ -126,7 +126,7 @@ fn wrong_usage_ends_with_status_2() {
     for name in COMMANDS {
         run(&workspace.command_with(name, &["--no-such-option"])).misused(&["--no-such-option"]);
         let command = workspace.command(name)[0].clone();
-        run(&[command.clone()]).misused(&["required"]);
+        run(std::slice::from_ref(&command)).misused(&["required"]);
         run(&[workspace.command(name), args!["one-too-many", "two-too-many"]].concat())
             .misused(&["too-many"]);
     }
@@ -488,7 +488,7 @@ fn verify_tells_what_does_not_fit() {
     let tokenizer = workspace.model().join("tokenizer.json");
     let healthy = fs::read(&tokenizer).unwrap();
     edit_json(&tokenizer, |json| {
-        json["added_tokens"][6]["content"] = "<reply>".into()
+        json["added_tokens"][6]["content"] = "<reply>".into();
     });
     outcome(&["299", "'<answer>'", "'<reply>'"], "token strings");
     fs::write(&tokenizer, healthy).unwrap();

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use serde::Deserialize;
 
+use crate::json::parse_object;
 use crate::{Error, Result};
 
 /// How the angular frequencies of rotary embeddings are stretched.
@@ -134,7 +135,7 @@ impl ModelConfig {
             reason,
         };
         let raw: Raw =
-            serde_json::from_slice(&text).map_err(|error| config(format!("not a model config: {error}")))?;
+            parse_object(&text).map_err(|reason| config(format!("not a model config: {reason}")))?;
         Self::from_raw(raw, path)
     }
 

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
+use crate::json::parse_object;
 use crate::{Error, ModelConfig, Result, Vocabulary};
 
 /// Labels with this value are no targets, as in transformers.
@@ -154,7 +155,7 @@ fn lines(
             line: number,
             reason,
         };
-        let parsed: Line = serde_json::from_str(line).map_err(|error| wrong(format!("{error}")))?;
+        let parsed: Line = parse_object(line.as_bytes()).map_err(wrong)?;
         let (input_ids, labels) = match (parsed.input_ids, parsed.text) {
             (Some(ids), _) => {
                 let labels = parsed.labels.unwrap_or_else(|| ids.clone());

@@ -14,6 +14,7 @@ mod data;
 mod error;
 mod evaluate;
 mod generate;
+mod json;
 mod loss;
 mod memory;
 mod model;

@@ -96,6 +96,10 @@ impl Default for TrainOptions {
     }
 }
 
+/// More lines in a batch are a slip: a run of a given number of steps wraps around its data, so that nothing else
+/// bounds a batch.
+const LARGEST_BATCH: usize = 1 << 16;
+
 /// The hooks that a run's options ask for.
 #[derive(Debug)]
 pub(crate) struct Hooks {
@@ -156,6 +160,12 @@ impl TrainOptions {
     pub(crate) fn check(&self) -> Result<()> {
         if self.batch_size == 0 {
             return Err(Error::Setting("batch-size must be at least 1".to_owned()));
+        }
+        if self.batch_size > LARGEST_BATCH {
+            return Err(Error::Setting(format!(
+                "batch-size is {}, but it must be at most {LARGEST_BATCH}",
+                self.batch_size
+            )));
         }
         if self.steps == Some(0) {
             return Err(Error::Setting("steps must be at least 1".to_owned()));

@@ -4,7 +4,9 @@ use std::time::Instant;
 
 use candle_core::DType;
 use serde::{Deserialize, Serialize};
-use trainable_tokens_core::{EmbeddingSource, OptimizerHook, RowOptimizer, TokenId, TokenRows};
+use trainable_tokens_core::{
+    EmbeddingSource, OptimizerHook, PaddingRule, RowOptimizer, Slot, TokenId, TokenRows,
+};
 use trainable_tokens_format::{Checkpoint, TrainingState};
 
 use crate::loss::scalar;
@@ -117,7 +119,8 @@ impl Trainer {
     }
 
     /// Compares the gradient of the first example with finite differences of its loss; the rows are as before
-    /// afterwards.
+    /// afterwards. The row of a padding token that gets no gradient from the lookup is left out: that gradient is
+    /// not the slope of the loss, by choice.
     ///
     /// # Errors
     ///
@@ -134,14 +137,28 @@ impl Trainer {
             DType::BF16 => half::bf16::EPSILON.to_f64(),
             _ => f64::from(f32::EPSILON),
         };
+        let held = self.row_without_lookup_gradient();
+        let gradient = with_row(
+            &gradient,
+            held,
+            &TokenRows::zeros(gradient.dtype(), rows.num_rows(), rows.embedding_dim()),
+        )?;
         let (model, seed) = (&mut self.model, self.options.seed);
         // A loss is a mean of many rounded terms: a few units in the last place.
         let outcome = check_gradient(&rows, &gradient, seed, 4.0 * precision, |nudged| {
-            model.embedding_mut().set_rows(nudged)?;
+            model.embedding_mut().set_rows(&with_row(nudged, held, &rows)?)?;
             Ok(scalar(&causal_loss(model, &batch, Graph::Drop)?)?)
         });
         self.model.embedding_mut().set_rows(&rows)?;
         outcome
+    }
+
+    /// The slot of the padding token, if it trains and the lookup gives it no gradient.
+    fn row_without_lookup_gradient(&self) -> Option<Slot> {
+        let layer = self.model.embedding().layer();
+        let padding = layer.options().padding?;
+        let held = padding.rule == PaddingRule::NoLookupGradient;
+        held.then(|| layer.tokens().slot(padding.token)).flatten()
     }
 
     /// The first example of the run that meets a trainable token, or else simply the first: in a tied model, or
@@ -308,6 +325,17 @@ impl Trainer {
         }
         Ok(largest)
     }
+}
+
+/// `rows` with the row at `slot` taken from `source`.
+fn with_row(rows: &TokenRows, slot: Option<Slot>, source: &TokenRows) -> Result<TokenRows> {
+    let Some(Slot(slot)) = slot else {
+        return Ok(rows.clone());
+    };
+    let [k, dim] = rows.shape();
+    let (mut values, range) = (rows.to_f64_vec(), slot * dim..(slot + 1) * dim);
+    values[range.clone()].copy_from_slice(&source.to_f64_vec()[range]);
+    Ok(TokenRows::new::<f64>(values, k, dim)?.to_dtype(rows.dtype()))
 }
 
 impl RunIdentity {

@@ -118,7 +118,7 @@ fn train(mut output: Output, out: &Path) -> Result<Output> {
     )?;
     let options = TrainOptions {
         steps: Some(STEPS),
-        lr: 0.05,
+        lr: 0.02,
         batch_size: 8,
         ..TrainOptions::default()
     };

@@ -9,6 +9,7 @@ use candle_core::{DType, Tensor};
 use safetensors::tensor::{Dtype, TensorView};
 use serde::Serialize;
 use trainable_tokens_format::write_file_atomically;
+use trainable_tokens_trainer::ModelConfig;
 
 use super::check_free;
 use crate::args::{Cli, ForwardArgs};
@@ -25,7 +26,7 @@ struct Output<'a> {
 pub(super) fn run(args: &ForwardArgs, cli: &Cli) -> Result<()> {
     check_free(&args.out, cli.overwrite())?;
     let model = Model::open(&args.model)?;
-    let (ids, rows, length) = read_ids(&args.input_ids, model.config.vocab_size)?;
+    let (ids, rows, length) = read_ids(&args.input_ids, &model.config)?;
     let decoder = model.load(args.adapter.as_deref(), args.dtype, args.device)?;
     let ids = Tensor::from_vec(ids, (rows, length), decoder.device())?;
     let embeddings = decoder.embed(&ids)?.detach();
@@ -38,7 +39,8 @@ pub(super) fn run(args: &ForwardArgs, cli: &Cli) -> Result<()> {
         .map(|(name, shape, data)| Ok((*name, TensorView::new(Dtype::F32, shape.clone(), data)?)));
     let file = safetensors::serialize(views.collect::<Result<Vec<_>>>()?, None)?;
     write_file_atomically(&args.out, cli.overwrite(), |out| -> Result<()> {
-        Ok(out.write_all(&file)?)
+        out.write_all(&file)
+            .map_err(|error| anyhow::anyhow!("cannot write {}: {error}", args.out.display()))
     })?;
     let output = Output {
         out: &args.out,
@@ -61,7 +63,8 @@ fn to_f32_bytes(tensor: &Tensor) -> Result<Vec<u8>> {
 }
 
 /// Flattened ids, rows, and ids per row.
-fn read_ids(path: &Path, vocab_size: usize) -> Result<(Vec<u32>, usize, usize)> {
+fn read_ids(path: &Path, config: &ModelConfig) -> Result<(Vec<u32>, usize, usize)> {
+    let vocab_size = config.vocab_size;
     let name = path.display();
     let text = fs::read(path).map_err(|error| anyhow::anyhow!("cannot read {name}: {error}"))?;
     let lists: Vec<Vec<i64>> = serde_json::from_slice(&text)
@@ -69,6 +72,12 @@ fn read_ids(path: &Path, vocab_size: usize) -> Result<(Vec<u32>, usize, usize)> 
     let length = lists.first().map_or(0, Vec::len);
     if length == 0 {
         bail!("{name} holds no token id");
+    }
+    if length > config.max_position_embeddings {
+        bail!(
+            "{name}: a list of {length} ids is longer than the model's {} positions",
+            config.max_position_embeddings
+        );
     }
     let mut ids = Vec::with_capacity(lists.len() * length);
     for (row, list) in lists.iter().enumerate() {

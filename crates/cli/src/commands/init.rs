@@ -6,7 +6,7 @@ use anyhow::Result;
 use serde::Serialize;
 use trainable_tokens_core::{EmbeddingSource, TokenSet};
 
-use super::check_free;
+use super::{check_apart, check_free};
 use crate::args::{Cli, InitArgs};
 use crate::model::Model;
 use crate::output::print;
@@ -21,6 +21,7 @@ struct Output<'a> {
 
 pub(super) fn run(args: &InitArgs, cli: &Cli) -> Result<()> {
     check_free(&args.out, cli.overwrite())?;
+    check_apart(&args.out, [args.model.as_path()])?;
     let model = Model::open(&args.model)?;
     let ids = args.tokens.resolve(&model.vocabulary, model.config.vocab_size)?;
     let table = model.table()?;

@@ -83,6 +83,11 @@ pub(super) fn run(args: &InspectArgs, cli: &Cli) -> Result<()> {
     let path = &args.path;
     let output = if path.join("adapter_config.json").is_file() {
         Output::Adapter(adapter(path, args.model.as_deref())?)
+    } else if path.is_dir() && !path.join("config.json").exists() {
+        bail!(
+            "{} is neither an adapter nor a model: it holds neither adapter_config.json nor config.json",
+            path.display()
+        );
     } else if path.is_dir() {
         Output::Model(model(path)?)
     } else if path.is_file() {
@@ -190,6 +195,7 @@ fn model(dir: &Path) -> Result<ModelOutput> {
         checkpoint,
         config,
         vocabulary,
+        ..
     } = Model::open(dir)?;
     let table = checkpoint.table(EMBEDDING_TENSOR)?;
     let free_rows = if vocabulary.exists() {

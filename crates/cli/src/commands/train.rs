@@ -4,14 +4,14 @@ mod run;
 
 pub(super) use run::{Outputs, Run};
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 use trainable_tokens_core::PaddingRule;
 use trainable_tokens_format::{Adapter, Overwrite, TrainingState};
 use trainable_tokens_trainer::{self as trainer, Dataset, EMBEDDING_MODULE, TrainOptions, Trainer};
 
-use super::check_free;
+use super::{check_apart, check_free};
 use crate::args::{self, Cli, PaddingChoice, TrainArgs};
 use crate::model::Model;
 use crate::output::{note, print};
@@ -29,6 +29,9 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
     if let (Some(metrics), None) = (&args.metrics, &args.resume) {
         check_free(metrics, cli.overwrite())?;
     }
+    let others = [&args.eval_data, &args.metrics].into_iter().flatten();
+    let others = others.chain([&args.model, &args.data]).map(PathBuf::as_path);
+    check_apart(&args.out, others)?;
     check_target(&args.target_modules)?;
 
     let model = Model::open(&args.model)?;

@@ -17,25 +17,26 @@ struct Output {
 
 #[derive(Serialize)]
 struct Check {
-    check: &'static str,
+    #[serde(rename = "check")]
+    name: &'static str,
     /// Absent if there was nothing to check against.
     ok: Option<bool>,
     detail: String,
 }
 
 impl Check {
-    fn of(check: &'static str, outcome: Result<String, String>) -> Self {
+    fn of(name: &'static str, outcome: Result<String, String>) -> Self {
         let ok = Some(outcome.is_ok());
         Self {
-            check,
+            name,
             ok,
             detail: outcome.unwrap_or_else(|reason| reason),
         }
     }
 
-    fn skipped(check: &'static str, detail: &str) -> Self {
+    fn skipped(name: &'static str, detail: &str) -> Self {
         Self {
-            check,
+            name,
             ok: None,
             detail: detail.to_owned(),
         }
@@ -153,7 +154,7 @@ fn to_text(output: &Output) -> String {
             Some(false) => "FAIL",
             None => "-",
         };
-        format!("{mark:<5} {:<26} {}\n", check.check, check.detail)
+        format!("{mark:<5} {:<26} {}\n", check.name, check.detail)
     };
     let verdict = if output.fits {
         "the adapter fits the model\n"

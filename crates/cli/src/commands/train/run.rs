@@ -4,7 +4,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{BufWriter, Write};
 use std::path::Path;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use trainable_tokens_core::EmbeddingSource;
@@ -131,9 +131,16 @@ impl Run<'_> {
     /// Writes the adapter; a run that saves on the way keeps the state to resume from beside it.
     fn save(&self, trainer: &Trainer, replace: bool) -> Result<()> {
         let layer = trainer.model().embedding();
-        let builder = self
-            .model
-            .adapter_builder(self.model_dir, &layer.tokens().to_vec(), layer.rows()?)?;
+        let (tokens, rows) = (layer.tokens().to_vec(), layer.rows()?);
+        // The loss tells only of the rows before the last step.
+        if let Some((slot, column)) = rows.first_non_finite() {
+            bail!(
+                "the row of token id {} is not finite at column {column} after step {}: lower the learning rate",
+                tokens.get(slot).copied().unwrap_or_default(),
+                trainer.steps_taken()
+            );
+        }
+        let builder = self.model.adapter_builder(self.model_dir, &tokens, rows)?;
         let adapter = builder.target_modules(self.target_modules.to_vec()).build()?;
         let overwrite = if replace {
             Overwrite::Replace

@@ -1,0 +1,109 @@
+"""Small random models, made on the spot, and data for them."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+VOCAB_SIZE = 301
+SHAPE = dict(
+    vocab_size=VOCAB_SIZE,
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    initializer_range=0.15,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+LLAMA3_ROPE = dict(
+    rope_type="llama3",
+    rope_theta=10000.0,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=32,  # wavelengths 6, 29, 135, ...: one kept, one on the ramp, the rest stretched
+)
+
+
+@dataclass
+class Case:
+    """A model, and the tokens of it that train, in an order that is not sorted."""
+
+    name: str
+    model: Path
+    tokens: list[int]
+    padding_idx: str | None = None  # what --padding-idx says, if the padding token is among them
+
+    @property
+    def config(self):
+        return json.loads((self.model / "config.json").read_text())
+
+
+def make_cases(work: Path, fixtures: Path) -> list[Case]:
+    made = [
+        ("llama-untied", LlamaForCausalLM, LlamaConfig(**SHAPE), {}),
+        ("llama-tied", LlamaForCausalLM, LlamaConfig(**SHAPE, tie_word_embeddings=True), {}),
+        ("mistral-window", MistralForCausalLM, MistralConfig(**SHAPE, sliding_window=6), {}),
+        (
+            "llama3-rope-bias",
+            LlamaForCausalLM,
+            LlamaConfig(**SHAPE, rope_parameters=LLAMA3_ROPE, attention_bias=True, mlp_bias=True),
+            {},
+        ),
+        ("bf16-shards-tied", LlamaForCausalLM, LlamaConfig(**SHAPE, tie_word_embeddings=True), SHARDS),
+        ("bf16-shards-untied", LlamaForCausalLM, LlamaConfig(**SHAPE), SHARDS),
+    ]
+    cases = []
+    for seed, (name, cls, config, options) in enumerate(made):
+        save_random_model(work / name, cls, config, seed=seed, **options)
+        cases.append(Case(name, work / name, [300, 7, 150, 42]))
+    for name in ("llama_untied", "llama_tied"):
+        model = fixtures / name / "base"
+        config = json.loads((model / "config.json").read_text())
+        last = config["vocab_size"] - 1
+        cases.append(Case(f"fixture-{name}", model, [last, 12, config["pad_token_id"], 90], padding_idx="torch"))
+    return cases
+
+
+SHARDS = dict(dtype=torch.bfloat16, max_shard_size="30KB")
+
+
+def save_random_model(path: Path, cls, config, *, seed: int, dtype=torch.float32, max_shard_size="1GB"):
+    torch.manual_seed(seed)
+    model = cls(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Norms start at 1 and biases at 0, which would hide that they are used.
+            if parameter.dim() == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.to(dtype).save_pretrained(path, max_shard_size=max_shard_size)
+
+
+def random_ids(case: Case, rows: int, length: int, *, seed: int) -> torch.Tensor:
+    """[rows, length], about half of them tokens that train."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(4, case.config["vocab_size"], (rows, length), generator=generator)
+    trained = torch.tensor(case.tokens)[torch.randint(len(case.tokens), ids.shape, generator=generator)]
+    return torch.where(torch.rand(ids.shape, generator=generator) < 0.5, trained, ids)
+
+
+def make_examples(case: Case, count: int, *, seed: int) -> list[dict]:
+    """Lines of different lengths; every third has labels, some of which are -100."""
+    examples = []
+    for index, row in enumerate(random_ids(case, count, 24, seed=seed)):
+        ids = row[: 9 + (5 * index) % 16].tolist()
+        example = {"input_ids": ids}
+        if index % 3 == 0:
+            example["labels"] = [-100 if place % 4 == 2 else id for place, id in enumerate(ids)]
+        examples.append(example)
+    return examples
+
+
+def write_lines(path: Path, examples: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(example) + "\n" for example in examples))
+    return path
