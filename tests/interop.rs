@@ -1,15 +1,17 @@
 //! What one backend writes, the other reads to the same bits; the shared optimizers move both alike.
 #![allow(missing_docs, clippy::unwrap_used)]
 
-use candle_core::{Device, Tensor};
+use candle_core::{Device, Tensor, WithDType};
 use candle_nn::Module;
-use half::bf16;
+use half::{bf16, f16};
 use ndarray::Array2;
 use proptest::prelude::*;
 use trainable_tokens::candle;
 use trainable_tokens::format::{Adapter, Checkpoint, Overwrite, TrainingState, digest};
 use trainable_tokens::ndarray::{NdTable, TrainableTokens, TrainableTokensExt};
-use trainable_tokens::{Adam, AdamConfig, DType, EmbeddingSource, RowOptimizer, TokenRows, TokenSet};
+use trainable_tokens::{
+    Adam, AdamConfig, DType, Element, EmbeddingSource, RowOptimizer, TokenRows, TokenSet,
+};
 
 const MODULE: &str = "model.embed_tokens";
 
@@ -129,46 +131,42 @@ proptest! {
     }
 }
 
-/// The ndarray layer over a memory-mapped table of half precision gives what candle's gives over the loaded one.
-#[test]
-fn a_mapped_table_is_used_in_place() {
+/// The ndarray layer over a memory-mapped table gives what candle's gives over the loaded one.
+fn mapped<T: Element + WithDType>(file_type: safetensors::Dtype) {
     let (v, d) = (50, 6);
-    let values: Vec<bf16> = noise(3, v * d).into_iter().map(bf16::from_f32).collect();
-    let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
-    let view = safetensors::tensor::TensorView::new(safetensors::Dtype::BF16, vec![v, d], &bytes).unwrap();
+    let values: Vec<T> = noise(3, v * d)
+        .into_iter()
+        .map(<T as Element>::from_f32)
+        .collect();
+    let bytes = TokenRows::new(values.clone(), v, d).unwrap().to_le_bytes();
+    let view = safetensors::tensor::TensorView::new(file_type, vec![v, d], &bytes).unwrap();
     let dir = tempfile::tempdir().unwrap();
-    safetensors::serialize_to_file(
-        [("model.embed_tokens.weight", view)],
-        None,
-        &dir.path().join("model.safetensors"),
-    )
-    .unwrap();
-    let table = Checkpoint::open(dir.path())
-        .unwrap()
-        .table("model.embed_tokens.weight")
-        .unwrap();
-    assert_eq!((table.vocab_size(), table.dtype()), (v, DType::BF16));
+    let name = "model.embed_tokens.weight";
+    safetensors::serialize_to_file([(name, view)], None, &dir.path().join("model.safetensors")).unwrap();
+    let table = Checkpoint::open(dir.path()).unwrap().table(name).unwrap();
+    assert_eq!((table.vocab_size(), table.dtype()), (v, <T as Element>::DTYPE));
 
     let ids = [4u32, 49, 0, 4, 7];
     let tokens = TokenSet::new([49, 4], v).unwrap();
     let rows = TokenRows::new(noise(5, 2 * d), 2, d).unwrap();
-    let nd: TrainableTokens<_> = TrainableTokens::with_rows(table, tokens, &rows).unwrap();
+    let nd: TrainableTokens<_, T> = TrainableTokens::with_rows(table, tokens, &rows).unwrap();
     let loaded = Tensor::from_vec(values, (v, d), &Device::Cpu).unwrap();
     let candle = candle::TrainableTokens::with_rows(loaded, &[49, 4], &rows).unwrap();
-    let ids_tensor = Tensor::new(&ids, &Device::Cpu).unwrap();
-    let want = candle
-        .forward(&ids_tensor)
-        .unwrap()
-        .to_dtype(candle_core::DType::F32)
-        .unwrap();
-    assert_eq!(
-        nd.lookup(&ids).unwrap().into_iter().collect::<Vec<f32>>(),
-        want.flatten_all().unwrap().to_vec1::<f32>().unwrap()
-    );
+    let want = candle.forward(&Tensor::new(&ids, &Device::Cpu).unwrap()).unwrap();
+    let got = nd.lookup(&ids).unwrap().into_iter().collect::<Vec<T>>();
+    assert_eq!(got, want.flatten_all().unwrap().to_vec1::<T>().unwrap());
 
     let plan = nd.plan(&ids).unwrap();
-    let gradient = nd.backward(&plan, Array2::ones((5, d)).view()).unwrap();
-    assert_eq!(gradient.as_slice::<f32>().unwrap(), [[1.0; 6], [2.0; 6]].concat());
-    let logits: Array2<f32> = nd.logits(Array2::ones((1, d))).unwrap();
-    assert_eq!(logits.dim(), (1, v));
+    let one = <T as Element>::from_f32(1.0);
+    let gradient = nd.backward(&plan, Array2::from_elem((5, d), one).view()).unwrap();
+    assert_eq!(gradient.to_f32_vec(), [[1.0; 6], [2.0; 6]].concat());
+    assert_eq!(nd.logits(Array2::from_elem((1, d), one)).unwrap().dim(), (1, v));
+}
+
+#[test]
+fn a_mapped_table_is_used_in_place() {
+    mapped::<f64>(safetensors::Dtype::F64);
+    mapped::<f32>(safetensors::Dtype::F32);
+    mapped::<f16>(safetensors::Dtype::F16);
+    mapped::<bf16>(safetensors::Dtype::BF16);
 }

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use ndarray::Array2;
 use trainable_tokens_core::{Adam, AdamConfig, TokenSet};
+use trainable_tokens_format::Checkpoint;
 use trainable_tokens_ndarray::{NdTable, TrainableTokens, TrainableTokensExt};
 
 struct Counting;
@@ -93,6 +94,8 @@ fn a_step_never_allocates_the_table() {
     });
     assert!(largest <= 4 * V * 4, "the head allocated {largest} bytes at once");
 
+    mapped(&ids, &upstream);
+
     let mut plan = layer.plan(&ids).unwrap();
     let mut out = Array2::<f32>::zeros((N, D));
     let mut gradient = layer.zero_gradient();
@@ -104,4 +107,34 @@ fn a_step_never_allocates_the_table() {
             .unwrap();
     });
     assert_eq!(total, 0, "reused buffers");
+}
+
+/// The same step over a memory-mapped file: opening it and training on it copy no table either.
+fn mapped(ids: &[u32], upstream: &Array2<f32>) {
+    const V: usize = 200_000;
+    const D: usize = 64;
+    let dir = tempfile::tempdir().unwrap();
+    let bytes = vec![0u8; V * D * 2];
+    let view = safetensors::tensor::TensorView::new(safetensors::Dtype::BF16, vec![V, D], &bytes).unwrap();
+    safetensors::serialize_to_file(
+        [("emb.weight", view)],
+        None,
+        &dir.path().join("model.safetensors"),
+    )
+    .unwrap();
+    let mut optimizer = Adam::new(AdamConfig::ADAMW).unwrap();
+    let (largest, _) = measure(|| {
+        let table = Checkpoint::open(dir.path()).unwrap().table("emb.weight").unwrap();
+        let tokens = TokenSet::new([199_999, 7], V).unwrap();
+        let mut layer: TrainableTokens<_> = TrainableTokens::new(table, tokens).unwrap();
+        let plan = layer.plan(ids).unwrap();
+        layer.lookup_planned(&plan).unwrap();
+        let gradient = layer.backward(&plan, upstream.view()).unwrap();
+        layer.step_with(gradient, &mut optimizer, &mut []).unwrap();
+    });
+    // The largest is the table of V slots, 4 bytes each.
+    assert!(
+        largest <= V * 4,
+        "a step over a mapped table allocated {largest} bytes at once"
+    );
 }

@@ -6,7 +6,9 @@ use std::path::Path;
 use anyhow::{Result, bail};
 use candle_core::{DType, Device};
 use trainable_tokens_core::{EmbeddingSource, PaddingRule, TokenRows, TokenSet};
-use trainable_tokens_format::{Adapter, AdapterBuilder, AdapterModule, BaseCheck, Checkpoint, MappedTable, TableDigest};
+use trainable_tokens_format::{
+    Adapter, AdapterBuilder, AdapterModule, BaseCheck, Checkpoint, MappedTable, TableDigest,
+};
 use trainable_tokens_trainer::{
     Decoder, EMBEDDING_MODULE, EMBEDDING_TENSOR, HEAD_MODULE, ModelConfig, Vocabulary,
 };

@@ -691,7 +691,7 @@ fn settings_out_of_range() {
 }
 
 #[test]
-fn a_run_that_diverges_writes_no_adapter() {
+fn losses_that_are_no_numbers() {
     let workspace = Workspace::new();
     let args = workspace.command_with(
         "train",
@@ -709,9 +709,14 @@ fn a_run_that_diverges_writes_no_adapter() {
         workspace.refuses(&args, &["token id 299", "not finite", "learning rate"]);
     }
     let nan = f32::NAN.to_le_bytes();
-    let spoil =
-        edit_weights(|tensors| tensors.get_mut("model.norm.weight").unwrap().2[..4].copy_from_slice(&nan));
-    refuse(&["train"], &[], spoil);
+    let spoil = edit_weights(|tensors| {
+        let (.., bytes) = tensors.get_mut("model.norm.weight").unwrap();
+        bytes[..4].copy_from_slice(&nan);
+    });
+    let workspace = Workspace::new();
+    spoil(&workspace);
+    workspace.refuses(&workspace.command("train"), &["NaN"]);
+    workspace.refuses(&workspace.command("eval"), &["/model", "data.jsonl", "NaN"]);
 }
 
 #[test]

@@ -310,9 +310,12 @@ impl Trainer {
                 origin.read_rows(&ids)?.to_dtype(table.dtype()),
             );
             if !now.bits_eq(&before) {
-                let difference = |(now, before): (f64, f64)| match now.to_bits() == before.to_bits() {
-                    true => 0.0,
-                    false => (now - before).abs(),
+                let difference = |(now, before): (f64, f64)| {
+                    if now.to_bits() == before.to_bits() {
+                        0.0
+                    } else {
+                        (now - before).abs()
+                    }
                 };
                 let differences = now
                     .to_f64_vec()
