@@ -309,7 +309,7 @@ mod tests {
     fn what_is_not_implemented_is_refused_by_name() {
         for (json, name) in [
             (r#"{"model_type":"gpt2"}"#.to_owned(), "model_type 'gpt2'"),
-            (r#"{}"#.to_owned(), "model_type ''"),
+            ("{}".to_owned(), "model_type ''"),
             (
                 format!(r#"{{"model_type":"llama",{MINIMAL},"hidden_act":"gelu"}}"#),
                 "hidden_act 'gelu'",

@@ -46,6 +46,7 @@ impl Case {
                 &self.checkpoint(checkpoint),
                 tokens,
                 rows,
+                PaddingRule::NoLookupGradient,
                 DType::F32,
                 &Device::Cpu,
             )
