@@ -29,7 +29,7 @@ from models import Case, make_cases, make_examples, random_ids, write_lines
 REPOSITORY = Path(__file__).resolve().parents[2]
 FIXTURES = REPOSITORY / "tests" / "fixtures" / "peft"
 
-STEPS, BATCH_SIZE, LR, WEIGHT_DECAY = 10, 4, 1e-2, 0.01
+STEPS, BATCH_SIZE, LR, WEIGHT_DECAY = 10, 4, 1e-2, 0.5
 
 LOGITS, LOSS_WHILE_TRAINING, TRAINED_ROWS, LOSS = 1e-4, 2e-4, 2e-3, 1e-5
 

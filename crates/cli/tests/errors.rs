@@ -1,5 +1,6 @@
 //! Bad inputs: each is refused with status 1 and one line that names the culprit, and leaves nothing behind.
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+#![cfg(unix)] // paths, links and file limits
 
 mod support;
 

@@ -8,8 +8,11 @@ use crate::{Error, Result};
 
 /// Directions that are compared.
 const DIRECTIONS: usize = 4;
-/// The length of a nudge, relative to the norm of all rows.
+/// The length of a nudge of a row, relative to the row's norm.
 const NUDGE: f64 = 0.02;
+/// Rows shorter than this are nudged as if they were this long. A norm behind the embedding turns sharply at a row of
+/// zeros: a nudge must be small against the root of its epsilon.
+const SHORTEST: f64 = 1e-3;
 /// The largest relative error of a sound gradient. A cut graph gives 0.5 and more.
 const TOLERANCE: f64 = 0.1;
 
@@ -23,7 +26,7 @@ pub struct GradientCheck {
 }
 
 /// Compares directional derivatives of `gradient`, `[k, D]` at `rows`, with central finite differences of the loss,
-/// in random directions. Frameworks can cut a graph in silence, and the loss may still fall with what is left.
+/// in random directions that nudge each row in proportion to its norm. Frameworks can cut a graph in silence, and the loss may still fall with what is left.
 ///
 /// Each difference is taken at two step lengths; how far they lie apart, and the rounding of the loss, is the
 /// uncertainty that an honest gradient is granted.
@@ -46,11 +49,15 @@ pub fn check_gradient(
         });
     }
     let (start, slope) = (rows.to_f64_vec(), gradient.to_f64_vec());
-    let length = NUDGE * rows.norm().max(1e-3);
+    let scales: Vec<f64> = rows.row_norms().iter().map(|norm| norm.max(SHORTEST)).collect();
+    let length = NUDGE * scales.iter().map(|x| x * x).sum::<f64>().sqrt();
     let mut random = ChaCha8Rng::seed_from_u64(seed);
     let (mut error, mut doubt, mut size) = (0.0, 0.0, 0.0);
     for _ in 0..DIRECTIONS {
-        let direction: Vec<f64> = start.iter().map(|_| random.random_range(-1.0..1.0)).collect();
+        let per_element = scales.iter().flat_map(|scale| std::iter::repeat_n(scale, dim));
+        let direction: Vec<f64> = per_element
+            .map(|scale| scale * random.random_range(-1.0..1.0))
+            .collect();
         let norm = direction.iter().map(|x| x * x).sum::<f64>().sqrt();
         let derivative = direction.iter().zip(&slope).map(|(d, g)| d * g).sum::<f64>() / norm;
         let mut loss = |by: f64| {
@@ -126,6 +133,30 @@ mod tests {
         for kept in 0..6 {
             let error = check_gradient(&at, &slope(&at, kept), 1, 1e-7, |rows| Ok(loss(rows))).unwrap_err();
             assert!(matches!(error, Error::GradientMismatch { .. }), "{kept}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_row_of_zeros_before_a_norm_passes() {
+        // `sum((i + 1) * x_i / sqrt(|x|^2 + 1e-6))` over rows of two, and its slope.
+        let loss = |rows: &TokenRows| -> f64 {
+            let row = |x: &[f64]| (x[0] + 2.0 * x[1]) / (x[0] * x[0] + x[1] * x[1] + 1e-6).sqrt();
+            rows.to_f64_vec().chunks(2).map(row).sum()
+        };
+        let at = rows(&[0.3, -1.0, 0.0, 0.0]);
+        let square: f64 = 0.3 * 0.3 + 1.0 + 1e-6;
+        let (size, value) = (square.sqrt(), 0.3 - 2.0);
+        let slope = [
+            1.0 / size - value * 0.3 / (square * size),
+            2.0 / size + value / (square * size),
+            1e3,
+            2e3,
+        ];
+        let gradient = |slope: [f64; 4]| TokenRows::new(slope.to_vec(), 2, 2).unwrap();
+        let check = check_gradient(&at, &gradient(slope), 1, 1e-7, |rows| Ok(loss(rows))).unwrap();
+        assert!(check.relative_error < 0.01, "{check:?}");
+        for cut in [[0.0, 0.0, 1e3, 2e3], [slope[0], slope[1], 0.0, 0.0]] {
+            assert!(check_gradient(&at, &gradient(cut), 1, 1e-7, |rows| Ok(loss(rows))).is_err());
         }
     }
 
