@@ -67,6 +67,17 @@ pub(crate) struct TokenArgs {
     pub(crate) token_ids: Option<IdRanges>,
 }
 
+/// Where and in what type the frozen weights work.
+#[derive(Clone, Copy, Debug, Args)]
+pub(crate) struct ComputeArgs {
+    /// Where to compute: cpu, cuda, cuda:N or metal.
+    #[arg(long, default_value = "cpu")]
+    pub(crate) device: DeviceArg,
+    /// Element type that the frozen weights are converted to; rows train in f32.
+    #[arg(long, value_enum, default_value_t = WeightType::F32)]
+    pub(crate) dtype: WeightType,
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct TrainArgs {
     /// Model directory: config.json, model.safetensors or shards, tokenizer.json where text is used.
@@ -128,12 +139,8 @@ pub(crate) struct TrainArgs {
     /// Cut longer lines, and plain text, at this many tokens.
     #[arg(long, value_parser = positive)]
     pub(crate) max_length: Option<usize>,
-    /// Where to compute: cpu, cuda, cuda:N or metal.
-    #[arg(long, default_value = "cpu")]
-    pub(crate) device: DeviceArg,
-    /// Element type that the frozen weights are converted to; the rows train in f32.
-    #[arg(long, value_enum, default_value_t = WeightType::F32)]
-    pub(crate) dtype: WeightType,
+    #[command(flatten)]
+    pub(crate) compute: ComputeArgs,
     /// Module whose rows train, as PEFT names it; only the input embedding can be.
     #[arg(
         long,
@@ -179,12 +186,8 @@ pub(crate) struct EvalArgs {
     /// Cut longer lines, and plain text, at this many tokens.
     #[arg(long, value_parser = positive)]
     pub(crate) max_length: Option<usize>,
-    /// Where to compute: cpu, cuda, cuda:N or metal.
-    #[arg(long, default_value = "cpu")]
-    pub(crate) device: DeviceArg,
-    /// Element type that the weights are converted to.
-    #[arg(long, value_enum, default_value_t = WeightType::F32)]
-    pub(crate) dtype: WeightType,
+    #[command(flatten)]
+    pub(crate) compute: ComputeArgs,
 }
 
 #[derive(Debug, Args)]
@@ -201,12 +204,8 @@ pub(crate) struct ForwardArgs {
     /// Safetensors file to write: embeddings [B, L, D] and logits [B, L, V], both F32.
     #[arg(long, value_name = "FILE")]
     pub(crate) out: PathBuf,
-    /// Where to compute: cpu, cuda, cuda:N or metal.
-    #[arg(long, default_value = "cpu")]
-    pub(crate) device: DeviceArg,
-    /// Element type that the weights are converted to.
-    #[arg(long, value_enum, default_value_t = WeightType::F32)]
-    pub(crate) dtype: WeightType,
+    #[command(flatten)]
+    pub(crate) compute: ComputeArgs,
 }
 
 #[derive(Debug, Args)]

@@ -13,7 +13,7 @@ use trainable_tokens_trainer::{
     Decoder, EMBEDDING_MODULE, EMBEDDING_TENSOR, HEAD_MODULE, ModelConfig, Vocabulary,
 };
 
-use crate::args::{DeviceArg, WeightType};
+use crate::args::{ComputeArgs, DeviceArg, WeightType};
 
 /// A model directory, its files checked but no weight read.
 pub(crate) struct Model {
@@ -45,20 +45,14 @@ impl Model {
     }
 
     /// Loads the decoder, with the rows of an adapter if there is one.
-    pub(crate) fn load(
-        &self,
-        adapter: Option<&Path>,
-        dtype: WeightType,
-        device: DeviceArg,
-    ) -> Result<Decoder> {
+    pub(crate) fn load(&self, adapter: Option<&Path>, compute: ComputeArgs) -> Result<Decoder> {
         let rows = adapter.map(|dir| self.adapter_rows(dir)).transpose()?;
         let (ids, rows) = rows.unzip();
         self.load_rows(
             &ids.unwrap_or_default(),
             rows.as_ref(),
             PaddingRule::NoLookupGradient,
-            dtype,
-            device,
+            compute,
         )
     }
 
@@ -68,10 +62,9 @@ impl Model {
         ids: &[u32],
         rows: Option<&TokenRows>,
         padding: PaddingRule,
-        dtype: WeightType,
-        device: DeviceArg,
+        compute: ComputeArgs,
     ) -> Result<Decoder> {
-        let dtype = match dtype {
+        let dtype = match compute.dtype {
             WeightType::F32 => DType::F32,
             WeightType::Bf16 => DType::BF16,
         };
@@ -81,7 +74,7 @@ impl Model {
             rows,
             padding,
             dtype,
-            &open_device(device)?,
+            &open_device(compute.device)?,
         )?)
     }
 

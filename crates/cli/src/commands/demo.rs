@@ -14,7 +14,7 @@ use trainable_tokens_format::{
 use trainable_tokens_trainer::{Dataset, Decoder, TrainOptions, Trainer, Vocabulary, generate};
 
 use super::train::{Outputs, Run};
-use crate::args::{Cli, DemoArgs, DeviceArg, WeightType};
+use crate::args::{Cli, ComputeArgs, DemoArgs, DeviceArg, WeightType};
 use crate::model::Model;
 use crate::output::{note, print};
 use crate::plot::loss_svg;
@@ -109,13 +109,11 @@ fn train(mut output: Output, out: &Path) -> Result<Output> {
     let data = |name: &str| Dataset::read(&out.join(name), &model.vocabulary, &model.config, None);
     let ids = TOKENS.map(|token| model.vocabulary.single_id(token));
     let ids = ids.into_iter().collect::<Result<Vec<u32>, _>>()?;
-    let decoder = model.load_rows(
-        &ids,
-        None,
-        PaddingRule::NoLookupGradient,
-        WeightType::F32,
-        DeviceArg::Cpu,
-    )?;
+    let compute = ComputeArgs {
+        device: DeviceArg::Cpu,
+        dtype: WeightType::F32,
+    };
+    let decoder = model.load_rows(&ids, None, PaddingRule::NoLookupGradient, compute)?;
     let options = TrainOptions {
         steps: Some(STEPS),
         lr: 0.02,

@@ -10,7 +10,7 @@ use crate::output::print;
 pub(super) fn run(args: &EvalArgs, cli: &Cli) -> Result<()> {
     let model = Model::open(&args.model)?;
     let data = Dataset::read(&args.data, &model.vocabulary, &model.config, args.max_length)?;
-    let decoder = model.load(args.adapter.as_deref(), args.dtype, args.device)?;
+    let decoder = model.load(args.adapter.as_deref(), args.compute)?;
     let evaluation = evaluate(&decoder, &data, args.batch_size)?;
     if !evaluation.loss.is_finite() {
         bail!(

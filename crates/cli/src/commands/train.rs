@@ -42,7 +42,7 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
     let eval_data = eval_data
         .map(|path| Dataset::read(path, &model.vocabulary, &model.config, args.max_length))
         .transpose()?;
-    let decoder = model.load_rows(&ids, None, padding, args.dtype, args.device)?;
+    let decoder = model.load_rows(&ids, None, padding, args.compute)?;
     let mut trainer = Trainer::new(decoder, data, options(args))?;
     if let Some(dir) = &args.resume {
         resume(&mut trainer, dir)?;
