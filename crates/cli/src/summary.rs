@@ -26,6 +26,8 @@ pub(crate) struct Summary {
     pub(crate) peak_rss_bytes: Option<u64>,
     /// Relative error of the gradient against finite differences, before training.
     pub(crate) gradient_check_error: f64,
+    /// How much of it rounding and curvature can explain; above 0.1 the check cannot tell.
+    pub(crate) gradient_check_uncertainty: f64,
 }
 
 impl Summary {
@@ -64,10 +66,7 @@ impl Summary {
                 "change of untouched rows",
                 format!("{}", self.largest_untouched_change),
             ),
-            (
-                "gradient check",
-                format!("relative error {:.1e}", self.gradient_check_error),
-            ),
+            ("gradient check", self.gradient_check()),
             (
                 "time per step",
                 format!("{:.4} s, {} steps", self.seconds_per_step, self.steps),
@@ -76,5 +75,13 @@ impl Summary {
             ("adapter", self.adapter.display().to_string()),
         ];
         rows.map(|(name, value)| format!("{name:<25} {value}\n")).concat()
+    }
+
+    fn gradient_check(&self) -> String {
+        let error = format!("relative error {:.1e}", self.gradient_check_error);
+        if self.gradient_check_uncertainty > 0.1 {
+            return format!("{error}, inconclusive: the loss is rounded too coarsely to tell");
+        }
+        error
     }
 }

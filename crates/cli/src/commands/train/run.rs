@@ -9,7 +9,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use trainable_tokens_core::EmbeddingSource;
 use trainable_tokens_format::{Overwrite, write_dir_atomically};
-use trainable_tokens_trainer::{Dataset, StepMetrics, Trainer, peak_rss_bytes};
+use trainable_tokens_trainer::{Dataset, GradientCheck, StepMetrics, Trainer, peak_rss_bytes};
 
 use crate::model::Model;
 use crate::output::note;
@@ -85,13 +85,7 @@ impl Run<'_> {
         }
         self.save(trainer, saved)?;
         let taken = as_f64(training.len() as u64).max(1.0);
-        let summary = self.summary(
-            trainer,
-            check.relative_error,
-            seconds / taken,
-            &training,
-            &held_out,
-        )?;
+        let summary = self.summary(trainer, check, seconds / taken, &training, &held_out)?;
         write_line(&mut metrics, &SummaryLine { summary: &summary })?;
         Ok(RunReport {
             summary,
@@ -159,7 +153,7 @@ impl Run<'_> {
     fn summary(
         &self,
         trainer: &Trainer,
-        gradient_check_error: f64,
+        check: GradientCheck,
         seconds_per_step: f64,
         training: &[(f64, f64)],
         held_out: &[(f64, f64)],
@@ -190,7 +184,8 @@ impl Run<'_> {
             largest_untouched_change: trainer.largest_base_change(&self.model.checkpoint)?,
             seconds_per_step,
             peak_rss_bytes: peak_rss_bytes(),
-            gradient_check_error,
+            gradient_check_error: check.relative_error,
+            gradient_check_uncertainty: check.uncertainty,
         })
     }
 }
