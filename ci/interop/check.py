@@ -304,7 +304,11 @@ def main() -> int:
     report, cli = Report(), Cli(options.binary.resolve())
     with tempfile.TemporaryDirectory() as work:
         work = Path(work)
-        for case in make_cases(work / "models", FIXTURES):
+        cases = make_cases(work / "models", FIXTURES)
+        unknown = set(options.cases) - {case.name for case in cases}
+        if unknown:
+            arguments.error(f"no case {', '.join(sorted(unknown))}; there are {', '.join(c.name for c in cases)}")
+        for case in cases:
             if options.cases and case.name not in options.cases:
                 continue
             directory = work / case.name
