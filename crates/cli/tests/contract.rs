@@ -5,12 +5,13 @@ mod support;
 
 use std::ffi::OsString;
 use std::fs::{self, OpenOptions};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use serde_json::{Value, json};
 use support::{
-    COMMANDS, PROGRAM, Run, WITH_OUTPUT, Workspace, args, edit_json, fixture, read_json, read_json_lines,
-    run, snapshot,
+    COMMANDS, PROGRAM, Run, WITH_OUTPUT, Workspace, args, edit_json, fixture, floats_of, read_json,
+    read_json_lines, read_tensors, run, snapshot,
 };
 
 #[test]
@@ -423,6 +424,7 @@ fn ids_and_ranges_keep_their_order() {
 #[test]
 fn the_padding_token_trains_only_if_told_how() {
     let workspace = Workspace::new();
+    fs::write(workspace.data(), "{\"input_ids\": [5, 3, 12, 3, 7, 12, 9]}\n").unwrap();
     let train = |more: &[&str]| {
         let mut args = workspace.command_with("train", &["--json", "--force"]);
         let at = args.iter().position(|arg| arg == "--token-ids").unwrap();
@@ -439,7 +441,23 @@ fn the_padding_token_trains_only_if_told_how() {
     );
     assert!(told.stderr.contains("token id 3"), "{told:#?}");
     told.json();
+    // The head is not tied, so that torch's rule leaves the padding token's row, which is first, as it was.
+    let moved = || {
+        let read = |file: PathBuf, name: &str| floats_of(&read_tensors(&file), name);
+        let rows = read(
+            workspace.out().join("adapter_model.safetensors"),
+            "base_model.model.model.embed_tokens.trainable_tokens_delta",
+        );
+        let table = read(
+            workspace.model().join("model.safetensors"),
+            "model.embed_tokens.weight",
+        );
+        let dim = rows.len() / 2;
+        [(0, 3), (1, 12)].map(|(slot, id)| rows[slot * dim..][..dim] != table[id * dim..][..dim])
+    };
+    assert_eq!(moved(), [false, true]);
     run(&train(&["--padding-idx", "train"])).ok().json();
+    assert_eq!(moved(), [true, true]);
 }
 
 #[test]
@@ -505,7 +523,7 @@ fn verify_tells_what_does_not_fit() {
 fn verify_finds_values_that_are_not_finite() {
     for (case, column) in [("nan_value", "NaN"), ("inf_value", "inf")] {
         let adapter = fixture("malformed").join(case).join("adapter");
-        let rows = support::read_tensors(&adapter.join("adapter_model.safetensors"));
+        let rows = read_tensors(&adapter.join("adapter_model.safetensors"));
         let (_, shape, _) = rows.values().next().unwrap();
         // A model of the right size for it.
         let workspace = Workspace::new();

@@ -26,7 +26,8 @@ pub struct GradientCheck {
 }
 
 /// Compares directional derivatives of `gradient`, `[k, D]` at `rows`, with central finite differences of the loss,
-/// in random directions that nudge each row in proportion to its norm. Frameworks can cut a graph in silence, and the loss may still fall with what is left.
+/// in random directions that nudge each row in proportion to its norm. Frameworks can cut a graph in silence, and the
+/// loss may still fall with what is left.
 ///
 /// Each difference is taken at two step lengths; how far they lie apart, and the rounding of the loss, is the
 /// uncertainty that an honest gradient is granted.
