@@ -13,7 +13,7 @@ pub use trainable_tokens_core::{
     Element, EmbedScale, EmbeddingSource, Error, ErrorKind, HostTable, LayerOptions, LookupPlan,
     OptimizerHook, OptimizerState, Padding, PaddingRule, Result, RowData, RowOptimizer, RowRef, Sgd,
     SgdConfig, Slot, StepContext, StepReport, TokenId, TokenRows, TokenSet, TrainableTokens, UndoJournal,
-    WriteRows, step_rows,
+    WriteRows, step_delta, step_rows,
 };
 
 #[cfg(feature = "candle")]

@@ -1,7 +1,7 @@
 //! The frozen table.
 
 use candle_core::Tensor;
-use trainable_tokens_core::{DType, EmbeddingSource, Error as CoreError, TokenId, TokenRows, WriteRows};
+use trainable_tokens_core::{DType, EmbeddingSource, TokenId, TokenRows, WriteRows};
 
 use crate::convert::{core_dtype, to_rows, to_tensor};
 use crate::{Error, Result};
@@ -44,17 +44,6 @@ impl CandleTable {
     /// The table as a detached tensor that shares its storage.
     pub fn tensor(&self) -> &Tensor {
         &self.tensor
-    }
-
-    fn check_ids(&self, ids: &[TokenId]) -> Result<()> {
-        let vocab_size = self.vocab_size();
-        match ids.iter().find(|id| id.row() >= vocab_size) {
-            None => Ok(()),
-            Some(id) => Err(Error::Core(CoreError::TokenOutOfRange {
-                id: i64::from(id.0),
-                vocab_size,
-            })),
-        }
     }
 }
 

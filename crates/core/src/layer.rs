@@ -2,7 +2,7 @@
 
 use crate::{
     Backend, DType, DeltaStore, Element, EmbeddingSource, Error, LookupPlan, OptimizerHook, Padding,
-    RowOptimizer, StepReport, TokenRows, TokenSet, UndoJournal, WriteRows, step_rows,
+    RowOptimizer, StepReport, TokenRows, TokenSet, UndoJournal, WriteRows, step_delta,
 };
 
 /// A factor on the rows that the embedding returns (Gemma, BART), applied once, after the override. The head never
@@ -238,18 +238,12 @@ impl<B: Backend> TrainableTokens<B> {
     /// [`Error::AlreadyMerged`]; those of the optimizer, the hooks and the backend.
     pub fn step_with(
         &mut self,
-        mut gradient: TokenRows,
+        gradient: TokenRows,
         optimizer: &mut dyn RowOptimizer,
         hooks: &mut [&mut dyn OptimizerHook],
     ) -> Result<StepReport, B::Error> {
         self.expect_unmerged()?;
-        let mut report = StepReport::default();
-        let tokens = &self.tokens;
-        self.delta.update(&mut |rows| {
-            report = step_rows(optimizer, hooks, tokens, rows, &mut gradient)?;
-            Ok(())
-        })?;
-        Ok(report)
+        step_delta(optimizer, hooks, &self.tokens, &mut self.delta, gradient)
     }
 
     /// Gives up the layer for its table, as it is now (merged or not).

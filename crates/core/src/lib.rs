@@ -34,7 +34,7 @@ pub use hook::{ClipGradNorm, DecayTowardOriginal, OptimizerHook, StepContext};
 pub use journal::UndoJournal;
 pub use layer::{EmbedScale, LayerOptions, TrainableTokens};
 pub use optim::{
-    Adam, AdamConfig, Decay, OptimizerState, RowOptimizer, Sgd, SgdConfig, StepReport, step_rows,
+    Adam, AdamConfig, Decay, OptimizerState, RowOptimizer, Sgd, SgdConfig, StepReport, step_delta, step_rows,
 };
 pub use plan::LookupPlan;
 pub use rows::{RowData, TokenRows};

@@ -8,7 +8,7 @@ pub use adam::{Adam, AdamConfig, Decay};
 pub use sgd::{Sgd, SgdConfig};
 pub use state::OptimizerState;
 
-use crate::{Error, OptimizerHook, Result, StepContext, TokenRows, TokenSet};
+use crate::{DeltaStore, Error, OptimizerHook, Result, StepContext, TokenRows, TokenSet};
 
 /// An update rule for trained rows on the host, and its memory.
 ///
@@ -92,6 +92,26 @@ pub fn step_rows(
         grad_norm,
         learning_rate: context.learning_rate,
     })
+}
+
+/// [`step_rows`] on the rows of a store, which are written back if all went well.
+///
+/// # Errors
+///
+/// Those of [`step_rows`] and of the store.
+pub fn step_delta<D: DeltaStore>(
+    optimizer: &mut dyn RowOptimizer,
+    hooks: &mut [&mut dyn OptimizerHook],
+    tokens: &TokenSet,
+    delta: &mut D,
+    mut gradient: TokenRows,
+) -> Result<StepReport, D::Error> {
+    let mut report = StepReport::default();
+    delta.update(&mut |rows| {
+        report = step_rows(optimizer, hooks, tokens, rows, &mut gradient)?;
+        Ok(())
+    })?;
+    Ok(report)
 }
 
 /// Refuses a hyper-parameter that is not finite or fails `holds`.

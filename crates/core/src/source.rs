@@ -29,6 +29,22 @@ pub trait EmbeddingSource {
     ///
     /// By clause 3, or when the framework fails.
     fn read_rows(&self, ids: &[TokenId]) -> Result<TokenRows, Self::Error>;
+
+    /// The check of clause 3, for implementations to call first.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::TokenOutOfRange`] naming the first id that is not below `vocab_size()`.
+    fn check_ids(&self, ids: &[TokenId]) -> crate::Result<()> {
+        let vocab_size = self.vocab_size();
+        match ids.iter().find(|id| id.row() >= vocab_size) {
+            Some(id) => Err(Error::TokenOutOfRange {
+                id: i64::from(id.0),
+                vocab_size,
+            }),
+            None => Ok(()),
+        }
+    }
 }
 
 /// A table whose rows can be overwritten: what merging needs.
@@ -61,7 +77,7 @@ pub trait WriteRows: EmbeddingSource {
                 got: rows.dtype(),
             });
         }
-        check_ids(ids, self.vocab_size())
+        self.check_ids(ids)
     }
 }
 
@@ -95,24 +111,13 @@ pub trait HostTable: EmbeddingSource {
             }
             TokenRows::new(values, ids.len(), dim)
         }
-        check_ids(ids, self.vocab_size())?;
+        self.check_ids(ids)?;
         match self.dtype() {
             DType::F64 => collect::<f64, _>(self, ids),
             DType::F32 => collect::<f32, _>(self, ids),
             DType::F16 => collect::<f16, _>(self, ids),
             DType::BF16 => collect::<bf16, _>(self, ids),
         }
-    }
-}
-
-/// Refuses the first id that is not below `vocab_size`.
-fn check_ids(ids: &[TokenId], vocab_size: usize) -> crate::Result<()> {
-    match ids.iter().find(|id| id.row() >= vocab_size) {
-        Some(id) => Err(Error::TokenOutOfRange {
-            id: i64::from(id.0),
-            vocab_size,
-        }),
-        None => Ok(()),
     }
 }
 

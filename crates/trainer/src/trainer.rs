@@ -57,7 +57,6 @@ pub struct Trainer {
     sampler: Sampler,
     optimizer: Box<dyn RowOptimizer>,
     hooks: Hooks,
-    original: TokenRows,
     step: u64,
     total_steps: u64,
 }
@@ -74,7 +73,6 @@ impl Trainer {
         if model.embedding().tokens().is_empty() {
             return Err(Error::Setting("no token trains: name at least one".to_owned()));
         }
-        let original = model.embedding().rows()?;
         let shuffle = options.shuffle.then_some(options.seed);
         let sampler = Sampler::new(
             data.examples().len(),
@@ -84,7 +82,7 @@ impl Trainer {
         );
         let total_steps = options.steps.unwrap_or_else(|| sampler.steps_per_epoch());
         let optimizer = options.build_optimizer()?;
-        let hooks = options.build_hooks(&original)?;
+        let hooks = options.build_hooks(&model.embedding().rows()?)?;
         Ok(Self {
             model,
             data,
@@ -92,7 +90,6 @@ impl Trainer {
             sampler,
             optimizer,
             hooks,
-            original,
             step: 0,
             total_steps,
         })
@@ -101,11 +98,6 @@ impl Trainer {
     /// The model, its rows as they are now.
     pub fn model(&self) -> &Decoder {
         &self.model
-    }
-
-    /// The rows that training started from, `[k, D]`.
-    pub fn original_rows(&self) -> &TokenRows {
-        &self.original
     }
 
     /// Steps taken, those of a resumed run included.

@@ -11,7 +11,7 @@ use candle_nn::VarBuilder;
 use candle_nn::var_builder::SimpleBackend;
 use trainable_tokens_core::{
     Backend, DeltaStore, EmbeddingSource, Error as CoreError, OptimizerHook, RowOptimizer, StepReport,
-    TokenId, TokenRows, TokenSet, step_rows,
+    TokenId, TokenRows, TokenSet, step_delta,
 };
 
 use self::graft::Graft;
@@ -182,17 +182,12 @@ impl CompactTable {
         optimizer: &mut dyn RowOptimizer,
         hooks: &mut [&mut dyn OptimizerHook],
     ) -> Result<StepReport> {
-        let mut gradient = match Candle::gradient(gradients, &self.delta)? {
+        let gradient = match Candle::gradient(gradients, &self.delta)? {
             Some(gradient) => gradient,
             None if self.tokens.is_empty() => self.delta.read()?,
             None => return Err(CoreError::NoGradient.into()),
         };
-        let mut report = StepReport::default();
-        let tokens = &self.tokens;
-        self.delta.update(&mut |rows| {
-            report = step_rows(optimizer, hooks, tokens, rows, &mut gradient)?;
-            Ok(())
-        })?;
+        let report = step_delta(optimizer, hooks, &self.tokens, &mut self.delta, gradient)?;
         self.refresh()?;
         Ok(report)
     }
