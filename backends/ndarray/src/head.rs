@@ -17,13 +17,7 @@ pub(crate) fn logits<S: HostTable, O: Element>(
     tokens: &TokenSet,
 ) -> Result<Array2<O>> {
     let (vocab_size, dim) = (source.vocab_size(), source.embedding_dim());
-    if hidden.ncols() != dim {
-        return Err(shape_error(
-            "hidden states of the head",
-            &[hidden.nrows(), dim],
-            hidden.shape(),
-        ));
-    }
+    check_hidden(hidden.shape(), dim)?;
     let hidden: Array2<O::Compute> = hidden.mapv_into_any(Element::to_compute);
     let mut logits = Array2::zeros((hidden.nrows(), vocab_size));
     for_each_block(source, delta, tokens, |start, rows| {
@@ -43,13 +37,7 @@ pub(crate) fn logits_backward<S: HostTable, O: Element>(
     gradient: &mut TokenRows,
 ) -> Result<Array2<O>> {
     let (vocab_size, dim) = (source.vocab_size(), source.embedding_dim());
-    if hidden.ncols() != dim {
-        return Err(shape_error(
-            "hidden states of the head",
-            &[hidden.nrows(), dim],
-            hidden.shape(),
-        ));
-    }
+    check_hidden(hidden.shape(), dim)?;
     if upstream.shape() != [hidden.nrows(), vocab_size] {
         return Err(shape_error(
             "gradient of the logits",
@@ -69,6 +57,14 @@ pub(crate) fn logits_backward<S: HostTable, O: Element>(
         multiply(&columns.view(), &rows, One::one(), hidden_gradient.view_mut());
     })?;
     Ok(hidden_gradient.mapv_into_any(O::from_compute))
+}
+
+/// Refuses hidden states that are not as wide as the table's rows.
+fn check_hidden(shape: &[usize], dim: usize) -> Result<()> {
+    if shape[1] == dim {
+        return Ok(());
+    }
+    Err(shape_error("hidden states of the head", &[shape[0], dim], shape))
 }
 
 /// Adds `upstream[:, ids]ᵀ · hidden`.
