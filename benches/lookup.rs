@@ -32,7 +32,7 @@ fn ndarray_lookup(criterion: &mut Criterion) {
         let mut out = Array2::<f32>::zeros((TOKENS, DIM));
         group.bench_function(format!("trained into a reused buffer/V={v}"), |b| {
             b.iter(|| {
-                plan.rebuild(layer.tokens(), None, &ids).unwrap();
+                plan.rebuild(layer.tokens(), layer.options(), &ids).unwrap();
                 layer.lookup_into(&plan, out.view_mut()).unwrap();
             });
         });

@@ -37,7 +37,7 @@ fn ndarray_step(criterion: &mut Criterion) {
         let mut out = Array2::<f32>::zeros((TOKENS, DIM));
         group.bench_function(format!("reused buffers/V={v}"), |b| {
             b.iter(|| {
-                plan.rebuild(layer.tokens(), None, &ids).unwrap();
+                plan.rebuild(layer.tokens(), layer.options(), &ids).unwrap();
                 layer.lookup_into(&plan, out.view_mut()).unwrap();
                 let gradient = layer.backward(&plan, upstream.view()).unwrap();
                 layer.step_with(gradient, &mut optimizer, &mut []).unwrap()

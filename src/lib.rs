@@ -10,10 +10,10 @@ pub mod prelude;
 
 pub use trainable_tokens_core::{
     Adam, AdamConfig, Backend, BackendError, ClipGradNorm, DType, Decay, DecayTowardOriginal, DeltaStore,
-    Element, EmbedScale, EmbeddingSource, Error, ErrorKind, HostTable, LayerOptions, LookupPlan,
-    OptimizerHook, OptimizerState, Padding, PaddingRule, Result, RowData, RowOptimizer, RowRef, Sgd,
-    SgdConfig, Slot, StepContext, StepReport, TokenId, TokenRows, TokenSet, TrainableTokens, UndoJournal,
-    WriteRows, step_delta, step_rows,
+    Element, EmbedScale, EmbeddingSource, Error, ErrorKind, HostTable, LayerOptions, LookupPlan, MaxNorm,
+    OptimizerHook, OptimizerState, Padding, PaddingRule, Result, RowData, RowOptimizer, RowRef, RowTransform,
+    Sgd, SgdConfig, Slot, StepContext, StepReport, TokenId, TokenRows, TokenSet, TrainableTokens,
+    UndoJournal, WriteRows, step_delta, step_rows,
 };
 
 #[cfg(feature = "candle")]

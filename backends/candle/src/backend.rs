@@ -4,7 +4,9 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 use candle_core::backprop::GradStore;
-use trainable_tokens_core::{Backend, DeltaStore, EmbeddingSource, LookupPlan, TokenRows, TokenSet};
+use trainable_tokens_core::{
+    Backend, DeltaStore, EmbeddingSource, LookupPlan, RowTransform, TokenRows, TokenSet,
+};
 
 use crate::convert::{shape_error, to_rows};
 use crate::ops::{Overrides, lookup_rows, project};
@@ -29,9 +31,9 @@ impl Backend for Candle {
         source: &CandleTable,
         delta: Option<&CandleDelta>,
         plan: &LookupPlan,
-        scale: Option<f64>,
+        transform: RowTransform,
     ) -> Result<Tensor> {
-        lookup_rows(source, delta, &Arc::new(plan.clone()), scale)
+        lookup_rows(source, delta, &Arc::new(plan.clone()), transform)
     }
 
     fn logits(

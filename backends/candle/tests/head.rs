@@ -8,7 +8,9 @@ use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::Module;
 use common::{DTYPES, assert_close, bytes, noise, values};
 use trainable_tokens_candle::{Candle, TrainableTokens};
-use trainable_tokens_core::{Backend, BackendError, ErrorKind, LookupPlan, Sgd, SgdConfig, TokenSet};
+use trainable_tokens_core::{
+    Backend, BackendError, ErrorKind, LayerOptions, LookupPlan, RowTransform, Sgd, SgdConfig, TokenSet,
+};
 
 fn layer(dtype: DType) -> TrainableTokens {
     TrainableTokens::from_tensor(noise(&[10, 4], dtype, 1), &[7, 2]).unwrap()
@@ -116,12 +118,12 @@ fn what_does_not_fit_is_refused() {
         assert_eq!(error.kind(), ErrorKind::Shape);
     }
     let larger = TokenSet::new([7, 2], 20).unwrap();
-    let plan = LookupPlan::new(&larger, None, &[15]).unwrap();
-    let error = Candle::lookup(table, Some(delta), &plan, None).unwrap_err();
+    let plan = LookupPlan::new(&larger, LayerOptions::default(), &[15]).unwrap();
+    let error = Candle::lookup(table, Some(delta), &plan, RowTransform::default()).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::TokenOutOfRange);
     let more = TokenSet::new([7, 2, 3], 10).unwrap();
-    let plan = LookupPlan::new(&more, None, &[3]).unwrap();
-    let error = Candle::lookup(table, Some(delta), &plan, None).unwrap_err();
+    let plan = LookupPlan::new(&more, LayerOptions::default(), &[3]).unwrap();
+    let error = Candle::lookup(table, Some(delta), &plan, RowTransform::default()).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Shape);
 }
 

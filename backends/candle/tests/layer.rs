@@ -130,14 +130,14 @@ fn a_scale_multiplies_after_the_override_and_keeps_negative_zero() {
         for scale in [EmbedScale::Exact(5.656_854), EmbedScale::TableDType(5.656_854)] {
             let options = LayerOptions {
                 scale: Some(scale),
-                padding: None,
+                ..LayerOptions::default()
             };
             let layer = TrainableTokens::from_tensor(table.clone(), &[1])
                 .unwrap()
                 .with_options(options);
             let out = values(&layer.forward(&ids(&[0, 1])).unwrap());
             assert!(out[0] == 0.0 && out[0].is_sign_negative(), "{dtype:?}");
-            let factor = layer.layer().scale_factor().unwrap();
+            let factor = layer.layer().transform().scale.unwrap();
             let computed = if dtype == DType::F64 {
                 DType::F64
             } else {
@@ -167,7 +167,10 @@ fn a_padding_token_follows_its_rule() {
             token: TokenId(7),
             rule,
         });
-        let layer = layer(DType::F32).with_options(LayerOptions { padding, scale: None });
+        let layer = layer(DType::F32).with_options(LayerOptions {
+            padding,
+            ..LayerOptions::default()
+        });
         let loss = layer.forward(&ids(&[7, 2, 7])).unwrap().sum_all().unwrap();
         let gradient = layer.gradient(&loss.backward().unwrap()).unwrap();
         assert_eq!(gradient.to_f64_vec(), [[want; 4], [1.0; 4]].concat());

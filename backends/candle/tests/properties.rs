@@ -143,13 +143,13 @@ proptest! {
     fn the_gradient_is_the_dense_ones_rows(setup in setup(), scale in prop::option::of(-2.0..2.0f64)) {
         let base = setup.base();
         let scale = scale.map(EmbedScale::Exact);
-        let layer = setup.trained(&base).with_options(LayerOptions { scale, padding: None });
+        let layer = setup.trained(&base).with_options(LayerOptions { scale, ..LayerOptions::default() });
         let upstream = noise(&[setup.ids.len(), setup.dim], setup.dtype, 7);
         let loss = |out: Tensor, upstream: &Tensor| (out * upstream).unwrap().sum_all().unwrap();
         let out = layer.forward(&setup.batch()).unwrap();
         let got = layer.gradient(&loss(out, &upstream).backward().unwrap()).unwrap();
         let dense = setup.dense(&layer);
-        let factor = layer.layer().scale_factor().unwrap_or(1.0);
+        let factor = layer.layer().transform().scale.unwrap_or(1.0);
         let out = (dense.index_select(&setup.batch(), 0).unwrap() * factor).unwrap();
         let want = loss(out, &upstream.to_dtype(DType::F64).unwrap()).backward().unwrap();
         // Gradients of half tables are summed in f32.

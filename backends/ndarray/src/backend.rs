@@ -3,7 +3,9 @@
 use std::marker::PhantomData;
 
 use ndarray::Array2;
-use trainable_tokens_core::{Backend, Element, Error, HostTable, LookupPlan, TokenRows, TokenSet};
+use trainable_tokens_core::{
+    Backend, Element, Error, HostTable, LookupPlan, RowTransform, TokenRows, TokenSet,
+};
 
 use crate::layer::copy_rows;
 use crate::{NdGradient, NdRows, head};
@@ -27,11 +29,11 @@ impl<S: HostTable, O: Element> Backend for Ndarray<S, O> {
         source: &S,
         delta: Option<&Self::Delta>,
         plan: &LookupPlan,
-        scale: Option<f64>,
+        transform: RowTransform,
     ) -> Result<Array2<O>, S::Error> {
         let dim = source.embedding_dim();
         let mut out = Vec::with_capacity(plan.len() * dim);
-        copy_rows(source, delta.map(NdRows::rows), plan, scale, &mut out)?;
+        copy_rows(source, delta.map(NdRows::rows), plan, transform, &mut out)?;
         let got = vec![out.len()];
         let expected = vec![plan.len(), dim];
         Ok(

@@ -2,7 +2,7 @@
 
 use ndarray::{Array2, ArrayView2, ArrayViewMut2};
 use trainable_tokens_core::{
-    DeltaStore, Element, Error, HostTable, LookupPlan, Result, RowRef, Slot, TokenId, TokenRows,
+    DeltaStore, Element, Error, HostTable, LookupPlan, Result, RowRef, RowTransform, Slot, TokenId, TokenRows,
 };
 
 use crate::{NdGradient, NdRows, Ndarray, head};
@@ -27,7 +27,7 @@ pub trait TrainableTokensExt<O: Element> {
     ///
     /// # Errors
     ///
-    /// [`Error::Shape`] if `upstream` has another shape.
+    /// [`Error::Shape`] if `upstream` has another shape, [`Error::NoGradient`] while the layer is merged.
     fn backward(&self, plan: &LookupPlan, upstream: ArrayView2<'_, O>) -> Result<NdGradient, Self::Error>;
 
     /// As [`backward`](Self::backward), added into `gradient`, which must be in the type that `O` computes in.
@@ -35,7 +35,8 @@ pub trait TrainableTokensExt<O: Element> {
     ///
     /// # Errors
     ///
-    /// [`Error::Shape`] or [`Error::DType`](trainable_tokens_core::Error::DType) if something does not fit.
+    /// [`Error::Shape`] or [`Error::DType`](trainable_tokens_core::Error::DType) if something does not fit,
+    /// [`Error::NoGradient`] while the layer is merged.
     fn backward_into(
         &self,
         plan: &LookupPlan,
@@ -72,16 +73,16 @@ impl<S: HostTable, O: Element> TrainableTokensExt<O> for TrainableTokens<S, O> {
         if plan.num_slots() != self.tokens().len() {
             return Err(shape_error("slots of the plan", &[self.tokens().len()], &[plan.num_slots()]).into());
         }
-        let (delta, scale) = (self.active().map(NdRows::rows), self.scale_factor());
+        let (delta, transform) = (self.active().map(NdRows::rows), self.transform());
         let mut rows = RowCursor::new(source, delta, plan);
         if let Some(values) = out.as_slice_mut() {
             for out in values.chunks_exact_mut(dim.max(1)) {
-                rows.next(|row, trained| write(row, trained, scale, source, out))?;
+                rows.next(|row, trained| write(row, trained, transform, source, out))?;
             }
         } else {
             let mut buffer = vec![O::default(); dim];
             for mut out in out.outer_iter_mut() {
-                rows.next(|row, trained| write(row, trained, scale, source, &mut buffer))?;
+                rows.next(|row, trained| write(row, trained, transform, source, &mut buffer))?;
                 out.iter_mut().zip(&buffer).for_each(|(out, value)| *out = *value);
             }
         }
@@ -100,6 +101,9 @@ impl<S: HostTable, O: Element> TrainableTokensExt<O> for TrainableTokens<S, O> {
         upstream: ArrayView2<'_, O>,
         gradient: &mut NdGradient,
     ) -> Result<(), S::Error> {
+        if self.is_merged() {
+            return Err(Error::NoGradient.into());
+        }
         let dim = self.source().embedding_dim();
         gradient.expect_shape("gradient of the trained rows", self.tokens().len(), dim)?;
         let expected = [plan.len(), dim];
@@ -109,7 +113,7 @@ impl<S: HostTable, O: Element> TrainableTokensExt<O> for TrainableTokens<S, O> {
         let upstream = upstream.as_standard_layout();
         plan.accumulate(
             upstream.as_slice().unwrap_or_default(),
-            self.scale_factor(),
+            self.transform().scale,
             gradient,
         )?;
         Ok(())
@@ -146,17 +150,17 @@ pub(crate) fn copy_rows<S: HostTable, O: Element>(
     source: &S,
     delta: Option<&TokenRows>,
     plan: &LookupPlan,
-    scale: Option<f64>,
+    transform: RowTransform,
     out: &mut Vec<O>,
 ) -> Result<()> {
     let dim = source.embedding_dim();
     let mut rows = RowCursor::new(source, delta, plan);
     for _ in 0..plan.len() {
         rows.next(|row, trained| {
-            if scale.is_some() || trained && row.dtype() != source.dtype() {
+            if !transform.is_identity() || trained && row.dtype() != source.dtype() {
                 let start = out.len();
                 out.resize(start + dim, O::default());
-                write(row, trained, scale, source, &mut out[start..]);
+                write(row, trained, transform, source, &mut out[start..]);
             } else {
                 row.extend_into(out);
             }
@@ -165,11 +169,11 @@ pub(crate) fn copy_rows<S: HostTable, O: Element>(
     Ok(())
 }
 
-/// Writes one row: a trained one as the table would hold it, a frozen one as it is; then scaled.
+/// Writes one row: a trained one as the table would hold it, a frozen one as it is; then transformed.
 fn write<S: HostTable, O: Element>(
     row: RowRef<'_>,
     trained: bool,
-    scale: Option<f64>,
+    transform: RowTransform,
     source: &S,
     out: &mut [O],
 ) {
@@ -178,11 +182,7 @@ fn write<S: HostTable, O: Element>(
     } else {
         row.decode_into(out);
     }
-    if let Some(factor) = scale {
-        let factor = O::Compute::from_f64(factor);
-        out.iter_mut()
-            .for_each(|x| *x = O::from_compute(x.to_compute() * factor));
-    }
+    transform.apply(out);
 }
 
 /// Walks a plan: at each position the frozen row, or the trained one that replaces it.

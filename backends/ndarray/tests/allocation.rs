@@ -100,7 +100,7 @@ fn a_step_never_allocates_the_table() {
     let mut out = Array2::<f32>::zeros((N, D));
     let mut gradient = layer.zero_gradient();
     let (_, total) = measure(|| {
-        plan.rebuild(layer.tokens(), None, &ids).unwrap();
+        plan.rebuild(layer.tokens(), layer.options(), &ids).unwrap();
         layer.lookup_into(&plan, out.view_mut()).unwrap();
         layer
             .backward_into(&plan, upstream.view(), &mut gradient)

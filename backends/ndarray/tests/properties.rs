@@ -212,6 +212,7 @@ fn options(case: &Case, padding: u32, rule: PaddingRule) {
     let layer = layer.with_options(LayerOptions {
         padding: Some(Padding { token: padding, rule }),
         scale,
+        ..LayerOptions::default()
     });
     let factor = bf16::from_f32(5.656_854).to_f32();
     let want = select(&dense, &case.ids).mapv(|x| x.to_f32() * factor);

@@ -1,6 +1,6 @@
 //! What only a tensor framework can know.
 
-use crate::{BackendError, DeltaStore, EmbeddingSource, LookupPlan, TokenRows, TokenSet};
+use crate::{BackendError, DeltaStore, EmbeddingSource, LookupPlan, RowTransform, TokenRows, TokenSet};
 
 /// A tensor framework, seen by the layer: four operations over its own types.
 ///
@@ -8,9 +8,11 @@ use crate::{BackendError, DeltaStore, EmbeddingSource, LookupPlan, TokenRows, To
 ///
 /// 1. *Replacement.* The lookup's row at a position of `plan.positions()` is the row of the delta at that slot,
 ///    converted to the table's element type; every other row is the base's. No other bit differs from the
-///    framework's own lookup in a table whose rows were overwritten by the delta.
+///    framework's own lookup in a table whose rows were overwritten by the delta. The transform is applied after
+///    the override, to every row alike.
 /// 2. *Gradient of the lookup.* Each slot's gradient is the sum of the output's gradient over
-///    `plan.grad_positions()` of that slot, times the scale. Slots that do not occur get zero, not nothing.
+///    `plan.grad_positions()` of that slot, times the scale and the plan's factors; `max_norm` counts as the
+///    identity. Slots that do not occur get zero, not nothing, in a batch without any trainable token too.
 /// 3. *Head.* `logits(hidden)` equals `hidden · Wᵀ` for the table `W` overwritten by the delta. Its gradient for
 ///    slot `s` is `upstream[:, id(s)]ᵀ · hidden`; its gradient for `hidden` is `upstream · W`.
 /// 4. *Frozen base.* No operation gives the base a gradient, or allocates in proportion to `V x D`.
@@ -34,8 +36,8 @@ pub trait Backend {
     /// When the framework fails.
     fn delta(source: &Self::Source, rows: &TokenRows) -> Result<Self::Delta, Self::Error>;
 
-    /// The rows of a batch, `[N, D]` in the table's element type, multiplied by `scale` after the override.
-    /// Without a delta it is the plain lookup of the base.
+    /// The rows of a batch, `[N, D]` in the table's element type, transformed after the override. Without a delta
+    /// it is the plain lookup of the base.
     ///
     /// # Errors
     ///
@@ -44,7 +46,7 @@ pub trait Backend {
         source: &Self::Source,
         delta: Option<&Self::Delta>,
         plan: &LookupPlan,
-        scale: Option<f64>,
+        transform: RowTransform,
     ) -> Result<Self::Tensor, Self::Error>;
 
     /// The logits `[N, V]` of `hidden` `[N, D]`. Without a delta it is the plain product with the base.

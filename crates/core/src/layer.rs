@@ -1,40 +1,9 @@
 //! The layer, written once over a backend.
 
 use crate::{
-    Backend, DType, DeltaStore, Element, EmbeddingSource, Error, LookupPlan, OptimizerHook, Padding,
-    RowOptimizer, StepReport, TokenRows, TokenSet, UndoJournal, WriteRows, step_delta,
+    Backend, DeltaStore, EmbeddingSource, Error, LayerOptions, LookupPlan, OptimizerHook, RowOptimizer,
+    RowTransform, StepReport, TokenRows, TokenSet, UndoJournal, WriteRows, step_delta,
 };
-
-/// A factor on the rows that the embedding returns (Gemma, BART), applied once, after the override. The head never
-/// sees it, and trained rows live in the unscaled space.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum EmbedScale {
-    /// Multiply by the number, rounded to the precision that the element type computes in (BART).
-    Exact(f64),
-    /// Round the number to the table's element type first, then multiply (Gemma keeps it as a tensor).
-    TableDType(f64),
-}
-
-impl EmbedScale {
-    /// The factor for a table of type `dtype`.
-    pub fn factor(self, dtype: DType) -> f64 {
-        match (self, dtype) {
-            (Self::Exact(factor), _) | (Self::TableDType(factor), DType::F64) => factor,
-            (Self::TableDType(factor), DType::F32) => f64::from(<f32 as Element>::from_f64(factor)),
-            (Self::TableDType(factor), DType::F16) => half::f16::from_f64(factor).to_f64(),
-            (Self::TableDType(factor), DType::BF16) => half::bf16::from_f64(factor).to_f64(),
-        }
-    }
-}
-
-/// How the table is used besides its rows.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct LayerOptions {
-    /// The table's `padding_idx` and what it means for gradients.
-    pub padding: Option<Padding>,
-    /// The factor on looked-up rows.
-    pub scale: Option<EmbedScale>,
-}
 
 /// A frozen table of which the rows of a [`TokenSet`] train.
 ///
@@ -94,7 +63,7 @@ impl<B: Backend> TrainableTokens<B> {
         })
     }
 
-    /// Sets padding and scale.
+    /// Sets padding, scale and the other ways in which the table is used.
     #[must_use]
     pub fn with_options(mut self, options: LayerOptions) -> Self {
         self.options = options;
@@ -116,7 +85,7 @@ impl<B: Backend> TrainableTokens<B> {
         &self.tokens
     }
 
-    /// Padding and scale.
+    /// Padding, scale and the other ways in which the table is used.
     pub fn options(&self) -> LayerOptions {
         self.options
     }
@@ -132,7 +101,7 @@ impl<B: Backend> TrainableTokens<B> {
     ///
     /// [`Error::TokenOutOfRange`].
     pub fn plan(&self, input_ids: &[u32]) -> crate::Result<LookupPlan> {
-        LookupPlan::new(&self.tokens, self.options.padding, input_ids)
+        LookupPlan::new(&self.tokens, self.options, input_ids)
     }
 
     /// The rows of a batch: `[N, D]` in the table's element type, scaled.
@@ -158,7 +127,7 @@ impl<B: Backend> TrainableTokens<B> {
             }
             .into());
         }
-        B::lookup(&self.source, self.active(), plan, self.scale_factor())
+        B::lookup(&self.source, self.active(), plan, self.transform())
     }
 
     /// The logits of a head that shares the table: `hidden` `[N, D]` to `[N, V]`, never scaled.
@@ -170,9 +139,9 @@ impl<B: Backend> TrainableTokens<B> {
         B::logits(hidden, &self.source, self.active(), &self.tokens)
     }
 
-    /// The factor that [`lookup`](Self::lookup) applies, rounded as the options say.
-    pub fn scale_factor(&self) -> Option<f64> {
-        self.options.scale.map(|scale| scale.factor(self.source.dtype()))
+    /// What [`lookup`](Self::lookup) does to each row after the override, its factor rounded as the options say.
+    pub fn transform(&self) -> RowTransform {
+        self.options.transform(self.source.dtype())
     }
 
     /// The delta, unless the table already holds it or there is none.

@@ -21,6 +21,7 @@ mod hook;
 mod journal;
 mod layer;
 mod optim;
+mod options;
 mod plan;
 mod rows;
 mod source;
@@ -32,10 +33,11 @@ pub use dtype::{DType, Element};
 pub use error::{BackendError, Error, ErrorKind, Result};
 pub use hook::{ClipGradNorm, DecayTowardOriginal, OptimizerHook, StepContext};
 pub use journal::UndoJournal;
-pub use layer::{EmbedScale, LayerOptions, TrainableTokens};
+pub use layer::TrainableTokens;
 pub use optim::{
     Adam, AdamConfig, Decay, OptimizerState, RowOptimizer, Sgd, SgdConfig, StepReport, step_delta, step_rows,
 };
+pub use options::{EmbedScale, LayerOptions, MaxNorm, RowTransform};
 pub use plan::LookupPlan;
 pub use rows::{RowData, TokenRows};
 pub use source::{EmbeddingSource, HostTable, RowRef, WriteRows};

@@ -1,32 +1,35 @@
 //! What one batch asks of the table.
 
-use crate::{DType, Element, Error, Padding, PaddingRule, Result, TokenId, TokenRows, TokenSet};
+use crate::{
+    DType, Element, Error, LayerOptions, Padding, PaddingRule, Result, TokenId, TokenRows, TokenSet,
+};
 
 /// Where a batch of `input_ids` meets trainable tokens: one host pass, framework-free, reusable for every layer
 /// that shares the token set.
 ///
 /// Every id is checked here, so that no backend has to (on a GPU an id out of range is undefined or fatal).
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct LookupPlan {
     ids: Vec<u32>,
     positions: Vec<u32>,
     slots: Vec<u32>,
     grad_positions: Option<(Vec<u32>, Vec<u32>)>,
+    grad_factors: Option<Vec<f64>>,
     num_slots: usize,
 }
 
 impl LookupPlan {
-    /// Plans the lookup of `input_ids`, flattened.
+    /// Plans the lookup of `input_ids`, flattened. Of `options`, the padding and `scale_grad_by_freq` count.
     ///
     /// # Errors
     ///
     /// [`Error::TokenOutOfRange`] naming the first id that is not below the vocabulary size.
-    pub fn new(tokens: &TokenSet, padding: Option<Padding>, input_ids: &[u32]) -> Result<Self> {
+    pub fn new(tokens: &TokenSet, options: LayerOptions, input_ids: &[u32]) -> Result<Self> {
         let mut plan = Self {
             num_slots: tokens.len(),
             ..Self::default()
         };
-        plan.rebuild(tokens, padding, input_ids)?;
+        plan.rebuild(tokens, options, input_ids)?;
         Ok(plan)
     }
 
@@ -35,7 +38,7 @@ impl LookupPlan {
     /// # Errors
     ///
     /// As [`new`](Self::new); the plan is then empty.
-    pub fn rebuild(&mut self, tokens: &TokenSet, padding: Option<Padding>, input_ids: &[u32]) -> Result<()> {
+    pub fn rebuild(&mut self, tokens: &TokenSet, options: LayerOptions, input_ids: &[u32]) -> Result<()> {
         self.clear();
         if u32::try_from(input_ids.len()).is_err() {
             return Err(Error::Shape {
@@ -59,7 +62,10 @@ impl LookupPlan {
             }
         }
         self.ids.extend_from_slice(input_ids);
-        self.drop_padding(tokens, padding);
+        self.drop_padding(tokens, options.padding);
+        if options.scale_grad_by_freq {
+            self.weigh_by_frequency();
+        }
         Ok(())
     }
 
@@ -85,11 +91,23 @@ impl LookupPlan {
         }
     }
 
+    /// torch's `scale_grad_by_freq`: one over the count of the id in the batch.
+    fn weigh_by_frequency(&mut self) {
+        let mut counts = vec![0u32; self.num_slots];
+        for slot in &self.slots {
+            counts[*slot as usize] += 1;
+        }
+        let factors = self.grad_slots().iter();
+        let factors = factors.map(|slot| 1.0 / f64::from(counts[*slot as usize]));
+        self.grad_factors = Some(factors.collect());
+    }
+
     fn clear(&mut self) {
         self.ids.clear();
         self.positions.clear();
         self.slots.clear();
         self.grad_positions = None;
+        self.grad_factors = None;
     }
 
     /// The flattened `input_ids`, all below the vocabulary size.
@@ -137,8 +155,15 @@ impl LookupPlan {
             .map_or(&self.slots, |(_, slots)| slots)
     }
 
+    /// What the gradient at each of [`grad_positions`](Self::grad_positions) is multiplied by, under
+    /// `scale_grad_by_freq`; otherwise there are no factors.
+    pub fn grad_factors(&self) -> Option<&[f64]> {
+        self.grad_factors.as_deref()
+    }
+
     /// Adds the gradient of a lookup's output, `[N, D]` row-major, into that of the trained rows, `[k, D]`: the
-    /// rows of equal slots are summed in batch order, each multiplied by `factor` (the embedding's scale).
+    /// rows of equal slots are summed in batch order, each multiplied by `factor` (the embedding's scale) and by
+    /// its own of [`grad_factors`](Self::grad_factors).
     ///
     /// # Errors
     ///
@@ -164,7 +189,12 @@ impl LookupPlan {
             .as_mut_slice::<T::Compute>()
             .ok_or(Error::DType { what, expected, got })?;
         let factor = factor.map(T::Compute::from_f64);
-        for (&position, &slot) in self.grad_positions().iter().zip(self.grad_slots()) {
+        for (at, (&position, &slot)) in self.grad_positions().iter().zip(self.grad_slots()).enumerate() {
+            let own = self.grad_factors().map(|own| T::Compute::from_f64(own[at]));
+            let factor = match (factor, own) {
+                (Some(factor), Some(own)) => Some(factor * own),
+                (factor, own) => factor.or(own),
+            };
             let from = &output_gradient[position as usize * dim..][..dim];
             let to = &mut sums[slot as usize * dim..][..dim];
             match factor {
@@ -202,7 +232,7 @@ mod tests {
 
     #[test]
     fn positions_ascend_and_slots_repeat() {
-        let plan = LookupPlan::new(&tokens(), None, &[5, 0, 7, 5, 8]).unwrap();
+        let plan = LookupPlan::new(&tokens(), LayerOptions::default(), &[5, 0, 7, 5, 8]).unwrap();
         assert_eq!(plan.positions(), [0, 2, 3]);
         assert_eq!(plan.slots(), [2, 0, 2]);
         assert_eq!(plan.grad_positions(), plan.positions());
@@ -210,11 +240,12 @@ mod tests {
 
     #[test]
     fn torchs_padding_rule_drops_the_gradient_only() {
-        let rule = |rule| {
-            Some(Padding {
+        let rule = |rule| LayerOptions {
+            padding: Some(Padding {
                 token: TokenId(5),
                 rule,
-            })
+            }),
+            ..LayerOptions::default()
         };
         let plan = LookupPlan::new(&tokens(), rule(PaddingRule::NoLookupGradient), &[5, 7, 5]).unwrap();
         assert_eq!(
@@ -226,16 +257,32 @@ mod tests {
     }
 
     #[test]
+    fn frequent_ids_count_less() {
+        let options = LayerOptions {
+            scale_grad_by_freq: true,
+            ..LayerOptions::default()
+        };
+        let plan = LookupPlan::new(&tokens(), options, &[5, 0, 7, 5]).unwrap();
+        assert_eq!(plan.grad_factors(), Some(&[0.5, 1.0, 0.5][..]));
+        let mut gradient = TokenRows::zeros(DType::F64, 3, 1);
+        plan.accumulate(&[1f64, 10.0, 100.0, 1000.0], Some(2.0), &mut gradient)
+            .unwrap();
+        assert_eq!(gradient.to_f64_vec(), [200.0, 0.0, 1001.0]);
+    }
+
+    #[test]
     fn an_id_out_of_range_empties_the_plan() {
-        let mut plan = LookupPlan::new(&tokens(), None, &[5, 7]).unwrap();
-        let error = plan.rebuild(&tokens(), None, &[5, 9]).unwrap_err();
+        let mut plan = LookupPlan::new(&tokens(), LayerOptions::default(), &[5, 7]).unwrap();
+        let error = plan
+            .rebuild(&tokens(), LayerOptions::default(), &[5, 9])
+            .unwrap_err();
         assert_eq!(error, Error::TokenOutOfRange { id: 9, vocab_size: 9 });
         assert!(plan.is_empty() && plan.positions().is_empty());
     }
 
     #[test]
     fn repeats_are_summed_in_batch_order() {
-        let plan = LookupPlan::new(&tokens(), None, &[5, 0, 5]).unwrap();
+        let plan = LookupPlan::new(&tokens(), LayerOptions::default(), &[5, 0, 5]).unwrap();
         let mut gradient = TokenRows::zeros(DType::F32, 3, 2);
         plan.accumulate(&[1f32, 2.0, 10.0, 20.0, 100.0, 200.0], None, &mut gradient)
             .unwrap();

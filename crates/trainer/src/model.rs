@@ -88,7 +88,10 @@ impl Decoder {
         });
         let row_dtype = rows.dtype().default_row_dtype();
         let embedding = TrainableTokens::with_rows(table, &tokens.to_vec(), &rows.to_dtype(row_dtype))?
-            .with_options(LayerOptions { padding, scale: None });
+            .with_options(LayerOptions {
+                padding,
+                ..LayerOptions::default()
+            });
         let head = if config.tie_word_embeddings {
             Head::Tied(embedding.tied_head()?)
         } else {

@@ -11,13 +11,13 @@ use candle_core::op::BackpropOp;
 use candle_core::{
     CpuStorage, CudaStorage, CustomOp1, Device, Layout, MetalStorage, Result, Shape, Storage, Tensor,
 };
-use trainable_tokens_core::{DeltaStore, EmbeddingSource, Error as CoreError, LookupPlan};
+use trainable_tokens_core::{DeltaStore, EmbeddingSource, Error as CoreError, LookupPlan, RowTransform};
 
 use self::device::Uploaded;
 use crate::convert::shape_error;
 use crate::{CandleDelta, CandleTable};
 
-/// The rows `[N, D]` of a planned batch, in the table's element type, multiplied by `factor`. With a delta the
+/// The rows `[N, D]` of a planned batch, in the table's element type, transformed. With a delta the
 /// result is a node of its graph; without, it is the plain lookup.
 ///
 /// # Errors
@@ -27,26 +27,26 @@ pub(crate) fn lookup_rows(
     table: &CandleTable,
     delta: Option<&CandleDelta>,
     plan: &Arc<LookupPlan>,
-    factor: Option<f64>,
+    transform: RowTransform,
 ) -> crate::Result<Tensor> {
     check_plan(table, delta, plan)?;
     let base = table.tensor();
     let uploaded = match base.device() {
         Device::Cpu => None,
-        _ => Some(Uploaded::new(table, delta, plan, factor)?),
+        _ => Some(Uploaded::new(table, delta, plan, transform)?),
     };
     if let Some(delta) = delta {
         return Ok(delta.var().apply_op1(OverrideRows {
             base: base.clone(),
             plan: Arc::clone(plan),
-            factor,
+            transform,
             uploaded,
         })?);
     }
     let shape = Shape::from((plan.len(), table.embedding_dim()));
     let (storage, layout) = base.storage_and_layout();
     let rows = match (&*storage, &uploaded) {
-        (Storage::Cpu(storage), _) => Storage::Cpu(cpu::gather(storage, layout, None, plan, factor)?),
+        (Storage::Cpu(storage), _) => Storage::Cpu(cpu::gather(storage, layout, None, plan, transform)?),
         (Storage::Cuda(storage), Some(batch)) => Storage::Cuda(device::gather(storage, layout, batch)?),
         (Storage::Metal(storage), Some(batch)) => Storage::Metal(device::gather(storage, layout, batch)?),
         _ => return Err(not_sent().into()),
@@ -77,7 +77,7 @@ fn not_sent() -> candle_core::Error {
 struct OverrideRows {
     base: Tensor,
     plan: Arc<LookupPlan>,
-    factor: Option<f64>,
+    transform: RowTransform,
     /// Present on every device but the CPU.
     uploaded: Option<Uploaded>,
 }
@@ -108,7 +108,7 @@ impl CustomOp1 for OverrideRows {
         let (base, layout) = self.base.storage_and_layout();
         let base = <CpuStorage as super::storage::DeviceStorage>::of(&base)?;
         let overrides = Some((delta, delta_layout));
-        let rows = cpu::gather(base, layout, overrides, &self.plan, self.factor)?;
+        let rows = cpu::gather(base, layout, overrides, &self.plan, self.transform)?;
         Ok((rows, self.shape()))
     }
 
@@ -123,7 +123,7 @@ impl CustomOp1 for OverrideRows {
     fn bwd(&self, delta: &Tensor, _: &Tensor, upstream: &Tensor) -> Result<Option<Tensor>> {
         let upstream = upstream.detach().contiguous()?;
         let gradient = match &self.uploaded {
-            None => cpu::accumulate(&upstream, delta, &self.plan, self.factor)?,
+            None => cpu::accumulate(&upstream, delta, &self.plan, self.transform.scale)?,
             Some(batch) => batch.accumulate(&upstream, delta)?,
         };
         Ok(Some(gradient))

@@ -2,7 +2,7 @@
 
 use candle_core::{CpuStorage, Layout, Result, Storage, Tensor};
 use half::{bf16, f16};
-use trainable_tokens_core::{Element, LookupPlan, RowRef, TokenRows};
+use trainable_tokens_core::{Element, LookupPlan, RowRef, RowTransform, TokenRows};
 
 use crate::convert::{candle_dtype, core_dtype, row_ref, to_tensor, unsupported};
 use crate::ops::storage::elements;
@@ -13,7 +13,7 @@ pub(super) fn gather(
     layout: &Layout,
     overrides: Option<(&CpuStorage, &Layout)>,
     plan: &LookupPlan,
-    factor: Option<f64>,
+    transform: RowTransform,
 ) -> Result<CpuStorage> {
     let dim = layout.dims()[1];
     let row = |slot: u32| {
@@ -24,7 +24,7 @@ pub(super) fn gather(
     let batch = Batch {
         plan,
         dim,
-        factor,
+        transform,
         overridden: overrides.is_some(),
     };
     if let Some(base) = elements!(base, layout, F32) {
@@ -43,7 +43,7 @@ pub(super) fn gather(
 struct Batch<'a> {
     plan: &'a LookupPlan,
     dim: usize,
-    factor: Option<f64>,
+    transform: RowTransform,
     overridden: bool,
 }
 
@@ -54,7 +54,6 @@ impl Batch<'_> {
         row: impl Fn(u32) -> Result<Option<RowRef<'r>>>,
     ) -> Result<Vec<T>> {
         let (ids, dim) = (self.plan.input_ids(), self.dim);
-        let factor = self.factor.map(T::Compute::from_f64);
         let mut out: Vec<T> = Vec::with_capacity(ids.len() * dim);
         let live = self.plan.positions().iter().zip(self.plan.slots());
         let mut live = live.take(if self.overridden { usize::MAX } else { 0 }).peekable();
@@ -72,11 +71,7 @@ impl Batch<'_> {
                     }
                 }
             }
-            if let Some(factor) = factor {
-                for value in &mut out[start..] {
-                    *value = T::from_compute(value.to_compute() * factor);
-                }
-            }
+            self.transform.apply(&mut out[start..]);
         }
         Ok(out)
     }

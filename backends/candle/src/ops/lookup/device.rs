@@ -1,9 +1,10 @@
 //! The lookup on any device, out of operations that every storage of candle has.
 
-use candle_core::op::Mul;
-use candle_core::{Device, Layout, Result, Shape, Tensor};
-use trainable_tokens_core::{EmbeddingSource, LookupPlan};
+use candle_core::op::{Mul, ReduceOp, Sqr};
+use candle_core::{CpuStorage, DType, Device, Layout, Result, Shape, Tensor};
+use trainable_tokens_core::{EmbeddingSource, LookupPlan, MaxNorm, RowTransform};
 
+use crate::convert::unsupported;
 use crate::ops::compute_dtype;
 use crate::ops::storage::DeviceStorage;
 use crate::{CandleDelta, CandleTable};
@@ -16,6 +17,9 @@ pub(super) struct Uploaded {
     patch: Option<(Tensor, Tensor)>,
     /// Positions and slots of the gradient.
     live: Option<(Tensor, Tensor)>,
+    /// What each of the live gradients is multiplied by, `[live, 1]`.
+    weights: Option<Tensor>,
+    max_norm: Option<MaxNorm>,
     /// The factor, in the type that it multiplies in.
     factor: Option<Tensor>,
 }
@@ -25,7 +29,7 @@ impl Uploaded {
         table: &CandleTable,
         delta: Option<&CandleDelta>,
         plan: &LookupPlan,
-        factor: Option<f64>,
+        transform: RowTransform,
     ) -> Result<Self> {
         let (base, dim) = (table.tensor(), table.embedding_dim());
         let device = base.device();
@@ -53,7 +57,13 @@ impl Uploaded {
             ids: indexes(plan.input_ids())?,
             patch,
             live,
-            factor: factor.map(|factor| scalar(factor, base)).transpose()?,
+            weights: plan
+                .grad_factors()
+                .filter(|weights| !weights.is_empty())
+                .map(|weights| column(weights, compute_dtype(base.dtype()), device))
+                .transpose()?,
+            max_norm: transform.max_norm,
+            factor: transform.scale.map(|factor| scalar(factor, base)).transpose()?,
         })
     }
 
@@ -64,9 +74,13 @@ impl Uploaded {
         };
         let dtype = compute_dtype(upstream.dtype());
         let live = upstream.index_select(positions, 0)?.to_dtype(dtype)?;
-        let live = match &self.factor {
+        let weights = match (&self.factor, &self.weights) {
+            (Some(factor), Some(weights)) => Some(factor.broadcast_mul(weights)?),
+            (factor, weights) => factor.clone().or_else(|| weights.clone()),
+        };
+        let live = match weights {
             None => live,
-            Some(factor) => live.broadcast_mul(factor)?,
+            Some(weights) => live.broadcast_mul(&weights.to_dtype(dtype)?)?,
         };
         Tensor::zeros(delta.shape(), dtype, delta.device())?
             .index_add(slots, &live, 0)?
@@ -87,6 +101,7 @@ pub(super) fn gather<S: DeviceStorage>(base: &S, layout: &Layout, batch: &Upload
     let Some(ids) = batch.ids.as_ref().filter(|_| shape.elem_count() > 0) else {
         return base.zeros(&shape);
     };
+    let ids_device = ids.device().clone();
     let (ids, ids_layout) = ids.storage_and_layout();
     let mut out = base.index_select(S::of(&ids)?, layout, ids_layout, 0)?;
     let rows = Layout::contiguous(shape.clone());
@@ -95,18 +110,55 @@ pub(super) fn gather<S: DeviceStorage>(base: &S, layout: &Layout, batch: &Upload
         let (at, at_layout) = at.storage_and_layout();
         out.scatter_set(&rows, S::of(&at)?, at_layout, S::of(&patch)?, patch_layout, 0)?;
     }
-    let Some(factor) = &batch.factor else {
-        return Ok(out);
+    if let Some(max_norm) = batch.max_norm {
+        let factors = shortening(&out, &rows, max_norm, &ids_device)?;
+        out = multiply(&out, &rows, &factors)?;
+    }
+    match &batch.factor {
+        None => Ok(out),
+        Some(factor) => multiply(&out, &rows, factor),
+    }
+}
+
+/// What each row is multiplied by so that none is longer than `max_norm`, `[N, 1]` in the compute type. The norms
+/// come to the host: there is one for each token of the batch.
+fn shortening<S: DeviceStorage>(
+    out: &S,
+    rows: &Layout,
+    max_norm: MaxNorm,
+    device: &Device,
+) -> Result<Tensor> {
+    let dtype = compute_dtype(out.dtype());
+    let squares = out.to_dtype(rows, dtype)?.unary_impl::<Sqr>(rows)?;
+    let sums = squares.reduce_op(ReduceOp::Sum, rows, &[1])?.to_cpu_storage()?;
+    let sums: Vec<f64> = match sums {
+        CpuStorage::F64(sums) => sums,
+        CpuStorage::F32(sums) => sums.into_iter().map(f64::from).collect(),
+        _ => return Err(unsupported().into()),
     };
-    // Not `affine`: its `+ 0` makes a negative zero positive, and for half types it would compute in half.
-    let factor = factor.broadcast_as(shape)?;
+    let factors = sums.iter().map(|sum| max_norm.factor(sum.sqrt()).unwrap_or(1.0));
+    let factors: Vec<f64> = factors.collect();
+    column(&factors, dtype, device)
+}
+
+/// A column of numbers, `[N, 1]`.
+fn column(values: &[f64], dtype: DType, device: &Device) -> Result<Tensor> {
+    let values = Tensor::from_slice(values, (values.len(), 1), &Device::Cpu)?;
+    values.to_dtype(dtype)?.to_device(device)
+}
+
+/// Multiplies in the compute type and rounds.
+///
+/// Not `affine`: its `+ 0` makes a negative zero positive, and for half types it would compute in half.
+fn multiply<S: DeviceStorage>(out: &S, rows: &Layout, factor: &Tensor) -> Result<S> {
+    let factor = factor.broadcast_as(rows.shape())?;
     let (factor, factor_layout) = factor.storage_and_layout();
     let factor = S::of(&factor)?;
     let dtype = out.dtype();
     if dtype == compute_dtype(dtype) {
-        return out.binary_impl::<Mul>(factor, &rows, factor_layout);
+        return out.binary_impl::<Mul>(factor, rows, factor_layout);
     }
-    out.to_dtype(&rows, compute_dtype(dtype))?
-        .binary_impl::<Mul>(factor, &rows, factor_layout)?
-        .to_dtype(&rows, dtype)
+    out.to_dtype(rows, compute_dtype(dtype))?
+        .binary_impl::<Mul>(factor, rows, factor_layout)?
+        .to_dtype(rows, dtype)
 }

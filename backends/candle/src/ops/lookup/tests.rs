@@ -1,7 +1,7 @@
 //! The path of all devices against the CPU's own.
 
 use candle_core::DType;
-use trainable_tokens_core::{Padding, PaddingRule, TokenId, TokenSet};
+use trainable_tokens_core::{LayerOptions, MaxNorm, Padding, PaddingRule, TokenId, TokenRows, TokenSet};
 
 use super::*;
 use crate::convert::to_rows;
@@ -23,14 +23,14 @@ fn both_passes(
     table: &CandleTable,
     delta: &CandleDelta,
     plan: &Arc<LookupPlan>,
-    factor: Option<f64>,
+    transform: RowTransform,
     uploaded: bool,
-) -> [trainable_tokens_core::TokenRows; 2] {
-    let uploaded = uploaded.then(|| Uploaded::new(table, Some(delta), plan, factor).unwrap());
+) -> [TokenRows; 2] {
+    let uploaded = uploaded.then(|| Uploaded::new(table, Some(delta), plan, transform).unwrap());
     let operation = OverrideRows {
         base: table.tensor().clone(),
         plan: Arc::clone(plan),
-        factor,
+        transform,
         uploaded,
     };
     let out = delta.var().apply_op1(operation).unwrap();
@@ -46,6 +46,16 @@ fn both_passes(
     [to_rows(&out).unwrap(), to_rows(gradient).unwrap()]
 }
 
+fn close(what: &str, got: &TokenRows, want: &TokenRows, tolerance: f64) {
+    assert_eq!(got.shape(), want.shape(), "{what}");
+    for (got, want) in got.to_f64_vec().into_iter().zip(want.to_f64_vec()) {
+        assert!(
+            (got - want).abs() <= tolerance * want.abs(),
+            "{what}: {got} {want}"
+        );
+    }
+}
+
 #[test]
 fn both_paths_give_the_same_bits() {
     let dtypes = [DType::F64, DType::F32, DType::F16, DType::BF16];
@@ -58,19 +68,44 @@ fn both_paths_give_the_same_bits() {
         .into_iter()
         .flat_map(|base| dtypes.map(|rows| (base, rows)))
     {
-        for factor in [None, Some(-1.7)] {
+        for (scale, scale_grad_by_freq) in [
+            (None, false),
+            (Some(-1.7), false),
+            (None, true),
+            (Some(0.3), true),
+        ] {
             for padding in [None, Some(padding)] {
                 for ids in [&[4u32, 1, 9, 9, 0, 10, 4][..], &[1, 2, 3], &[4], &[]] {
-                    let plan = Arc::new(LookupPlan::new(&tokens, padding, ids).unwrap());
+                    let options = LayerOptions {
+                        padding,
+                        scale_grad_by_freq,
+                        ..LayerOptions::default()
+                    };
+                    let what = format!("{base:?} {rows:?} {scale:?} {options:?} {ids:?}");
+                    let transform = RowTransform {
+                        scale,
+                        max_norm: None,
+                    };
+                    let plan = Arc::new(LookupPlan::new(&tokens, options, ids).unwrap());
                     let (table, delta) = (table(base), delta(rows));
-                    let [out, gradient] = both_passes(&table, &delta, &plan, factor, false);
-                    let [device_out, device_gradient] = both_passes(&table, &delta, &plan, factor, true);
-                    assert!(out.bits_eq(&device_out), "{base:?} {rows:?} {factor:?} {ids:?}");
-                    assert!(
-                        gradient.bits_eq(&device_gradient),
-                        "{base:?} {rows:?} {factor:?} {ids:?}"
-                    );
+                    let [out, gradient] = both_passes(&table, &delta, &plan, transform, false);
+                    let [device_out, device_gradient] = both_passes(&table, &delta, &plan, transform, true);
+                    assert!(out.bits_eq(&device_out), "{what}");
+                    assert!(gradient.bits_eq(&device_gradient), "{what}");
                     assert_eq!(gradient.shape(), [3, 3]);
+
+                    // Norms are summed in another precision on devices.
+                    let max_norm = Some(MaxNorm::new(2.5).unwrap());
+                    let transform = RowTransform { scale, max_norm };
+                    let [out, gradient] = both_passes(&table, &delta, &plan, transform, false);
+                    let [device_out, device_gradient] = both_passes(&table, &delta, &plan, transform, true);
+                    let tolerance = match base {
+                        DType::BF16 => 8e-3,
+                        DType::F16 => 1e-3,
+                        _ => 1e-6,
+                    };
+                    close(&what, &device_out, &out, tolerance);
+                    assert!(gradient.bits_eq(&device_gradient), "{what}");
                 }
             }
         }
@@ -81,11 +116,15 @@ fn both_paths_give_the_same_bits() {
 fn the_plain_lookup_is_the_same_on_both_paths() {
     let tokens = TokenSet::new([9, 0, 4], 11).unwrap();
     for dtype in [DType::F64, DType::F32, DType::F16, DType::BF16] {
-        for factor in [None, Some(0.3)] {
+        for scale in [None, Some(0.3)] {
+            let transform = RowTransform {
+                scale,
+                max_norm: None,
+            };
             let table = table(dtype);
-            let plan = Arc::new(LookupPlan::new(&tokens, None, &[4, 1, 9]).unwrap());
-            let out = lookup_rows(&table, None, &plan, factor).unwrap();
-            let batch = Uploaded::new(&table, None, &plan, factor).unwrap();
+            let plan = Arc::new(LookupPlan::new(&tokens, LayerOptions::default(), &[4, 1, 9]).unwrap());
+            let out = lookup_rows(&table, None, &plan, transform).unwrap();
+            let batch = Uploaded::new(&table, None, &plan, transform).unwrap();
             let (storage, layout) = table.tensor().storage_and_layout();
             let Storage::Cpu(storage) = &*storage else {
                 panic!("the table is on the CPU");
