@@ -1,0 +1,162 @@
+//! No V in the cost.
+//!
+//! What a step allocates is bounded below one table, all told where that can be, at once elsewhere: so that no single
+//! allocation is a table either.
+
+use trainable_tokens_core::{Adam, AdamConfig, Sgd, SgdConfig, TokenSet};
+
+use crate::failure::ensure;
+use crate::world::noise;
+use crate::{Failure, Harness, Layer, Outcome, Pass, allocated};
+
+const SMALL: usize = 4_000;
+const LARGE: usize = 40_000;
+const DIM: usize = 128;
+const TOKENS: u32 = 20;
+const BATCH: usize = 64;
+
+fn token_set(v: usize) -> Result<TokenSet, Failure> {
+    let last = u32::try_from(v)? - 1;
+    Ok(TokenSet::new((0..TOKENS).map(|slot| last - slot * 3), v)?)
+}
+
+/// A layer whose rows differ from the base's.
+fn layer<H: Harness>(v: usize) -> Result<Layer<H>, Failure> {
+    let source = H::source(&noise(3, H::DTYPE, v, DIM))?;
+    let rows = noise(4, H::DTYPE.default_row_dtype(), TOKENS as usize, DIM);
+    Ok(Layer::<H>::with_rows(source, token_set(v)?, &rows)?)
+}
+
+fn table_bytes<H: Harness>(v: usize) -> usize {
+    v * DIM * H::DTYPE.size_in_bytes()
+}
+
+/// A batch of which every fourth token trains.
+fn ids(v: usize) -> Result<Vec<u32>, Failure> {
+    let last = u32::try_from(v)? - 1;
+    Ok((0u32..)
+        .take(BATCH)
+        .map(|at| {
+            if at % 4 == 0 {
+                last - at % TOKENS * 3
+            } else {
+                at * 7
+            }
+        })
+        .collect())
+}
+
+/// What one step of lookup, backward pass and optimizer allocates, once everything is warm.
+fn step_bytes<H: Harness>(v: usize) -> Result<usize, Failure> {
+    let (mut layer, ids) = (layer::<H>(v)?, ids(v)?);
+    let mut adam = Adam::new(AdamConfig::ADAMW)?;
+    let upstream = noise(5, H::DTYPE, BATCH, DIM);
+    let mut step = || -> Outcome {
+        let pass = Pass {
+            lookups: vec![(layer.plan(&ids)?, upstream.clone())],
+            heads: Vec::new(),
+        };
+        let gradients = H::backward(&layer, &pass)?.gradients;
+        layer.step(&gradients, &mut adam, &mut [])?;
+        Ok(())
+    };
+    step()?;
+    let (result, cost) = allocated(step)?;
+    result.map(|()| cost.total)
+}
+
+/// A step through the lookup allocates less than a table, all told.
+pub fn a_step_allocates_no_table<H: Harness>() -> Outcome {
+    let bytes = step_bytes::<H>(LARGE)?;
+    let table = table_bytes::<H>(LARGE);
+    ensure!(
+        bytes < table / 2,
+        "a step allocates {bytes} bytes, the table has {table}"
+    );
+    Ok(())
+}
+
+/// A step through the lookup costs the same at ten times the vocabulary.
+pub fn a_step_costs_the_same_for_any_vocabulary<H: Harness>() -> Outcome {
+    let (small, large) = (step_bytes::<H>(SMALL)?, step_bytes::<H>(LARGE)?);
+    // The slack is a hundredth of what a table's growth would cost.
+    let slack = (table_bytes::<H>(LARGE) - table_bytes::<H>(SMALL)) / 100;
+    ensure!(
+        large <= small + slack,
+        "a step allocates {small} bytes with {SMALL} rows and {large} with {LARGE}"
+    );
+    Ok(())
+}
+
+/// Forward and backward through the head allocate logits, but no table and no gradient of one.
+pub fn the_head_allocates_no_table<H: Harness>() -> Outcome {
+    let layer = layer::<H>(LARGE)?;
+    let pass = Pass {
+        lookups: Vec::new(),
+        heads: vec![(noise(6, H::DTYPE, 1, DIM), noise(7, H::DTYPE, 1, LARGE))],
+    };
+    H::backward(&layer, &pass)?;
+    let (result, cost) = allocated(|| H::backward(&layer, &pass).map(drop))?;
+    result?;
+    let table = table_bytes::<H>(LARGE);
+    ensure!(
+        cost.growth < table / 2,
+        "the head holds {} bytes at once, the table has {table}",
+        cost.growth
+    );
+    Ok(())
+}
+
+/// Putting the layer around a table copies no table.
+pub fn wrapping_allocates_no_table<H: Harness>() -> Outcome {
+    let source = H::source(&noise(3, H::DTYPE, LARGE, DIM))?;
+    let tokens = token_set(LARGE)?;
+    let (layer, cost) = allocated(|| Layer::<H>::new(source, tokens))?;
+    layer?;
+    let table = table_bytes::<H>(LARGE);
+    ensure!(
+        cost.total < table / 8,
+        "wrapping allocates {} bytes, the table has {table}",
+        cost.total
+    );
+    Ok(())
+}
+
+/// Merging and unmerging write rows in place.
+pub fn merging_allocates_no_table<H: Harness>() -> Outcome {
+    let mut layer = layer::<H>(LARGE)?;
+    let mut cycle = || -> Outcome {
+        layer.merge()?;
+        Ok(layer.unmerge()?)
+    };
+    cycle()?;
+    let (result, cost) = allocated(cycle)?;
+    result?;
+    let table = table_bytes::<H>(LARGE);
+    ensure!(
+        cost.total < table / 8,
+        "merging allocates {} bytes, the table has {table}",
+        cost.total
+    );
+    Ok(())
+}
+
+/// The optimizer keeps rows, not tables.
+pub fn the_optimizer_keeps_rows_only<H: Harness>() -> Outcome {
+    let mut layer = layer::<H>(LARGE)?;
+    let dtype = H::DTYPE.default_row_dtype();
+    let gradient = noise(8, dtype, TOKENS as usize, DIM);
+    let mut sgd = Sgd::new(SgdConfig {
+        momentum: 0.9,
+        ..SgdConfig::default()
+    })?;
+    let (result, cost) = allocated(|| layer.step_with(gradient, &mut sgd, &mut []))?;
+    result?;
+    let rows = TOKENS as usize * DIM * dtype.size_in_bytes();
+    ensure!(
+        cost.total <= 16 * rows,
+        "a step allocates {} bytes, the rows have {rows}",
+        cost.total
+    );
+    Ok(())
+}

@@ -1,0 +1,115 @@
+//! Writing the rows into the table, and taking them out again.
+
+use trainable_tokens_core::{EmbeddingSource, ErrorKind, Sgd, SgdConfig, TokenId, WriteRows};
+
+use crate::failure::{equal, refused, same};
+use crate::world::{World, for_all, lookup, noise, odd_values, overwritten, whole};
+use crate::{Harness, Layer, Outcome};
+
+/// Merging writes the rows of the trainable tokens, rounded to the table's type, and no other bit.
+pub fn merging_writes_the_rows_and_nothing_else<H: Harness>() -> Outcome {
+    for_all(|world| {
+        let table = odd_values(world.seed, H::DTYPE, world.v, world.d);
+        let rows = world.rows::<H>();
+        let mut layer = Layer::<H>::with_rows(H::source(&table)?, world.token_set()?, &rows)?;
+        layer.merge()?;
+        same(
+            "the table",
+            &whole::<H>(&layer)?,
+            &overwritten(&table, &world.tokens, &rows)?,
+        )
+    })
+}
+
+/// A lookup gives the same bits before and after merging.
+pub fn merged_and_unmerged_lookups_are_equal<H: Harness>() -> Outcome {
+    for_all(|world| {
+        let mut layer = world.trained::<H>()?;
+        let before = lookup::<H>(&layer, &world.ids)?;
+        layer.merge()?;
+        same("rows", &lookup::<H>(&layer, &world.ids)?, &before)
+    })
+}
+
+/// Unmerging restores every bit, however often.
+pub fn unmerging_restores_every_bit<H: Harness>() -> Outcome {
+    for_all(|world| {
+        let table = odd_values(world.seed, H::DTYPE, world.v, world.d);
+        let rows = world.rows::<H>();
+        let mut layer = Layer::<H>::with_rows(H::source(&table)?, world.token_set()?, &rows)?;
+        for _ in 0..3 {
+            layer.merge()?;
+            layer.unmerge()?;
+            same("the table", &whole::<H>(&layer)?, &table)?;
+            same("the trained rows", &layer.rows()?, &rows)?;
+        }
+        Ok(())
+    })
+}
+
+/// What is restored is what the merge overwrote, not what the table held when the layer was made.
+pub fn unmerging_restores_what_was_overwritten<H: Harness>() -> Outcome {
+    let world = World::fixed(7, 3, &[5, 2], &[]);
+    let tokens: Vec<TokenId> = world.tokens.iter().copied().map(TokenId).collect();
+    let mut source = world.fresh::<H>()?.into_source();
+    let changed = noise(99, H::DTYPE, 2, 3);
+    source.write_rows(&tokens, &changed)?;
+    let mut layer = Layer::<H>::with_rows(source, world.token_set()?, &world.rows::<H>())?;
+    layer.merge()?;
+    layer.unmerge()?;
+    same("the rows", &layer.source().read_rows(&tokens)?, &changed)
+}
+
+/// A second merge, and an unmerge without a merge, are refused and change nothing.
+pub fn merges_do_not_nest<H: Harness>() -> Outcome {
+    let world = World::fixed(7, 3, &[5, 2], &[]);
+    let mut layer = world.trained::<H>()?;
+    refused("unmerging first", layer.unmerge(), ErrorKind::State)?;
+    same("the table", &whole::<H>(&layer)?, &world.table::<H>())?;
+    layer.merge()?;
+    equal("is_merged", &layer.is_merged(), &true)?;
+    refused("merging twice", layer.merge(), ErrorKind::State)?;
+    same("the table", &whole::<H>(&layer)?, &world.dense::<H>()?)?;
+    layer.unmerge()?;
+    equal("is_merged", &layer.is_merged(), &false)?;
+    refused("unmerging twice", layer.unmerge(), ErrorKind::State)
+}
+
+/// A merged layer refuses to train and to take other rows; both are as before then.
+pub fn a_merged_layer_does_not_train<H: Harness>() -> Outcome {
+    let world = World::fixed(7, 3, &[5, 2], &[]);
+    let mut layer = world.trained::<H>()?;
+    layer.merge()?;
+    let gradient = noise(1, layer.rows()?.dtype(), 2, 3);
+    let mut sgd = Sgd::new(SgdConfig::default())?;
+    refused(
+        "a step",
+        layer.step_with(gradient.clone(), &mut sgd, &mut []),
+        ErrorKind::State,
+    )?;
+    refused("other rows", layer.set_rows(&gradient), ErrorKind::State)?;
+    same("the trained rows", &layer.rows()?, &world.rows::<H>())?;
+    same("the table", &whole::<H>(&layer)?, &world.dense::<H>()?)
+}
+
+/// After unmerging, training goes on as if nothing had been merged.
+pub fn training_goes_on_after_unmerging<H: Harness>() -> Outcome {
+    let world = World::fixed(7, 3, &[5, 2], &[5, 1]);
+    let [mut layer, mut other] = [world.trained::<H>()?, world.trained::<H>()?];
+    layer.merge()?;
+    layer.unmerge()?;
+    let config = SgdConfig {
+        lr: 0.5,
+        ..SgdConfig::default()
+    };
+    for layer in [&mut layer, &mut other] {
+        let gradient = noise(1, layer.rows()?.dtype(), 2, 3);
+        layer.step_with(gradient, &mut Sgd::new(config)?, &mut [])?;
+    }
+    same("the trained rows", &layer.rows()?, &other.rows()?)?;
+    same(
+        "rows",
+        &lookup::<H>(&layer, &world.ids)?,
+        &lookup::<H>(&other, &world.ids)?,
+    )
+}
