@@ -19,7 +19,8 @@ pub trait TrainableTokensExt<O: Element> {
     ///
     /// # Errors
     ///
-    /// [`Error::Shape`] if `out` has another shape, or the plan belongs to another token set; `out` is unchanged.
+    /// [`Error::Shape`] if `out` has another shape, [`Error::ForeignPlan`] if the plan belongs to another token set;
+    /// `out` is unchanged.
     fn lookup_into(&self, plan: &LookupPlan, out: ArrayViewMut2<'_, O>) -> Result<(), Self::Error>;
 
     /// The gradient of the trained rows, `[k, D]`, from that of a lookup's output, `[N, D]`. The work follows the
@@ -45,7 +46,8 @@ pub trait TrainableTokensExt<O: Element> {
     ) -> Result<(), Self::Error>;
 
     /// The gradients of a tied head: that of `hidden`, returned as `[N, D]`, and that of the trained rows, added
-    /// into `gradient` (in the type that `O` computes in), from that of the logits, `[N, V]`.
+    /// into `gradient` (in the type that `O` computes in), from that of the logits, `[N, V]`. While the layer is
+    /// merged the rows have none, and `gradient` stays as it is.
     ///
     /// # Errors
     ///
@@ -70,9 +72,7 @@ impl<S: HostTable, O: Element> TrainableTokensExt<O> for TrainableTokens<S, O> {
         if out.shape() != expected {
             return Err(shape_error("output of the lookup", &expected, out.shape()).into());
         }
-        if plan.num_slots() != self.tokens().len() {
-            return Err(shape_error("slots of the plan", &[self.tokens().len()], &[plan.num_slots()]).into());
-        }
+        plan.expect_tokens(self.tokens())?;
         let (delta, transform) = (self.active().map(NdRows::rows), self.transform());
         let mut rows = RowCursor::new(source, delta, plan);
         if let Some(values) = out.as_slice_mut() {
@@ -101,7 +101,8 @@ impl<S: HostTable, O: Element> TrainableTokensExt<O> for TrainableTokens<S, O> {
         upstream: ArrayView2<'_, O>,
         gradient: &mut NdGradient,
     ) -> Result<(), S::Error> {
-        if self.is_merged() {
+        plan.expect_tokens(self.tokens())?;
+        if self.is_merged() && !self.tokens().is_empty() {
             return Err(Error::NoGradient.into());
         }
         let dim = self.source().embedding_dim();

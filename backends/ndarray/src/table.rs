@@ -10,6 +10,9 @@ use trainable_tokens_core::{
 use crate::Error;
 
 /// An embedding table held by an ndarray array: owned, shared or borrowed, never copied.
+///
+/// Rows are written in place; only an `ArcArray` that has other handles copies itself first, as it always does, and the
+/// other handles keep the old rows.
 pub struct NdTable<S: Data>(ArrayBase<S, Ix2>);
 
 impl<S: Data<Elem: Element>> NdTable<S> {

@@ -35,7 +35,7 @@ pub trait DeltaStore {
     /// By clause 3, or when the framework fails.
     fn write(&mut self, rows: &TokenRows) -> Result<(), Self::Error>;
 
-    /// Lets `change` rewrite the rows; stores in host memory do it in place.
+    /// Lets `change` rewrite the rows, keeping their shape and element type; stores in host memory do it in place.
     ///
     /// # Errors
     ///
@@ -56,13 +56,6 @@ pub trait DeltaStore {
     /// By clause 3.
     fn check_write(&self, rows: &TokenRows) -> crate::Result<()> {
         rows.expect_shape("trained rows", self.num_rows(), self.embedding_dim())?;
-        if rows.dtype() != self.dtype() {
-            return Err(crate::Error::DType {
-                what: "trained rows",
-                expected: self.dtype(),
-                got: rows.dtype(),
-            });
-        }
-        Ok(())
+        rows.expect_dtype("trained rows", self.dtype())
     }
 }

@@ -55,7 +55,8 @@ impl fmt::Display for DType {
 ///
 /// # Contract
 ///
-/// 1. Conversion to `Compute` is exact; conversion from it rounds to nearest, ties to even.
+/// 1. Conversion to `Compute` is exact; conversion from it rounds to nearest, ties to even. From `f64` to half
+///    precision it rounds twice, by way of `f32`, as torch does (`c10/util/Half.h`, `BFloat16.h`).
 /// 2. `to_le_bytes` and `from_le_bytes` keep every bit, of NaNs too.
 pub trait Element: Copy + Default + PartialEq + Debug + Send + Sync + 'static {
     /// The type that arithmetic on the element runs in (`f32` for half precision, as in torch).
@@ -69,7 +70,7 @@ pub trait Element: Copy + Default + PartialEq + Debug + Send + Sync + 'static {
     fn from_compute(value: Self::Compute) -> Self;
     /// Widens exactly.
     fn to_f64(self) -> f64;
-    /// Rounds to nearest even.
+    /// Rounds to nearest even, by way of `f32` for half precision.
     fn from_f64(value: f64) -> Self;
     /// Converts to `f32` (exact unless the type is `f64`).
     fn to_f32(self) -> f32;
@@ -168,8 +169,8 @@ fn narrow(value: f64) -> f32 {
 
 element!(f64, F64, f64, to: |x| x, from: |x| x, to64: |x| x, from64: |x| x, to32: narrow, from32: f64::from);
 element!(f32, F32, f32, to: |x| x, from: |x| x, to64: f64::from, from64: narrow, to32: |x| x, from32: |x| x);
-element!(f16, F16, f32, to: f16::to_f32, from: f16::from_f32, to64: f16::to_f64, from64: f16::from_f64, to32: f16::to_f32, from32: f16::from_f32);
-element!(bf16, BF16, f32, to: bf16::to_f32, from: bf16::from_f32, to64: bf16::to_f64, from64: bf16::from_f64, to32: bf16::to_f32, from32: bf16::from_f32);
+element!(f16, F16, f32, to: f16::to_f32, from: f16::from_f32, to64: f16::to_f64, from64: |x| f16::from_f32(narrow(x)), to32: f16::to_f32, from32: f16::from_f32);
+element!(bf16, BF16, f32, to: bf16::to_f32, from: bf16::from_f32, to64: bf16::to_f64, from64: |x| bf16::from_f32(narrow(x)), to32: bf16::to_f32, from32: bf16::from_f32);
 
 #[cfg(test)]
 mod tests {
@@ -202,5 +203,22 @@ mod tests {
         assert_eq!(bf16::from_f32(f32::from_bits(0x3f80_8000)).to_bits(), 0x3f80);
         assert_eq!(bf16::from_f32(f32::from_bits(0x3f81_8000)).to_bits(), 0x3f82);
         assert_eq!(<bf16 as Element>::from_f32(3.4e38), bf16::INFINITY);
+    }
+
+    #[test]
+    fn narrowing_from_f64_goes_through_f32() {
+        // Just above the middle of two neighbours, but for f32 in the middle: the even one, as in torch.
+        assert_eq!(
+            <bf16 as Element>::from_f64(1.0 + 2f64.powi(-8) + 2f64.powi(-40)).to_bits(),
+            0x3f80
+        );
+        assert_eq!(
+            <f16 as Element>::from_f64(1.0 + 2f64.powi(-11) + 2f64.powi(-40)).to_bits(),
+            0x3c00
+        );
+        assert_eq!(
+            <f16 as Element>::from_f64(1.0 + 3.0 * 2f64.powi(-11)).to_bits(),
+            0x3c02
+        );
     }
 }

@@ -19,6 +19,8 @@ pub enum ErrorKind {
     Shape,
     /// An element type does not fit.
     DType,
+    /// A plan belongs to another set of trainable tokens.
+    TokenSet,
     /// The layer is in the wrong state for the call (merged, not merged).
     State,
     /// The loss does not reach the trained rows.
@@ -59,7 +61,7 @@ pub enum Error {
         /// The slot where it stands again.
         second: usize,
     },
-    /// The table has more rows than ids can name.
+    /// The table has more than `2^32 - 1` rows.
     VocabularyTooLarge {
         /// Rows of the table.
         vocab_size: usize,
@@ -82,6 +84,8 @@ pub enum Error {
         /// The type it has.
         got: DType,
     },
+    /// A plan was made for another token set than the layer's.
+    ForeignPlan,
     /// The rows are already written into the table.
     AlreadyMerged,
     /// There is no merge to undo.
@@ -118,7 +122,7 @@ impl fmt::Display for Error {
             Self::VocabularyTooLarge { vocab_size } => {
                 write!(
                     f,
-                    "a table of {vocab_size} rows has more rows than 32-bit ids can name"
+                    "a table of {vocab_size} rows has more than the 4294967295 that are supported"
                 )
             }
             Self::Shape { what, expected, got } => {
@@ -127,6 +131,7 @@ impl fmt::Display for Error {
             Self::DType { what, expected, got } => {
                 write!(f, "{what} has element type {got}, expected {expected}")
             }
+            Self::ForeignPlan => f.write_str("the plan was made for another set of trainable tokens"),
             Self::AlreadyMerged => f.write_str("the rows are already merged; unmerge them first"),
             Self::NotMerged => f.write_str("nothing is merged, so there is nothing to unmerge"),
             Self::NoGradient => f.write_str(
@@ -149,6 +154,7 @@ impl BackendError for Error {
             Self::DuplicateToken { .. } => ErrorKind::DuplicateToken,
             Self::Shape { .. } | Self::OptimizerState { .. } => ErrorKind::Shape,
             Self::DType { .. } => ErrorKind::DType,
+            Self::ForeignPlan => ErrorKind::TokenSet,
             Self::AlreadyMerged | Self::NotMerged => ErrorKind::State,
             Self::NoGradient => ErrorKind::NoGradient,
             Self::Hyperparameter { .. } => ErrorKind::Hyperparameter,

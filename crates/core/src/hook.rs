@@ -30,8 +30,9 @@ pub struct StepContext<'a> {
 /// 1. Hooks run in the order given, before the update and again, in the same order, after it.
 /// 2. `before_step` may change rows, gradient and learning rate of this step; `after_step` may change the rows.
 ///    The learning rate falls back to the optimizer's own afterwards.
-/// 3. Shapes and element types stay as they are.
-/// 4. An error of `before_step` cancels the update.
+/// 3. Shapes and element types stay as they are, or the step fails.
+/// 4. An error of `before_step` cancels the update, and the rows are as before the step. An error of `after_step`
+///    leaves the updated rows.
 pub trait OptimizerHook {
     /// Runs before the update.
     ///

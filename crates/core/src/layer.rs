@@ -117,16 +117,9 @@ impl<B: Backend> TrainableTokens<B> {
     ///
     /// # Errors
     ///
-    /// [`Error::Shape`] if the plan was made for another number of trainable tokens; the backend's errors.
+    /// [`Error::ForeignPlan`] if the plan was made for another token set; the backend's errors.
     pub fn lookup_planned(&self, plan: &LookupPlan) -> Result<B::Tensor, B::Error> {
-        if plan.num_slots() != self.tokens.len() {
-            return Err(Error::Shape {
-                what: "slots of the plan",
-                expected: vec![self.tokens.len()],
-                got: vec![plan.num_slots()],
-            }
-            .into());
-        }
+        plan.expect_tokens(&self.tokens)?;
         B::lookup(&self.source, self.active(), plan, self.transform())
     }
 

@@ -8,6 +8,8 @@ pub use adam::{Adam, AdamConfig, Decay};
 pub use sgd::{Sgd, SgdConfig};
 pub use state::OptimizerState;
 
+use std::borrow::Cow;
+
 use crate::{DeltaStore, Error, OptimizerHook, Result, StepContext, TokenRows, TokenSet};
 
 /// An update rule for trained rows on the host, and its memory.
@@ -27,7 +29,8 @@ pub trait RowOptimizer {
     ///
     /// # Errors
     ///
-    /// [`Error::Shape`] if rows, gradient and state do not have one shape.
+    /// [`Error::Shape`] if rows and gradient do not have one shape, [`Error::OptimizerState`] if the state has
+    /// another, [`Error::Hyperparameter`] for a learning rate that is not a number of at least 0.
     fn step(&mut self, rows: &mut TokenRows, gradient: &TokenRows, lr: f64) -> Result<()>;
     /// The learning rate that steps use unless a hook changes it.
     fn learning_rate(&self) -> f64;
@@ -60,9 +63,9 @@ pub struct StepReport {
 ///
 /// # Errors
 ///
-/// Those of the hooks and the optimizer. A failing hook before the update leaves the rows to what the hooks made
-/// of them; [`TrainableTokens::step`](crate::TrainableTokens::step) discards such rows where the store is not in
-/// host memory.
+/// Those of the hooks and the optimizer, and for a hook that changes a shape or an element type. Up to the update
+/// the rows are as before then, whatever the hooks made of them; an error of a hook after the update leaves the
+/// updated rows.
 pub fn step_rows(
     optimizer: &mut dyn RowOptimizer,
     hooks: &mut [&mut dyn OptimizerHook],
@@ -73,6 +76,41 @@ pub fn step_rows(
     gradient.expect_shape("gradient", rows.num_rows(), rows.embedding_dim())?;
     let grad_norm = gradient.norm();
     let step = optimizer.steps_taken() + 1;
+    // What an error goes back to; without hooks nothing but the update changes rows, and it does so last.
+    let mut kept = (!hooks.is_empty()).then(|| rows.clone());
+    let result = hooked_step(optimizer, hooks, tokens, rows, gradient, &mut kept);
+    if let (Err(_), Some(kept)) = (&result, kept) {
+        *rows = kept;
+    }
+    Ok(StepReport {
+        step,
+        grad_norm,
+        learning_rate: result?,
+    })
+}
+
+/// The step itself; returns the learning rate that the update used.
+fn hooked_step(
+    optimizer: &mut dyn RowOptimizer,
+    hooks: &mut [&mut dyn OptimizerHook],
+    tokens: &TokenSet,
+    rows: &mut TokenRows,
+    gradient: &mut TokenRows,
+    kept: &mut Option<TokenRows>,
+) -> Result<f64> {
+    let (shape, dtype, gradient_dtype) = (rows.shape(), rows.dtype(), gradient.dtype());
+    let unchanged = |context: &StepContext<'_>| {
+        let parts = [
+            ("rows", &*context.rows, dtype),
+            ("gradient", &*context.gradient, gradient_dtype),
+        ];
+        for (what, part, expected) in parts {
+            part.expect_shape(what, shape[0], shape[1])?;
+            part.expect_dtype(what, expected)?;
+        }
+        Ok::<(), Error>(())
+    };
+    let step = optimizer.steps_taken() + 1;
     let mut context = StepContext {
         step,
         tokens,
@@ -82,19 +120,21 @@ pub fn step_rows(
     };
     for hook in &mut *hooks {
         hook.before_step(&mut context)?;
+        unchanged(&context)?;
     }
-    optimizer.step(context.rows, context.gradient, context.learning_rate)?;
+    let learning_rate = context.learning_rate;
+    optimizer.step(context.rows, context.gradient, learning_rate)?;
     for hook in hooks {
+        if let Some(kept) = kept {
+            kept.clone_from(context.rows);
+        }
         hook.after_step(&mut context)?;
+        unchanged(&context)?;
     }
-    Ok(StepReport {
-        step,
-        grad_norm,
-        learning_rate: context.learning_rate,
-    })
+    Ok(learning_rate)
 }
 
-/// [`step_rows`] on the rows of a store, which are written back if all went well.
+/// [`step_rows`] on the rows of a store.
 ///
 /// # Errors
 ///
@@ -106,12 +146,13 @@ pub fn step_delta<D: DeltaStore>(
     delta: &mut D,
     mut gradient: TokenRows,
 ) -> Result<StepReport, D::Error> {
-    let mut report = StepReport::default();
+    let mut report = Ok(StepReport::default());
     delta.update(&mut |rows| {
-        report = step_rows(optimizer, hooks, tokens, rows, &mut gradient)?;
+        // An error is no reason to lose rows that were updated before it.
+        report = step_rows(optimizer, hooks, tokens, rows, &mut gradient);
         Ok(())
     })?;
-    Ok(report)
+    Ok(report?)
 }
 
 /// Refuses a hyper-parameter that is not finite or fails `holds`.
@@ -124,12 +165,7 @@ fn check(name: &'static str, value: f64, must: &'static str, holds: bool) -> Res
 }
 
 /// Brings a gradient to the rows' type, without a copy if it has it.
-fn gradient_like<'a>(rows: &TokenRows, gradient: &'a TokenRows) -> Result<std::borrow::Cow<'a, TokenRows>> {
-    use std::borrow::Cow;
+fn gradient_like<'a>(rows: &TokenRows, gradient: &'a TokenRows) -> Result<Cow<'a, TokenRows>> {
     gradient.expect_shape("gradient", rows.num_rows(), rows.embedding_dim())?;
-    Ok(if gradient.dtype() == rows.dtype() {
-        Cow::Borrowed(gradient)
-    } else {
-        Cow::Owned(gradient.to_dtype(rows.dtype()))
-    })
+    Ok(gradient.like_dtype(rows.dtype()))
 }

@@ -18,8 +18,8 @@ impl EmbedScale {
         match (self, dtype) {
             (Self::Exact(factor), _) | (Self::TableDType(factor), DType::F64) => factor,
             (Self::TableDType(factor), DType::F32) => f64::from(<f32 as Element>::from_f64(factor)),
-            (Self::TableDType(factor), DType::F16) => half::f16::from_f64(factor).to_f64(),
-            (Self::TableDType(factor), DType::BF16) => half::bf16::from_f64(factor).to_f64(),
+            (Self::TableDType(factor), DType::F16) => <half::f16 as Element>::from_f64(factor).to_f64(),
+            (Self::TableDType(factor), DType::BF16) => <half::bf16 as Element>::from_f64(factor).to_f64(),
         }
     }
 }

@@ -16,6 +16,7 @@ pub struct LookupPlan {
     grad_positions: Option<(Vec<u32>, Vec<u32>)>,
     grad_factors: Option<Vec<f64>>,
     num_slots: usize,
+    token_set: u64,
 }
 
 impl LookupPlan {
@@ -23,7 +24,8 @@ impl LookupPlan {
     ///
     /// # Errors
     ///
-    /// [`Error::TokenOutOfRange`] naming the first id that is not below the vocabulary size.
+    /// [`Error::TokenOutOfRange`] naming the first id that is not below the vocabulary size, the padding token's
+    /// before those of the batch; [`Error::Shape`] for more ids than 32 bits can count.
     pub fn new(tokens: &TokenSet, options: LayerOptions, input_ids: &[u32]) -> Result<Self> {
         let mut plan = Self {
             num_slots: tokens.len(),
@@ -48,6 +50,10 @@ impl LookupPlan {
             });
         }
         self.num_slots = tokens.len();
+        self.token_set = tokens.fingerprint();
+        if let Some(padding) = options.padding {
+            tokens.slot_index(padding.token.0)?;
+        }
         for (position, &id) in (0u32..).zip(input_ids) {
             match tokens.slot_index(id) {
                 Ok(None) => {}
@@ -108,6 +114,18 @@ impl LookupPlan {
         self.slots.clear();
         self.grad_positions = None;
         self.grad_factors = None;
+    }
+
+    /// Refuses a plan that was made for another token set.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::ForeignPlan`].
+    pub fn expect_tokens(&self, tokens: &TokenSet) -> Result<()> {
+        if self.token_set == tokens.fingerprint() {
+            return Ok(());
+        }
+        Err(Error::ForeignPlan)
     }
 
     /// The flattened `input_ids`, all below the vocabulary size.
@@ -278,6 +296,30 @@ mod tests {
             .unwrap_err();
         assert_eq!(error, Error::TokenOutOfRange { id: 9, vocab_size: 9 });
         assert!(plan.is_empty() && plan.positions().is_empty());
+    }
+
+    #[test]
+    fn a_plan_belongs_to_its_token_set() {
+        let plan = LookupPlan::new(&tokens(), LayerOptions::default(), &[5]).unwrap();
+        plan.expect_tokens(&TokenSet::new([7, 2, 5], 9).unwrap()).unwrap();
+        for (ids, vocab_size) in [([2, 7, 5], 9), ([7, 2, 6], 9), ([7, 2, 5], 8)] {
+            let other = TokenSet::new(ids, vocab_size).unwrap();
+            assert_eq!(plan.expect_tokens(&other), Err(Error::ForeignPlan));
+        }
+    }
+
+    #[test]
+    fn padding_outside_the_vocabulary_is_refused() {
+        let padding = Padding {
+            token: TokenId(9),
+            rule: PaddingRule::Train,
+        };
+        let options = LayerOptions {
+            padding: Some(padding),
+            ..LayerOptions::default()
+        };
+        let error = LookupPlan::new(&tokens(), options, &[5]).unwrap_err();
+        assert_eq!(error, Error::TokenOutOfRange { id: 9, vocab_size: 9 });
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! Rows of a table on the host.
 
+use std::borrow::Cow;
 use std::fmt;
 
 use half::slice::HalfFloatSliceExt;
@@ -210,7 +211,7 @@ impl TokenRows {
                     out
                 }
                 other => {
-                    with_data!(other, v => v.iter().map(|x| f16::from_f64(Element::to_f64(*x))).collect())
+                    with_data!(other, v => v.iter().map(|x| <f16 as Element>::from_f64(Element::to_f64(*x))).collect())
                 }
             }),
             DType::BF16 => RowData::BF16(match &self.data {
@@ -220,11 +221,20 @@ impl TokenRows {
                     out
                 }
                 other => {
-                    with_data!(other, v => v.iter().map(|x| bf16::from_f64(Element::to_f64(*x))).collect())
+                    with_data!(other, v => v.iter().map(|x| <bf16 as Element>::from_f64(Element::to_f64(*x))).collect())
                 }
             }),
         };
         Self { data, ..*self }
+    }
+
+    /// The rows in another element type, borrowed if they have it.
+    pub(crate) fn like_dtype(&self, dtype: DType) -> Cow<'_, Self> {
+        if dtype == self.dtype() {
+            Cow::Borrowed(self)
+        } else {
+            Cow::Owned(self.to_dtype(dtype))
+        }
     }
 
     /// The elements in `f32` (exact unless they are `f64`).
@@ -293,6 +303,21 @@ impl TokenRows {
             expected: vec![num_rows, embedding_dim],
             got: self.shape().to_vec(),
         })
+    }
+}
+
+impl TokenRows {
+    /// Checks that the element type is `expected`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::DType`], naming `what`.
+    pub fn expect_dtype(&self, what: &'static str, expected: DType) -> Result<()> {
+        let got = self.dtype();
+        if got == expected {
+            return Ok(());
+        }
+        Err(Error::DType { what, expected, got })
     }
 }
 

@@ -54,7 +54,8 @@ pub trait EmbeddingSource {
 /// 1. [`write_rows`](Self::write_rows) sets row `ids[i]` to row `i` of `rows`, bit for bit; no other row changes.
 /// 2. Rows of another element type or shape are [`Error::DType`] or [`Error::Shape`], an id out of range is
 ///    [`Error::TokenOutOfRange`]; then no row changes.
-/// 3. Everything that shares the table's storage sees the new rows.
+/// 3. The next read and the next lookup see the new rows. Whether other values that share the table's storage see
+///    them too, the backend says.
 pub trait WriteRows: EmbeddingSource {
     /// Overwrites the rows `ids` with `rows`, of shape `[ids.len(), embedding_dim()]` and the table's type.
     ///
@@ -70,13 +71,7 @@ pub trait WriteRows: EmbeddingSource {
     /// By clause 2.
     fn check_write(&self, ids: &[TokenId], rows: &TokenRows) -> crate::Result<()> {
         rows.expect_shape("rows to write", ids.len(), self.embedding_dim())?;
-        if rows.dtype() != self.dtype() {
-            return Err(Error::DType {
-                what: "rows to write",
-                expected: self.dtype(),
-                got: rows.dtype(),
-            });
-        }
+        rows.expect_dtype("rows to write", self.dtype())?;
         self.check_ids(ids)
     }
 }

@@ -1,6 +1,7 @@
 //! Token ids, slots and the set of tokens that train.
 
 use std::fmt;
+use std::hash::{DefaultHasher, Hash, Hasher};
 
 use crate::{Error, Result};
 
@@ -57,6 +58,8 @@ pub struct Padding {
 pub struct TokenSet {
     ids: Vec<TokenId>,
     slot_of: Vec<u32>,
+    /// Of the ids in their order and the vocabulary size: plans are told apart by it.
+    fingerprint: u64,
 }
 
 const ABSENT: u32 = u32::MAX;
@@ -89,7 +92,13 @@ impl TokenSet {
             *entry = slot;
             set.push(TokenId(id));
         }
-        Ok(Self { ids: set, slot_of })
+        let mut hasher = DefaultHasher::new();
+        (&set, vocab_size).hash(&mut hasher);
+        Ok(Self {
+            ids: set,
+            slot_of,
+            fingerprint: hasher.finish(),
+        })
     }
 
     /// The ids in slot order.
@@ -128,6 +137,10 @@ impl TokenSet {
     /// Whether `id` trains.
     pub fn contains(&self, id: TokenId) -> bool {
         self.slot(id).is_some()
+    }
+
+    pub(crate) fn fingerprint(&self) -> u64 {
+        self.fingerprint
     }
 
     /// The raw table behind [`Self::slot`]: `Ok(None)` for a frozen row.

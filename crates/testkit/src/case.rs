@@ -262,6 +262,8 @@ list! { $
         a_hook_sees_and_changes_the_step: "?",
         a_hooks_learning_rate_counts_once: "?",
         a_failing_hook_cancels_the_step: "?",
+        a_hook_that_fails_late_keeps_the_update: "?",
+        a_hook_may_not_reshape: "?",
         clipping_limits_the_norm: "?",
         decay_pulls_toward_the_original: "?",
     }
@@ -277,6 +279,7 @@ list! { $
         a_token_set_of_another_vocabulary_is_refused: "?",
         a_plan_of_another_token_set_is_refused: "?",
         hidden_states_of_another_width_are_refused: "?",
+        padding_outside_the_vocabulary_is_refused: "?",
         refusals_change_nothing: "?",
     }
     allocation Allocation {

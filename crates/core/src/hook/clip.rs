@@ -29,7 +29,8 @@ impl ClipGradNorm {
 impl OptimizerHook for ClipGradNorm {
     fn before_step(&mut self, context: &mut StepContext<'_>) -> Result<()> {
         let factor = self.max_norm / (context.gradient.norm() + 1e-6);
-        if factor < 1.0 {
+        // A norm that is not a number makes every gradient NaN, as in torch: the loss shows it at the next step.
+        if factor < 1.0 || factor.is_nan() {
             context.gradient.scale(factor);
         }
         Ok(())

@@ -38,11 +38,8 @@ impl OptimizerHook for DecayTowardOriginal {
     fn before_step(&mut self, context: &mut StepContext<'_>) -> Result<()> {
         let [k, dim] = context.rows.shape();
         self.original.expect_shape("original rows", k, dim)?;
-        if self.original.dtype() != context.rows.dtype() {
-            self.original = self.original.to_dtype(context.rows.dtype());
-        }
         let pull = context.learning_rate * self.weight_decay;
-        let original = &self.original;
+        let original = &self.original.like_dtype(context.rows.dtype());
         with_data!(context.rows.data_mut(), rows => decay(rows, original, pull));
         Ok(())
     }

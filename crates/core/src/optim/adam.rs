@@ -113,6 +113,7 @@ impl Adam {
 
 impl RowOptimizer for Adam {
     fn step(&mut self, rows: &mut TokenRows, gradient: &TokenRows, lr: f64) -> Result<()> {
+        check("lr", lr, "at least 0", lr >= 0.0)?;
         let gradient = gradient_like(rows, gradient)?;
         expect_like(EXP_AVG, self.exp_avg.as_ref(), rows)?;
         expect_like(EXP_AVG_SQ, self.exp_avg_sq.as_ref(), rows)?;
@@ -254,7 +255,8 @@ fn update<T: Element>(
         let square = match largest.as_deref_mut() {
             None => square,
             Some(largest) => {
-                let most = if square > largest[at].to_compute() {
+                // A NaN wins, as in `torch.maximum`.
+                let most = if square > largest[at].to_compute() || square.is_nan() {
                     square
                 } else {
                     largest[at].to_compute()

@@ -81,6 +81,7 @@ impl Sgd {
 
 impl RowOptimizer for Sgd {
     fn step(&mut self, rows: &mut TokenRows, gradient: &TokenRows, lr: f64) -> Result<()> {
+        check("lr", lr, "at least 0", lr >= 0.0)?;
         let gradient = gradient_like(rows, gradient)?;
         expect_like(MOMENTUM_BUFFER, self.momentum_buffer.as_ref(), rows)?;
         let first = self.momentum_buffer.is_none();

@@ -76,6 +76,12 @@ impl OptimizerState {
             }
             *place = found;
         }
+        if let Some((name, _)) = tensors.first() {
+            return Err(Error::OptimizerState {
+                name: name.clone(),
+                reason: "the tensor is given twice".to_owned(),
+            });
+        }
         Ok(out)
     }
 }

@@ -1,6 +1,8 @@
 //! What is refused, and as what.
 
-use trainable_tokens_core::{ErrorKind, LayerOptions, LookupPlan, TokenRows, TokenSet};
+use trainable_tokens_core::{
+    ErrorKind, LayerOptions, LookupPlan, Padding, PaddingRule, TokenId, TokenRows, TokenSet,
+};
 
 use crate::failure::{equal, refused, same};
 use crate::world::{World, for_all, lookup, noise, select, whole};
@@ -51,9 +53,13 @@ pub fn a_token_set_of_another_vocabulary_is_refused<H: Harness>() -> Outcome {
 pub fn a_plan_of_another_token_set_is_refused<H: Harness>() -> Outcome {
     let world = World::fixed(7, 3, &[5, 2], &[]);
     let layer = world.trained::<H>()?;
-    let other = TokenSet::new([5], 7)?;
-    let plan = LookupPlan::new(&other, LayerOptions::default(), &[5, 1])?;
-    refused("the plan", layer.lookup_planned(&plan), ErrorKind::Shape)
+    // Of other sizes, and of the same sizes in another order or with another token.
+    for tokens in [&[5][..], &[5, 2, 1], &[2, 5], &[5, 1]] {
+        let other = TokenSet::new(tokens.iter().copied(), 7)?;
+        let plan = LookupPlan::new(&other, LayerOptions::default(), &[5, 1])?;
+        refused("the plan", layer.lookup_planned(&plan), ErrorKind::TokenSet)?;
+    }
+    Ok(())
 }
 
 /// Hidden states of another width are refused, by the head with untrained and with trained rows.
@@ -70,6 +76,24 @@ pub fn hidden_states_of_another_width_are_refused<H: Harness>() -> Outcome {
         }
     }
     Ok(())
+}
+
+/// A padding token outside the vocabulary is refused with the first batch.
+pub fn padding_outside_the_vocabulary_is_refused<H: Harness>() -> Outcome {
+    let world = World::fixed(7, 3, &[5, 2], &[5]);
+    let options = LayerOptions {
+        padding: Some(Padding {
+            token: TokenId(7),
+            rule: PaddingRule::NoLookupGradient,
+        }),
+        ..LayerOptions::default()
+    };
+    let layer = world.trained::<H>()?.with_options(options);
+    refused(
+        "the padding",
+        layer.lookup(&world.ids),
+        ErrorKind::TokenOutOfRange,
+    )
 }
 
 /// What is refused leaves rows, table and state as they were.

@@ -1,11 +1,11 @@
 //! What happens around a step.
 
 use trainable_tokens_core::{
-    BackendError, ClipGradNorm, DecayTowardOriginal, Error, OptimizerHook, Result, Sgd, SgdConfig,
+    BackendError, ClipGradNorm, DecayTowardOriginal, Error, ErrorKind, OptimizerHook, Result, Sgd, SgdConfig,
     StepContext, TokenRows,
 };
 
-use crate::failure::{ensure, equal, same};
+use crate::failure::{ensure, equal, refused, same};
 use crate::world::{World, noise};
 use crate::{Failure, Harness, Outcome};
 
@@ -147,8 +147,16 @@ pub fn a_failing_hook_cancels_the_step<H: Harness>() -> Outcome {
             Err(Error::NoGradient)
         }
     }
+    /// Changes the rows before the other one fails.
+    struct Halves;
+    impl OptimizerHook for Halves {
+        fn before_step(&mut self, context: &mut StepContext<'_>) -> Result<()> {
+            context.rows.scale(0.5);
+            Ok(())
+        }
+    }
     let (mut layer, mut sgd) = (world().trained::<H>()?, sgd(0.1)?);
-    let Err(error) = layer.step_with(gradient::<H>(), &mut sgd, &mut [&mut Fails]) else {
+    let Err(error) = layer.step_with(gradient::<H>(), &mut sgd, &mut [&mut Halves, &mut Fails]) else {
         return Err(Failure::new("the step is taken although a hook failed"));
     };
     equal("kind of error", &error.kind(), &Error::NoGradient.kind())?;
@@ -158,6 +166,67 @@ pub fn a_failing_hook_cancels_the_step<H: Harness>() -> Outcome {
         &trainable_tokens_core::RowOptimizer::steps_taken(&sgd),
         &0,
     )
+}
+
+/// An error of a hook after the update is handed on; the update stands, in the rows and in the optimizer.
+pub fn a_hook_that_fails_late_keeps_the_update<H: Harness>() -> Outcome {
+    struct FailsLate;
+    impl OptimizerHook for FailsLate {
+        fn after_step(&mut self, context: &mut StepContext<'_>) -> Result<()> {
+            context.rows.scale(0.0);
+            Err(Error::NoGradient)
+        }
+    }
+    let [mut layer, mut other] = [world().trained::<H>()?, world().trained::<H>()?];
+    let mut optimizer = sgd(0.1)?;
+    let Err(error) = layer.step_with(gradient::<H>(), &mut optimizer, &mut [&mut FailsLate]) else {
+        return Err(Failure::new("the error of a hook is lost"));
+    };
+    equal("kind of error", &error.kind(), &Error::NoGradient.kind())?;
+    other.step_with(gradient::<H>(), &mut sgd(0.1)?, &mut [])?;
+    same("rows", &layer.rows()?, &other.rows()?)?;
+    equal(
+        "steps",
+        &trainable_tokens_core::RowOptimizer::steps_taken(&optimizer),
+        &1,
+    )
+}
+
+/// A hook that changes a shape or an element type fails the step, and the rows are as before.
+pub fn a_hook_may_not_reshape<H: Harness>() -> Outcome {
+    struct Reshapes(fn(&mut StepContext<'_>));
+    impl OptimizerHook for Reshapes {
+        fn before_step(&mut self, context: &mut StepContext<'_>) -> Result<()> {
+            (self.0)(context);
+            Ok(())
+        }
+    }
+    let changes: [fn(&mut StepContext<'_>); 4] = [
+        |context| *context.rows = TokenRows::zeros(context.rows.dtype(), 1, 3),
+        |context| {
+            *context.rows = context
+                .rows
+                .to_dtype(crate::cases::other_dtype(context.rows.dtype()));
+        },
+        |context| *context.gradient = TokenRows::zeros(context.gradient.dtype(), 2, 4),
+        |context| {
+            *context.gradient = context
+                .gradient
+                .to_dtype(crate::cases::other_dtype(context.gradient.dtype()));
+        },
+    ];
+    for (at, change) in changes.into_iter().enumerate() {
+        let (mut layer, mut sgd) = (world().trained::<H>()?, sgd(0.1)?);
+        let kind = if at % 2 == 0 {
+            ErrorKind::Shape
+        } else {
+            ErrorKind::DType
+        };
+        let step = layer.step_with(gradient::<H>(), &mut sgd, &mut [&mut Reshapes(change)]);
+        refused("the change", step, kind)?;
+        same("rows", &layer.rows()?, &world().rows::<H>())?;
+    }
+    Ok(())
 }
 
 /// Clipping scales a long gradient down to the norm, over all rows together, and leaves a short one.

@@ -211,7 +211,7 @@ pub fn memory_is_like_the_rows<H: Harness>() -> Outcome {
     Ok(())
 }
 
-/// A gradient of another shape is refused; neither rows nor optimizer change.
+/// A gradient of another shape and a learning rate that is none are refused; neither rows nor optimizer change.
 pub fn a_refused_step_changes_nothing<H: Harness>() -> Outcome {
     let world = World::fixed(7, 3, &[5, 2], &[]);
     let dtype = H::DTYPE.default_row_dtype();
@@ -225,6 +225,11 @@ pub fn a_refused_step_changes_nothing<H: Harness>() -> Outcome {
             layer.step_with(gradient, &mut *optimizer, &mut []),
             ErrorKind::Shape,
         )?;
+    }
+    for lr in [f64::NAN, f64::INFINITY, -0.1] {
+        optimizer.set_learning_rate(lr);
+        let step = layer.step_with(gradient::<H>(&world, 1), &mut *optimizer, &mut []);
+        refused("the learning rate", step, ErrorKind::Hyperparameter)?;
     }
     same("rows", &layer.rows()?, &rows)?;
     equal("state", &optimizer.state(), &state)?;
