@@ -51,7 +51,7 @@ impl TensorRef<'_> {
     /// # Errors
     ///
     /// [`Error::TensorDType`] unless its elements are floats, [`Error::TensorShape`] unless it is `[k, D]`.
-    pub(crate) fn to_rows(self) -> Result<TokenRows> {
+    pub fn to_rows(self) -> Result<TokenRows> {
         let dtype = self.float_dtype()?;
         match *self.shape {
             [rows, columns] => Ok(TokenRows::from_le_bytes(dtype, rows, columns, self.bytes)?),

@@ -82,6 +82,11 @@ pub(crate) fn same(what: &str, got: &TokenRows, want: &TokenRows) -> Outcome {
 
 /// Within the [`tolerance`] of `dtype`.
 pub(crate) fn close(what: &str, got: &TokenRows, want: &Exact, dtype: DType) -> Outcome {
+    close_within(what, got, want, tolerance(dtype))
+}
+
+/// Within a tolerance relative to the largest value, or to 1.
+pub(crate) fn close_within(what: &str, got: &TokenRows, want: &Exact, tolerance: f64) -> Outcome {
     ensure!(
         got.shape() == want.shape,
         "{what}: shape {:?}, expected {:?}",
@@ -89,7 +94,7 @@ pub(crate) fn close(what: &str, got: &TokenRows, want: &Exact, dtype: DType) -> 
         want.shape
     );
     let largest = want.values.iter().fold(1f64, |most, x| most.max(x.abs()));
-    let allowed = tolerance(dtype) * largest;
+    let allowed = tolerance * largest;
     for (at, (got, want)) in got.to_f64_vec().iter().zip(&want.values).enumerate() {
         ensure!(
             (got - want).abs() <= allowed,

@@ -21,6 +21,7 @@ mod case;
 pub mod cases;
 mod failure;
 mod harness;
+pub mod vectors;
 mod world;
 
 pub use allocation::{Allocated, CountingAllocator, allocated};

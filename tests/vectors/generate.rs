@@ -1,0 +1,546 @@
+//! Which vectors there are: inputs of each case, from a fixed generator of numbers or from PEFT's fixtures.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+use trainable_tokens::format::{SafetensorsFile, TrainingState, digest};
+use trainable_tokens::{Adam, AdamConfig, DType, RowOptimizer, TokenRows};
+use trainable_tokens_testkit::Harness;
+use trainable_tokens_testkit::vectors::{Operation, Tensors, VectorCase, tolerance};
+
+use super::reference::Nd;
+
+const DTYPES: [DType; 4] = [DType::F64, DType::F32, DType::F16, DType::BF16];
+const V: usize = 11;
+const D: usize = 5;
+/// Not sorted, and both edges of the vocabulary among them.
+const TOKENS: [u32; 4] = [10, 0, 7, 3];
+/// Repeats, both edges, tokens that train and others; token 3 does not occur.
+const IDS: [u32; 9] = [7, 0, 1, 10, 7, 7, 2, 10, 9];
+
+/// A case, its inputs, and what PEFT has for its outputs: name, values, tolerance.
+pub(crate) struct Draft {
+    pub(crate) case: VectorCase,
+    pub(crate) inputs: Tensors,
+    pub(crate) peft: Vec<(String, TokenRows, f64)>,
+}
+
+/// Numbers between -1 and 1 with few digits, in the given type.
+fn noise(seed: u64, dtype: DType, rows: usize, columns: usize) -> TokenRows {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        f64::from(u16::try_from(state >> 48).unwrap()) / 32_768.0 - 1.0
+    };
+    let values = (0..rows * columns).map(|_| next()).collect();
+    TokenRows::new::<f64>(values, rows, columns)
+        .unwrap()
+        .to_dtype(dtype)
+}
+
+/// As [`noise`], with values among them that copies tend to get wrong.
+fn odd(seed: u64, dtype: DType, rows: usize, columns: usize) -> TokenRows {
+    let odd = [-0.0, f64::INFINITY, f64::NEG_INFINITY, f64::NAN, 6e-8, 1e-40];
+    let mut values = noise(seed, DType::F64, rows, columns).to_f64_vec();
+    values
+        .iter_mut()
+        .step_by(3)
+        .zip(odd.iter().cycle())
+        .for_each(|(value, odd)| *value = *odd);
+    TokenRows::new(values, rows, columns).unwrap().to_dtype(dtype)
+}
+
+fn draft(
+    name: &str,
+    dtype: Option<DType>,
+    clauses: &[&str],
+    tolerance: f64,
+    operation: Value,
+    inputs: Vec<(&str, TokenRows)>,
+) -> Draft {
+    let mut case = json!({
+        "name": dtype.map_or(name.to_owned(), |dtype| format!("{name}_{}", dtype.to_string().to_lowercase())),
+        "clauses": clauses,
+        "dtype": dtype.map(|dtype| dtype.to_string()),
+        "tolerance": tolerance,
+    });
+    let Value::Object(operation) = operation else {
+        panic!("{name}: an operation is an object")
+    };
+    case.as_object_mut().unwrap().extend(operation);
+    Draft {
+        case: serde_json::from_value(case).unwrap(),
+        inputs: inputs
+            .into_iter()
+            .map(|(name, rows)| (name.to_owned(), rows))
+            .collect(),
+        peft: Vec::new(),
+    }
+}
+
+fn refused(name: &str, clauses: &[&str], kind: &str, operation: Value) -> Draft {
+    let mut draft = draft(name, None, clauses, 0.0, operation, Vec::new());
+    draft.case.expect_error = Some(kind.to_owned());
+    draft
+}
+
+/// Every case, in the order of the file.
+pub(crate) fn drafts() -> Vec<Draft> {
+    let mut drafts = token_sets();
+    for dtype in DTYPES {
+        drafts.extend(lookups(dtype));
+        drafts.extend(heads(dtype));
+        drafts.extend(merges(dtype));
+        drafts.extend(optimizers(dtype));
+    }
+    drafts.extend(files());
+    drafts.extend(peft("standalone_f32", DType::F32));
+    drafts.extend(peft("standalone_f16", DType::F16));
+    drafts.extend(peft("standalone_bf16", DType::BF16));
+    drafts
+}
+
+fn token_sets() -> Vec<Draft> {
+    let set = |ids: &[u32], vocab_size: usize| json!({"operation": "token_set", "token_indices": ids, "vocab_size": vocab_size});
+    vec![
+        draft(
+            "token_set_any_order",
+            None,
+            &["T1", "T7"],
+            0.0,
+            set(&TOKENS, V),
+            vec![],
+        ),
+        draft("token_set_empty", None, &["T7"], 0.0, set(&[], V), vec![]),
+        draft("token_set_all", None, &["T7"], 0.0, set(&[2, 1, 0], 3), vec![]),
+        refused(
+            "token_set_out_of_range",
+            &["T4"],
+            "TokenOutOfRange",
+            set(&[1, 11], V),
+        ),
+        refused(
+            "token_set_repeated",
+            &["T5"],
+            "DuplicateToken",
+            set(&[4, 1, 4], V),
+        ),
+        refused(
+            "token_set_first_error",
+            &["T6"],
+            "DuplicateToken",
+            set(&[4, 4, 11], V),
+        ),
+    ]
+}
+
+/// A lookup, with its gradient unless bits are compared.
+fn lookup(
+    name: &str,
+    dtype: DType,
+    clauses: &[&str],
+    tolerance: f64,
+    options: &Value,
+    [table, rows]: [TokenRows; 2],
+) -> Draft {
+    let operation =
+        json!({"operation": "lookup", "token_indices": TOKENS, "input_ids": IDS, "options": options});
+    let mut inputs = vec![("table", table), ("rows", rows)];
+    if tolerance > 0.0 {
+        inputs.push(("upstream", noise(30, dtype, IDS.len(), D)));
+    }
+    draft(name, Some(dtype), clauses, tolerance, operation, inputs)
+}
+
+fn lookups(dtype: DType) -> Vec<Draft> {
+    let rows = dtype.default_row_dtype();
+    let table = odd(5, dtype, V, D);
+    let values = table.to_f64_vec();
+    let own = TOKENS
+        .iter()
+        .flat_map(|id| values[*id as usize * D..][..D].to_vec());
+    let own = TokenRows::new::<f64>(own.collect(), 4, D).unwrap().to_dtype(rows);
+    let odd = [odd(3, dtype, V, D), odd(4, rows, 4, D)];
+    let mut drafts = vec![
+        lookup(
+            "lookup_odd_values",
+            dtype,
+            &["R5", "L3", "L4", "L11"],
+            0.0,
+            &json!({}),
+            odd,
+        ),
+        lookup(
+            "lookup_untrained",
+            dtype,
+            &["L12", "T9"],
+            0.0,
+            &json!({}),
+            [table, own],
+        ),
+    ];
+    let options: [(&str, &[&str], Value); 9] = [
+        ("lookup", &["L3", "L4", "L5", "G1", "G2", "G9"], json!({})),
+        (
+            "lookup_scale_exact",
+            &["L9", "L10", "G3"],
+            json!({"scale": {"exact": 5.656_854_249_492_381}}),
+        ),
+        (
+            "lookup_scale_of_the_tables_type",
+            &["L9", "L10", "G3"],
+            json!({"scale": {"table_dtype": 5.656_854_249_492_381}}),
+        ),
+        ("lookup_padding", &["G5", "G6"], json!({"padding_idx": 7})),
+        (
+            "lookup_padding_trained",
+            &["G5"],
+            json!({"padding_idx": 7, "train_padding": true}),
+        ),
+        (
+            "lookup_scale_grad_by_freq",
+            &["G4"],
+            json!({"scale_grad_by_freq": true}),
+        ),
+        (
+            "lookup_max_norm",
+            &["L6", "L7", "L8", "G7"],
+            json!({"max_norm": 1.0}),
+        ),
+        (
+            "lookup_all_options",
+            &["L6", "L7", "L10", "G3", "G4", "G5", "G7"],
+            json!({"max_norm": 1.0, "scale": {"exact": 3.0}, "scale_grad_by_freq": true, "padding_idx": 10}),
+        ),
+        ("lookup_padding_out_of_range", &["G6"], json!({"padding_idx": 11})),
+    ];
+    for (name, clauses, options) in options {
+        let inputs = [noise(1, dtype, V, D), noise(2, rows, 4, D)];
+        drafts.push(lookup(name, dtype, clauses, tolerance(dtype), &options, inputs));
+    }
+    let refused = drafts.last_mut().unwrap();
+    refused.case.expect_error = Some("TokenOutOfRange".to_owned());
+    let inputs = [noise(1, dtype, V, D), noise(2, dtype, 4, D)];
+    let clauses = ["T10", "L4", "G14"];
+    let name = "lookup_rows_of_the_tables_type";
+    drafts.push(lookup(
+        name,
+        dtype,
+        &clauses,
+        tolerance(dtype),
+        &json!({}),
+        inputs,
+    ));
+
+    let inputs = [noise(1, dtype, V, D), noise(2, rows, 4, D)];
+    let mut refused = lookup("lookup_out_of_range", dtype, &["L2"], 0.0, &json!({}), inputs);
+    refused.case.expect_error = Some("TokenOutOfRange".to_owned());
+    if let Operation::Lookup { input_ids, .. } = &mut refused.case.operation {
+        *input_ids = vec![1, 11];
+    }
+    drafts.push(refused);
+    drafts
+}
+
+fn heads(dtype: DType) -> Vec<Draft> {
+    let operation = json!({"operation": "head", "token_indices": TOKENS});
+    let inputs = vec![
+        ("table", noise(1, dtype, V, D)),
+        ("rows", noise(2, dtype.default_row_dtype(), 4, D)),
+        ("hidden", noise(40, dtype, 3, D)),
+        ("upstream", noise(41, dtype, 3, V)),
+    ];
+    vec![draft(
+        "head",
+        Some(dtype),
+        &["H1", "H3", "H6", "H7"],
+        tolerance(dtype),
+        operation,
+        inputs,
+    )]
+}
+
+fn merges(dtype: DType) -> Vec<Draft> {
+    let operation = json!({"operation": "merge", "token_indices": TOKENS});
+    let inputs = vec![
+        ("table", odd(6, dtype, V, D)),
+        ("rows", odd(7, dtype.default_row_dtype(), 4, D)),
+    ];
+    vec![draft(
+        "merge",
+        Some(dtype),
+        &["M1", "M2", "M3", "M9", "M12"],
+        0.0,
+        operation,
+        inputs,
+    )]
+}
+
+/// `dtype` is that of the rows.
+fn optimizers(dtype: DType) -> Vec<Draft> {
+    let adam = |more: Value| {
+        let mut spec = json!({"type": "adam", "lr": 0.05, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8});
+        spec.as_object_mut()
+            .unwrap()
+            .extend(more.as_object().unwrap().clone());
+        spec
+    };
+    let rules = [
+        (
+            "sgd",
+            "O6",
+            json!({"type": "sgd", "lr": 0.1, "weight_decay": 0.01}),
+            json!([]),
+        ),
+        (
+            "sgd_momentum",
+            "O7",
+            json!({"type": "sgd", "lr": 0.1, "momentum": 0.9, "dampening": 0.3}),
+            json!([]),
+        ),
+        (
+            "sgd_nesterov",
+            "O7",
+            json!({"type": "sgd", "lr": 0.1, "momentum": 0.8, "nesterov": true, "weight_decay": 0.1}),
+            json!([]),
+        ),
+        ("adam", "O8", adam(json!({})), json!([])),
+        ("adam_l2", "O8", adam(json!({"weight_decay": 0.1})), json!([])),
+        (
+            "amsgrad",
+            "O8",
+            adam(json!({"amsgrad": true, "beta1": 0.3})),
+            json!([]),
+        ),
+        (
+            "adamw",
+            "O8",
+            adam(json!({"weight_decay": 0.1, "decoupled": true})),
+            json!([]),
+        ),
+        (
+            "clipped",
+            "K8",
+            json!({"type": "sgd", "lr": 0.1}),
+            json!([{"type": "clip_grad_norm", "max_norm": 0.5}]),
+        ),
+        (
+            "decayed",
+            "K9",
+            json!({"type": "sgd", "lr": 0.1}),
+            json!([{"type": "decay_toward_original", "weight_decay": 0.5}]),
+        ),
+    ];
+    let steps = 6;
+    let mut drafts = Vec::new();
+    for (name, clause, optimizer, hooks) in rules {
+        let operation =
+            json!({"operation": "optimizer", "optimizer": optimizer, "hooks": hooks, "steps": steps});
+        let mut inputs = vec![
+            ("rows", noise(2, dtype, 3, D)),
+            ("gradients", noise(50, dtype, steps * 3, D)),
+        ];
+        if name == "decayed" {
+            inputs.push(("original", noise(51, dtype, 3, D)));
+        }
+        let clauses = ["O2", "O5", "O9", "O14", clause];
+        drafts.push(draft(
+            &format!("optimizer_{name}"),
+            Some(dtype),
+            &clauses,
+            tolerance(dtype),
+            operation,
+            inputs,
+        ));
+    }
+    drafts
+}
+
+fn files() -> Vec<Draft> {
+    let (table, rows) = (noise(1, DType::F32, V, D), noise(2, DType::F32, 4, D));
+    let source = Nd::<f32>::source(&table).unwrap();
+    let adapter = json!({
+        "operation": "adapter",
+        "directory": "adapter",
+        "module": "model.embed_tokens",
+        "tied": ["lm_head"],
+        "token_indices": TOKENS,
+        "tokens": ["<think>", "\"quoted\"\\", "é\u{1f600}", "line\nbreak"],
+        "init": "keep",
+        "library_version": "0.1.0",
+        "base_digest": digest(&source).unwrap().to_string(),
+    });
+    let state = json!({
+        "operation": "training_state",
+        "directory": "training_state",
+        "step": 2,
+        "extra": {"seed": 7, "data": "train.jsonl"},
+    });
+    let mut state = draft(
+        "training_state",
+        None,
+        &["C1", "C2", "C3", "C4", "C5", "C8"],
+        0.0,
+        state,
+        vec![],
+    );
+    state.inputs = adam_after_two_steps().state().tensors.into_iter().collect();
+    let clauses = [
+        "F1", "F3", "F5", "F6", "F15", "F16", "F17", "F20", "D1", "D2", "D3", "D4", "D7",
+    ];
+    vec![
+        draft(
+            "adapter",
+            Some(DType::F32),
+            &clauses,
+            0.0,
+            adapter,
+            vec![("table", table), ("rows", rows)],
+        ),
+        state,
+    ]
+}
+
+fn adam_after_two_steps() -> Adam {
+    let mut adam = Adam::new(AdamConfig::ADAMW).unwrap();
+    let mut rows = noise(2, DType::F32, 4, D);
+    for step in 0..2 {
+        adam.step(&mut rows, &noise(60 + step, DType::F32, 4, D), 0.05)
+            .unwrap();
+    }
+    adam
+}
+
+/// Writes the training state that the case of that name reads.
+pub(crate) fn training_state(dir: &Path) {
+    let state = TrainingState {
+        optimizer: adam_after_two_steps().state(),
+        extra: json!({"seed": 7, "data": "train.jsonl"}),
+    };
+    std::fs::create_dir_all(dir.join("training_state")).unwrap();
+    state.write_into(dir.join("training_state")).unwrap();
+}
+
+/// The operations of one of PEFT's cases, with PEFT's inputs.
+fn peft(name: &str, dtype: DType) -> Vec<Draft> {
+    let dir = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/peft")).join(name);
+    let json: Value = serde_json::from_slice(&std::fs::read(dir.join("case.json")).unwrap()).unwrap();
+    let file = SafetensorsFile::open(dir.join("expected.safetensors")).unwrap();
+    let tokens = &json["token_indices"];
+    let (table, trained) = (flat(&file, "base.weight"), flat(&file, "delta.trained"));
+    let upstream = flat(&file, "upstream");
+    let ids: Vec<u32> = integers(&file, "input_ids");
+
+    let operation = json!({"operation": "lookup", "token_indices": tokens, "input_ids": ids, "options": {}});
+    let inputs = vec![
+        ("table", table.clone()),
+        ("rows", trained.clone()),
+        ("upstream", upstream),
+    ];
+    let mut lookup = draft(
+        "peft_lookup",
+        Some(dtype),
+        &["L3", "L4", "G1"],
+        tolerance(dtype),
+        operation,
+        inputs,
+    );
+    lookup
+        .peft
+        .push(("output".to_owned(), flat(&file, "embed.trained"), 0.0));
+    // PEFT sums the gradient in the table's type.
+    let gradient = if dtype == DType::F32 {
+        1e-6
+    } else {
+        tolerance(dtype)
+    };
+    lookup
+        .peft
+        .push(("gradient".to_owned(), flat(&file, "delta.grad"), gradient));
+
+    let operation = json!({"operation": "merge", "token_indices": tokens});
+    let inputs = vec![("table", table), ("rows", trained)];
+    let mut merge = draft("peft_merge", Some(dtype), &["M2"], 0.0, operation, inputs);
+    merge
+        .peft
+        .push(("merged".to_owned(), flat(&file, "merged.weight"), 0.0));
+
+    let mut drafts = vec![lookup, merge];
+    for trajectory in json["operations"].as_array().unwrap() {
+        if trajectory["op"] == "trajectory" {
+            drafts.push(peft_trajectory(&file, dtype, trajectory));
+        }
+    }
+    drafts
+}
+
+/// PEFT's recorded gradients into the same optimizer: its recorded rows must come out.
+fn peft_trajectory(file: &SafetensorsFile, dtype: DType, trajectory: &Value) -> Draft {
+    let name = trajectory["name"].as_str().unwrap();
+    let spec = &trajectory["optimizer"];
+    let number = |name: &str, default: f64| spec[name].as_f64().unwrap_or(default);
+    let kind = spec["type"].as_str().unwrap();
+    let optimizer = if kind == "SGD" {
+        json!({
+            "type": "sgd",
+            "lr": number("lr", 1e-3),
+            "momentum": number("momentum", 0.0),
+            "dampening": number("dampening", 0.0),
+            "nesterov": spec["nesterov"].as_bool().unwrap_or(false),
+            "weight_decay": number("weight_decay", 0.0),
+        })
+    } else {
+        let adamw = kind == "AdamW";
+        json!({
+            "type": "adam",
+            "lr": number("lr", 1e-3),
+            "beta1": spec["betas"][0].as_f64().unwrap_or(0.9),
+            "beta2": spec["betas"][1].as_f64().unwrap_or(0.999),
+            "eps": number("eps", 1e-8),
+            "weight_decay": number("weight_decay", if adamw { 0.01 } else { 0.0 }),
+            "decoupled": adamw,
+            "amsgrad": spec["amsgrad"].as_bool().unwrap_or(false),
+        })
+    };
+    let steps = trajectory["steps"].as_u64().unwrap();
+    let operation = json!({"operation": "optimizer", "optimizer": optimizer, "steps": steps});
+    let deltas = flat(file, trajectory["expect"]["deltas"].as_str().unwrap());
+    let k = deltas.num_rows() / (usize::try_from(steps).unwrap() + 1);
+    let part = |from: usize, rows: usize| {
+        let size = deltas.embedding_dim() * deltas.dtype().size_in_bytes();
+        let bytes = &deltas.to_le_bytes()[from * size..(from + rows) * size];
+        TokenRows::from_le_bytes(deltas.dtype(), rows, deltas.embedding_dim(), bytes).unwrap()
+    };
+    let gradients = flat(file, trajectory["expect"]["grads"].as_str().unwrap());
+    let inputs = vec![("rows", part(0, k)), ("gradients", gradients)];
+    let name = format!("peft_optimizer_{name}");
+    // The rows train in f32 also over the bf16 table.
+    let mut draft = draft(
+        &name,
+        Some(dtype),
+        &["O2", "O9"],
+        tolerance(DType::F32),
+        operation,
+        inputs,
+    );
+    draft
+        .peft
+        .push(("rows_after".to_owned(), part(k, deltas.num_rows() - k), 2e-6));
+    draft
+}
+
+/// A float tensor of any rank, its leading dimensions flattened.
+fn flat(file: &SafetensorsFile, name: &str) -> TokenRows {
+    let tensor = file.tensor(name).unwrap();
+    let dim = *tensor.shape.last().unwrap();
+    let rows = tensor.shape.iter().product::<usize>() / dim;
+    TokenRows::from_le_bytes(tensor.float_dtype().unwrap(), rows, dim, tensor.bytes).unwrap()
+}
+
+fn integers(file: &SafetensorsFile, name: &str) -> Vec<u32> {
+    let bytes = file.tensor(name).unwrap().bytes.chunks_exact(8);
+    let id = |bytes: &[u8]| u32::try_from(i64::from_le_bytes(bytes.try_into().unwrap())).unwrap();
+    bytes.map(id).collect()
+}
