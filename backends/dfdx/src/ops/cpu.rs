@@ -1,0 +1,144 @@
+//! The CPU: rows are read and written by indexing, gradients are slices.
+
+use dfdx::tensor::{Cpu, CpuError, Gradients, PutTape, Storage, Tape};
+use dfdx::tensor_ops::Device;
+use trainable_tokens_core::TokenId;
+
+use super::{Kernels, Lookup};
+use crate::convert::{Matrix, dims, matrix, to_elements, to_vec};
+use crate::{DfdxElement, Error, Result};
+
+impl<E: DfdxElement> Kernels<E> for Cpu
+where
+    Cpu: Device<E> + Device<E::Compute>,
+{
+    fn read_rows(table: &Matrix<E, Cpu>, ids: &[TokenId]) -> Result<Vec<E>> {
+        let [_, dim] = dims(table);
+        let mut values = Vec::with_capacity(ids.len() * dim);
+        for id in ids {
+            values.extend((0..dim).map(|column| table[[id.row(), column]]));
+        }
+        Ok(values)
+    }
+
+    fn write_rows(table: &mut Matrix<E, Cpu>, ids: &[TokenId], values: &[E]) -> Result<()> {
+        let [_, dim] = dims(table);
+        for (id, row) in ids.iter().zip(values.chunks_exact(dim.max(1))) {
+            for (column, value) in row.iter().enumerate() {
+                table[[id.row(), column]] = *value;
+            }
+        }
+        Ok(())
+    }
+
+    fn lookup<T: Tape<E, Cpu>>(lookup: Lookup<'_, E, Cpu>, tape: T) -> Result<Matrix<E, Cpu, T>> {
+        override_rows(lookup, tape)
+    }
+
+    fn override_columns(
+        mut logits: Matrix<E, Cpu>,
+        part: Matrix<E, Cpu>,
+        columns: &[TokenId],
+    ) -> Result<Matrix<E, Cpu>> {
+        for row in 0..dims(&logits)[0] {
+            for (from, to) in columns.iter().enumerate() {
+                logits[[row, to.row()]] = part[[row, from]];
+            }
+        }
+        Ok(logits)
+    }
+
+    fn add_gradient(
+        gradients: &mut Gradients<E, Cpu>,
+        leaf: &Matrix<E, Cpu>,
+        add: Matrix<E, Cpu>,
+    ) -> Result<(), CpuError> {
+        add_gradient(gradients, leaf, &add)
+    }
+}
+
+// The functions below do not ask for `Cpu: Device<E>`: under that bound the compiler would not see that the CPU's
+// storage is a vector.
+
+fn override_rows<E: DfdxElement, T: Tape<E, Cpu>>(
+    lookup: Lookup<'_, E, Cpu>,
+    mut tape: T,
+) -> Result<Matrix<E, Cpu, T>> {
+    let out = gather(&lookup)?;
+    let Lookup {
+        leaf: Some(leaf),
+        plan,
+        transform,
+        ..
+    } = lookup
+    else {
+        return Ok(out.put_tape(tape));
+    };
+    let (out_ghost, rows, dim) = (out.ghost(), leaf.rows.ghost(), dims(&out)[1]);
+    let (reached, plan) = (leaf.reached.cloned(), plan.clone());
+    tape.add_backward_op(move |gradients| {
+        if let Some(reached) = &reached {
+            gradients.get_or_alloc_mut(reached)?.fill(E::ONE);
+        }
+        // Taken out and put back: two gradients cannot be borrowed at once, and a copy would cost the batch.
+        let upstream = std::mem::take(&mut **gradients.get_or_alloc_mut(&out_ghost)?);
+        let mut sums = plan.zero_gradient(E::DTYPE, dim);
+        let added = plan.accumulate(&upstream, transform.scale, &mut sums);
+        **gradients.get_or_alloc_mut(&out_ghost)? = upstream;
+        let sums = added
+            .map_err(Error::from)
+            .and_then(|()| to_elements("gradient of the trained rows", &sums));
+        // Every size was checked by the forward pass.
+        let sums: Vec<E> = sums.map_err(|_| CpuError::WrongNumElements)?;
+        let rows = gradients.get_or_alloc_mut(&rows)?;
+        rows.iter_mut().zip(sums).for_each(|(row, sum)| *row += sum);
+        Ok(())
+    });
+    Ok(out.put_tape(tape))
+}
+
+/// Gathers the rows of a batch in one pass, in a buffer from the device's cache.
+fn gather<E: DfdxElement>(lookup: &Lookup<'_, E, Cpu>) -> Result<Matrix<E, Cpu>> {
+    let Lookup {
+        base,
+        leaf,
+        plan,
+        transform,
+    } = lookup;
+    let [_, dim] = dims(base);
+    let buffer = <Cpu as Storage<E>>::try_alloc_len(base.device(), plan.len() * dim);
+    let mut out = std::mem::take(&mut *buffer.map_err(Error::dfdx)?);
+    let rows = leaf.as_ref().map(|leaf| leaf.rows);
+    let mut live = plan.positions().iter().zip(plan.slots()).peekable();
+    for ((position, id), out) in (0u32..)
+        .zip(plan.input_ids())
+        .zip(out.chunks_exact_mut(dim.max(1)))
+    {
+        let slot = live.next_if(|(at, _)| **at == position).map(|(_, slot)| *slot);
+        match slot.zip(rows) {
+            Some((slot, rows)) => copy_row(rows, slot, out),
+            None => copy_row(base, *id, out),
+        }
+        transform.apply(out);
+    }
+    matrix(base.device(), out, plan.len(), dim)
+}
+
+fn add_gradient<E: DfdxElement>(
+    gradients: &mut Gradients<E, Cpu>,
+    leaf: &Matrix<E, Cpu>,
+    add: &Matrix<E, Cpu>,
+) -> Result<(), CpuError> {
+    let sums = gradients.get_or_alloc_mut(leaf)?;
+    sums.iter_mut()
+        .zip(to_vec(add))
+        .for_each(|(sum, add)| *sum += add);
+    Ok(())
+}
+
+/// Copies one row. dfdx shows a tensor's storage to nobody, but one element at a time.
+fn copy_row<E: DfdxElement>(from: &Matrix<E, Cpu>, row: u32, out: &mut [E]) {
+    for (column, out) in out.iter_mut().enumerate() {
+        *out = from[[row as usize, column]];
+    }
+}
