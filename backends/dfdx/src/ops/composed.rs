@@ -13,6 +13,9 @@ use super::{Lookup, mark, select, transpose};
 use crate::convert::{Matrix, dims, matrix, to_vec};
 use crate::{DfdxElement, Error, Result};
 
+/// Indices of rows.
+type Indices<D> = Tensor<(usize,), usize, D>;
+
 /// The rows `ids` of a table.
 pub(super) fn read_rows<E: DfdxElement, D: Device<E>>(
     table: &Matrix<E, D>,
@@ -43,17 +46,17 @@ where
     else {
         return Ok(out.put_tape(tape));
     };
-    let device = out.device();
-    let (out_ghost, rows, flag) = (out.ghost(), leaf.rows.clone(), leaf.reached.cloned());
-    let live = !plan.grad_positions().is_empty() && dims(&rows)[1] > 0;
-    let positions = index(device, plan.grad_positions())?;
-    let slots = index(device, plan.grad_slots())?;
+    let (out_ghost, rows, reached) = (out.ghost(), leaf.rows.clone(), leaf.reached.cloned());
+    // Index tensors without elements are not made: a device need not be able to.
+    let live = (!plan.grad_positions().is_empty() && dims(&rows)[1] > 0).then_some(plan);
+    let live = live.map(|plan| indices(out.device(), plan)).transpose();
+    let live = live.map_err(Error::dfdx)?;
     let weights = weights::<E>(plan, transform.scale);
     tape.add_backward_op(move |gradients| {
-        mark(gradients, flag.as_ref())?;
-        if !live {
+        mark(gradients, reached.as_ref())?;
+        let Some([positions, slots]) = live else {
             return gradients.try_alloc_for(&rows);
-        }
+        };
         gradients.try_alloc_for(&out_ghost)?;
         let upstream: Matrix<E, D> = gradients.get(&out_ghost).try_gather(positions)?;
         let mut upstream = E::widen(upstream)?;
@@ -209,7 +212,7 @@ fn weights<E: DfdxElement>(plan: &LookupPlan, scale: Option<f64>) -> Option<Vec<
 /// Sums rows by slot: the gradient of a gather.
 fn sum_by_slot<C, D>(
     rows: Matrix<C, D>,
-    slots: Tensor<(usize,), usize, D>,
+    slots: Indices<D>,
     shape: (usize, usize),
 ) -> Result<Matrix<C, D>, D::Err>
 where
@@ -222,9 +225,12 @@ where
     Ok(gradients.get(&sums))
 }
 
-/// Row indices as dfdx takes them.
-fn index<D: TensorFromVec<usize>>(device: &D, values: &[u32]) -> Result<Tensor<(usize,), usize, D>> {
-    let values: Vec<usize> = values.iter().map(|value| *value as usize).collect();
-    let len = values.len();
-    device.try_tensor_from_vec(values, (len,)).map_err(Error::dfdx)
+/// The positions and slots of a plan's gradient, as dfdx takes them.
+fn indices<D: TensorFromVec<usize>>(device: &D, plan: &LookupPlan) -> Result<[Indices<D>; 2], D::Err> {
+    let index = |values: &[u32]| {
+        let values: Vec<usize> = values.iter().map(|value| *value as usize).collect();
+        let len = values.len();
+        device.try_tensor_from_vec(values, (len,))
+    };
+    Ok([index(plan.grad_positions())?, index(plan.grad_slots())?])
 }
