@@ -14,7 +14,10 @@ use crate::{DfdxDevice, DfdxElement, Error, Result};
 /// The trained rows `[k, D]` as a leaf of dfdx's graph.
 ///
 /// All tensors of one graph of dfdx have one element type, so the leaf has the table's. Rows that train in another
-/// type (`f32` over a table of `f16`) are kept on the host, and the leaf holds them rounded, as the table would.
+/// type (`f32` over a table of `f16`) are kept on the host, and the leaf holds them rounded, as the table would; their
+/// gradient is rounded to the table's type, as torch's is.
+///
+/// A clone is copied on write: neither sees what is written to the other later, although both have one gradient.
 #[derive(Clone, Debug)]
 pub struct DfdxDelta<E: DfdxElement, D: DfdxDevice<E> = Cpu> {
     leaf: Matrix<E, D>,
