@@ -1,7 +1,9 @@
 //! The marker type that implements core's backend.
 
 use burn::tensor::{Gradients, Tensor};
-use trainable_tokens_core::{Backend, DeltaStore, EmbeddingSource, LookupPlan, RowTransform, TokenRows, TokenSet};
+use trainable_tokens_core::{
+    Backend, DeltaStore, EmbeddingSource, LookupPlan, RowTransform, TokenRows, TokenSet,
+};
 
 use crate::convert::{shape_error, to_rows};
 use crate::ops::{Overrides, lookup_rows, project};

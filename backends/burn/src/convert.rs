@@ -83,6 +83,15 @@ pub(crate) fn to_indices(values: &[u32], device: &Device) -> Tensor<1, Int> {
     Tensor::from_data(TensorData::new(values.to_vec(), [values.len()]), device)
 }
 
+/// Gives the first dimension of a tensor more of them. Burn's own `reshape` takes a size of 0 for one to keep.
+pub(crate) fn unflatten<const R: usize>(tensor: Tensor<2>, dims: [usize; R]) -> Tensor<R> {
+    if tensor.dims()[0] > 0 {
+        return tensor.reshape(dims);
+    }
+    // There is no element to place, but the result stays in the tensor's graph.
+    Tensor::zeros(dims, (&tensor.device(), tensor.dtype())) + tensor.sum().unsqueeze()
+}
+
 /// The error for a shape that does not fit.
 pub(crate) fn shape_error(what: &'static str, expected: &[usize], got: &[usize]) -> Error {
     Error::Core(CoreError::Shape {

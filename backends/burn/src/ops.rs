@@ -5,4 +5,4 @@ mod lookup;
 mod project;
 
 pub(crate) use lookup::lookup_rows;
-pub(crate) use project::{Overrides, project};
+pub(crate) use project::{Overrides, check_like, project};

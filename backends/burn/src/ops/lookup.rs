@@ -21,7 +21,10 @@ pub(crate) fn lookup_rows(
 ) -> Result<Tensor<2>> {
     check_plan(table, delta, plan)?;
     let device = table.tensor().device();
-    let rows = table.tensor().clone().select(0, to_indices(plan.input_ids(), &device));
+    let rows = table
+        .tensor()
+        .clone()
+        .select(0, to_indices(plan.input_ids(), &device));
     let Some(delta) = delta else {
         return Ok(transformed(rows, transform));
     };
@@ -30,6 +33,9 @@ pub(crate) fn lookup_rows(
     }
     let rows = overwritten(rows, delta.clone().detach(), plan.positions(), plan.slots());
     let rows = transformed(rows, transform);
+    if !delta.is_tracked() {
+        return Ok(rows);
+    }
     if plan.grad_positions().is_empty() {
         return Ok(in_graph(rows, delta));
     }
@@ -78,7 +84,12 @@ fn overwritten(rows: Tensor<2>, delta: Tensor<2>, positions: &[u32], slots: &[u3
     }
     let (device, dtype) = (rows.device(), rows.dtype());
     let trained = delta.select(0, to_indices(slots, &device)).cast(dtype);
-    rows.select_assign(0, to_indices(positions, &device), trained, IndexingUpdateOp::Assign)
+    rows.select_assign(
+        0,
+        to_indices(positions, &device),
+        trained,
+        IndexingUpdateOp::Assign,
+    )
 }
 
 /// The rows of the delta in a type that gradients may be summed in.
@@ -103,10 +114,15 @@ fn transformed(mut rows: Tensor<2>, transform: RowTransform) -> Tensor<2> {
 /// What each row is multiplied by so that it is no longer than `max_norm`: 1 if it is not, `[N, 1]`. In `f64` where the
 /// device has it.
 fn shortening(rows: Tensor<2>, max_norm: MaxNorm) -> Tensor<2> {
-    let wide = if rows.device().supports_dtype(DType::F64) { DType::F64 } else { DType::F32 };
+    let wide = if rows.device().supports_dtype(DType::F64) {
+        DType::F64
+    } else {
+        DType::F32
+    };
     let norms = rows.cast(wide).square().sum_dim(1).sqrt();
     let long = norms.clone().greater_elem(max_norm.get());
-    let factors = Tensor::full(norms.shape(), max_norm.get(), (&norms.device(), wide)) / norms.add_scalar(1e-7);
+    let factors =
+        Tensor::full(norms.shape(), max_norm.get(), (&norms.device(), wide)) / norms.add_scalar(1e-7);
     factors.mask_fill(long.bool_not(), 1.0)
 }
 
@@ -118,6 +134,10 @@ fn in_graph(rows: Tensor<2>, delta: &Tensor<2>) -> Tensor<2> {
     let at = to_indices(&[0][..len.min(1)], &device);
     let kept = rows.clone().select(0, at.clone());
     let masked = Tensor::<2, Bool>::full([len.min(1), dim], true, &device);
-    let masked = delta.clone().select(0, at.clone()).cast(rows.dtype()).mask_where(masked, kept);
+    let masked = delta
+        .clone()
+        .select(0, at.clone())
+        .cast(rows.dtype())
+        .mask_where(masked, kept);
     rows.select_assign(0, at, masked, IndexingUpdateOp::Assign)
 }

@@ -1,10 +1,10 @@
 //! `hidden · Wᵀ` for a table of which some rows are overridden by trained ones.
 
 use burn::tensor::{DType, Device, IndexingUpdateOp, Tensor};
-use trainable_tokens_core::{EmbeddingSource, TokenSet};
+use trainable_tokens_core::{EmbeddingSource, Error as CoreError, TokenSet};
 
 use super::gradient::{Factor, zero_with_gradient};
-use crate::convert::{compute_dtype, shape_error, to_indices};
+use crate::convert::{compute_dtype, core_dtype, shape_error, to_indices};
 use crate::{BurnTable, Error, Result};
 
 /// The trained rows of a head and the columns that they override.
@@ -29,8 +29,17 @@ impl Overrides {
 /// # Errors
 ///
 /// When the hidden states do not fit the table.
-pub(crate) fn project(hidden: Tensor<2>, table: &BurnTable, overrides: Option<&Overrides>) -> Result<Tensor<2>> {
-    check_hidden(&hidden, table)?;
+pub(crate) fn project(
+    hidden: Tensor<2>,
+    table: &BurnTable,
+    overrides: Option<&Overrides>,
+) -> Result<Tensor<2>> {
+    let ([num_ids, width], dim) = (hidden.dims(), table.embedding_dim());
+    let what = "hidden states of the head";
+    if width != dim {
+        return Err(shape_error(what, &[num_ids, dim], &[num_ids, width]));
+    }
+    check_like(what, &hidden, table)?;
     let weight = table.tensor();
     let logits = product(hidden.clone(), weight);
     let Some(Overrides { delta, columns }) = overrides else {
@@ -50,30 +59,36 @@ pub(crate) fn project(hidden: Tensor<2>, table: &BurnTable, overrides: Option<&O
     let trained = hidden.cast(compute).matmul(rows.transpose());
 
     let base_rows = weight.clone().select(0, columns.clone());
-    let [num_ids, num_rows] = trained.dims();
     let unchanged = rounded.not_equal(base_rows).any_dim(1).bool_not();
-    let unchanged = unchanged.transpose().expand([num_ids, num_rows]);
+    let unchanged = unchanged.transpose().expand(trained.shape());
     let kept = logits.clone().detach().select(1, columns.clone());
     let chosen = trained.clone().detach().cast(dtype).mask_where(unchanged, kept);
-    let chosen = chosen + zero_with_gradient(trained, Factor::All(1.0)).cast(dtype);
+    let chosen = if trained.is_tracked() {
+        chosen + zero_with_gradient(trained, Factor::All(1.0)).cast(dtype)
+    } else {
+        chosen
+    };
     Ok(logits.select_assign(1, columns, chosen, IndexingUpdateOp::Assign))
 }
 
-/// Refuses hidden states of another width, element type or device.
-fn check_hidden(hidden: &Tensor<2>, table: &BurnTable) -> Result<()> {
-    let ([num_ids, width], dim) = (hidden.dims(), table.embedding_dim());
-    let what = "hidden states of the head";
-    if width != dim {
-        return Err(shape_error(what, &[num_ids, dim], &[num_ids, width]));
-    }
-    let (expected, got) = (table.tensor().device(), hidden.device());
+/// Refuses a tensor of another element type than the table's, or on another device.
+///
+/// # Errors
+///
+/// The two.
+pub(crate) fn check_like<const R: usize>(
+    what: &'static str,
+    tensor: &Tensor<R>,
+    table: &BurnTable,
+) -> Result<()> {
+    let (expected, got) = (table.tensor().device(), tensor.device());
     if expected != got {
         let (expected, got) = (format!("{expected:?}"), format!("{got:?}"));
         return Err(Error::Device { what, expected, got });
     }
-    let (expected, got) = (table.dtype(), crate::convert::core_dtype(what, hidden.dtype())?);
+    let (expected, got) = (table.dtype(), core_dtype(what, tensor.dtype())?);
     if expected != got {
-        return Err(trainable_tokens_core::Error::DType { what, expected, got }.into());
+        return Err(CoreError::DType { what, expected, got }.into());
     }
     Ok(())
 }
@@ -84,7 +99,9 @@ fn product(hidden: Tensor<2>, weight: &Tensor<2>) -> Tensor<2> {
         return hidden.matmul(weight.clone().transpose());
     }
     let ([num_ids, dim], [vocab_size, _]) = (hidden.dims(), weight.dims());
-    let block = num_ids.max(BLOCK_ELEMENTS / dim.max(1)).clamp(1, vocab_size.max(1));
+    let block = num_ids
+        .max(BLOCK_ELEMENTS / dim.max(1))
+        .clamp(1, vocab_size.max(1));
     // The gradients of the blocks are summed in f32.
     let hidden = hidden.cast(DType::F32);
     let blocks = (0..vocab_size.max(1)).step_by(block).map(|start| {
