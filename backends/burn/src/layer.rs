@@ -145,7 +145,7 @@ impl TrainableTokens {
     /// If the plan was made for another layer.
     pub fn lookup_planned(&self, plan: &LookupPlan) -> Result<Tensor<2>> {
         let table = self.table()?;
-        let delta = self.active()?.map(|delta| delta.val());
+        let delta = self.active()?.map(Param::val);
         lookup_rows(
             &table,
             delta.as_ref(),

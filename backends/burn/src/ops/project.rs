@@ -105,7 +105,7 @@ fn product(hidden: Tensor<2>, weight: &Tensor<2>) -> Tensor<2> {
     // The gradients of the blocks are summed in f32.
     let hidden = hidden.cast(DType::F32);
     let blocks = (0..vocab_size.max(1)).step_by(block).map(|start| {
-        let rows = weight.clone().slice([start..vocab_size.min(start + block)]);
+        let rows = weight.clone().narrow(0, start, block.min(vocab_size - start));
         hidden.clone().cast(DType::BF16).matmul(rows.transpose())
     });
     Tensor::cat(blocks.collect(), 1)
