@@ -16,9 +16,15 @@ pub use trainable_tokens_core::{
     UndoJournal, WriteRows, step_delta, step_rows,
 };
 
+#[cfg(feature = "burn")]
+#[cfg_attr(docsrs, doc(cfg(feature = "burn")))]
+pub use trainable_tokens_burn as burn;
 #[cfg(feature = "candle")]
 #[cfg_attr(docsrs, doc(cfg(feature = "candle")))]
 pub use trainable_tokens_candle as candle;
+#[cfg(feature = "dfdx")]
+#[cfg_attr(docsrs, doc(cfg(feature = "dfdx")))]
+pub use trainable_tokens_dfdx as dfdx;
 #[cfg(feature = "format")]
 #[cfg_attr(docsrs, doc(cfg(feature = "format")))]
 pub use trainable_tokens_format as format;
