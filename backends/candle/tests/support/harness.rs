@@ -10,7 +10,7 @@ use trainable_tokens_testkit::{Harness, Layer, Pass, PassGradients};
 /// Tables of the element type `T`.
 pub(crate) struct OnCpu<T>(PhantomData<T>);
 
-fn tensor<T: Element + WithDType>(rows: &TokenRows) -> Result<Tensor, Error> {
+pub(crate) fn tensor<T: Element + WithDType>(rows: &TokenRows) -> Result<Tensor, Error> {
     let [n, d] = rows.shape();
     Ok(Tensor::from_slice(
         rows.as_slice::<T>().unwrap(),
