@@ -1,70 +1,32 @@
 //! No step allocates in proportion to the table: measured with a counting allocator.
 #![allow(missing_docs, clippy::unwrap_used, clippy::panic)]
-// Counting needs a global allocator, whose trait is unsafe; every call is passed on to the system's.
-#![allow(unsafe_code)]
 
 #[path = "support/common.rs"]
 mod common;
 
-use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::Module;
 use common::noise;
 use trainable_tokens_candle::{FrozenLinear, TrainableTokens};
 use trainable_tokens_core::{Adam, AdamConfig};
+use trainable_tokens_testkit::{CountingAllocator, allocated};
 
-struct Counting;
-
-static LIVE: AtomicUsize = AtomicUsize::new(0);
-static PEAK: AtomicUsize = AtomicUsize::new(0);
-static LARGEST: AtomicUsize = AtomicUsize::new(0);
+#[global_allocator]
+static ALLOCATOR: CountingAllocator = CountingAllocator;
 /// Tests of one binary run side by side, but only one may measure.
 static MEASURING: Mutex<()> = Mutex::new(());
 
-fn count(size: usize) {
-    PEAK.fetch_max(LIVE.fetch_add(size, Relaxed) + size, Relaxed);
-    LARGEST.fetch_max(size, Relaxed);
-}
-
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        count(layout.size());
-        unsafe { System.alloc(layout) }
-    }
-    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        count(layout.size());
-        unsafe { System.alloc_zeroed(layout) }
-    }
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        LIVE.fetch_sub(layout.size(), Relaxed);
-        unsafe { System.dealloc(pointer, layout) }
-    }
-    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        LIVE.fetch_sub(layout.size(), Relaxed);
-        count(size);
-        unsafe { System.realloc(pointer, layout, size) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
-
 /// Runs `work`; what it allocated at most at once, and by one call.
 fn measure<R>(what: &str, work: impl FnOnce() -> R) -> (R, usize, usize) {
-    let before = LIVE.load(Relaxed);
-    PEAK.store(before, Relaxed);
-    LARGEST.store(0, Relaxed);
-    let result = work();
-    let (growth, largest) = (PEAK.load(Relaxed) - before, LARGEST.load(Relaxed));
+    let (result, cost) = allocated(work).unwrap();
     println!(
         "{what}: growth {} KiB, largest {} KiB",
-        growth >> 10,
-        largest >> 10
+        cost.growth >> 10,
+        cost.largest >> 10
     );
-    (result, growth, largest)
+    (result, cost.growth, cost.largest)
 }
 
 const VOCAB: usize = 200_000;

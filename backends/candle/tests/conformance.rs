@@ -1,66 +1,11 @@
 //! The whole conformance kit, on the CPU.
 #![allow(missing_docs, clippy::unwrap_used, clippy::panic)]
 
-use std::marker::PhantomData;
+#[path = "support/harness.rs"]
+mod harness;
 
-use candle_core::{Device, Tensor, Var, WithDType};
 use half::{bf16, f16};
-use trainable_tokens_candle::{Candle, CandleTable, Error};
-use trainable_tokens_core::{DType, Element, TokenRows};
-use trainable_tokens_testkit::{Harness, Layer, Pass, PassGradients, conformance_tests};
-
-/// Tables of the element type `T`.
-struct OnCpu<T>(PhantomData<T>);
-
-fn tensor<T: Element + WithDType>(rows: &TokenRows) -> Result<Tensor, Error> {
-    let [n, d] = rows.shape();
-    Ok(Tensor::from_slice(
-        rows.as_slice::<T>().unwrap(),
-        (n, d),
-        &Device::Cpu,
-    )?)
-}
-
-impl<T: Element + WithDType> Harness for OnCpu<T> {
-    type Backend = Candle;
-    const DTYPE: DType = <T as Element>::DTYPE;
-
-    fn source(rows: &TokenRows) -> Result<CandleTable, Error> {
-        CandleTable::new(tensor::<T>(rows)?)
-    }
-
-    fn hidden(_: &Layer<Self>, values: &TokenRows) -> Result<Tensor, Error> {
-        tensor::<T>(values)
-    }
-
-    fn read(values: &Tensor) -> Result<TokenRows, Error> {
-        let (n, d) = values.dims2()?;
-        let values = if n == 0 {
-            Vec::new()
-        } else {
-            values.flatten_all()?.to_vec1::<T>()?
-        };
-        Ok(TokenRows::new(values, n, d)?)
-    }
-
-    fn backward(layer: &Layer<Self>, pass: &Pass) -> Result<PassGradients<Self>, Error> {
-        let mut loss = Tensor::zeros((), <T as WithDType>::DTYPE, &Device::Cpu)?;
-        for (plan, upstream) in &pass.lookups {
-            let out = layer.lookup_planned(plan)?;
-            loss = (loss + (out * tensor::<T>(upstream)?)?.sum_all()?)?;
-        }
-        let mut leaves = Vec::new();
-        for (hidden, upstream) in &pass.heads {
-            let leaf = Var::from_tensor(&tensor::<T>(hidden)?)?;
-            let out = layer.logits(leaf.as_tensor().clone())?;
-            loss = (loss + (out * tensor::<T>(upstream)?)?.sum_all()?)?;
-            leaves.push(leaf);
-        }
-        let gradients = loss.backward()?;
-        let hidden = leaves.iter().map(|leaf| Self::read(gradients.get(leaf).unwrap()));
-        let hidden = hidden.collect::<Result<_, Error>>()?;
-        Ok(PassGradients { gradients, hidden })
-    }
-}
+use harness::OnCpu;
+use trainable_tokens_testkit::conformance_tests;
 
 conformance_tests! { f64: OnCpu<f64>, f32: OnCpu<f32>, f16: OnCpu<f16>, bf16: OnCpu<bf16> }

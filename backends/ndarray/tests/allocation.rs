@@ -1,54 +1,19 @@
 //! No step allocates in proportion to V x D; with buffers of the caller's, lookup and backward allocate nothing.
 #![allow(missing_docs, clippy::unwrap_used, clippy::panic)]
-// A counting allocator has to implement an unsafe trait; it only forwards to the system's.
-#![allow(unsafe_code)]
-
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use ndarray::Array2;
 use trainable_tokens_core::{Adam, AdamConfig, TokenSet};
 use trainable_tokens_format::Checkpoint;
 use trainable_tokens_ndarray::{NdTable, TrainableTokens, TrainableTokensExt};
-
-struct Counting;
-
-static LARGEST: AtomicUsize = AtomicUsize::new(0);
-static TOTAL: AtomicUsize = AtomicUsize::new(0);
-
-fn count(bytes: usize) {
-    LARGEST.fetch_max(bytes, Relaxed);
-    TOTAL.fetch_add(bytes, Relaxed);
-}
-
-// SAFETY: every call goes to the system allocator unchanged.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        count(layout.size());
-        unsafe { System.alloc(layout) }
-    }
-    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        count(layout.size());
-        unsafe { System.alloc_zeroed(layout) }
-    }
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        unsafe { System.dealloc(pointer, layout) }
-    }
-    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        count(size);
-        unsafe { System.realloc(pointer, layout, size) }
-    }
-}
+use trainable_tokens_testkit::{CountingAllocator, allocated};
 
 #[global_allocator]
-static ALLOCATOR: Counting = Counting;
+static ALLOCATOR: CountingAllocator = CountingAllocator;
 
 /// Runs `work` and returns the largest allocation and the sum of all, in bytes.
 fn measure(work: impl FnOnce()) -> (usize, usize) {
-    LARGEST.store(0, Relaxed);
-    TOTAL.store(0, Relaxed);
-    work();
-    (LARGEST.load(Relaxed), TOTAL.load(Relaxed))
+    let ((), cost) = allocated(work).unwrap();
+    (cost.largest, cost.total)
 }
 
 // One test: the counters are the process's.

@@ -1,50 +1,11 @@
 //! The whole conformance kit.
 #![allow(missing_docs, clippy::unwrap_used, clippy::panic)]
 
-use std::marker::PhantomData;
+#[path = "support/harness.rs"]
+mod harness;
 
 use half::{bf16, f16};
-use ndarray::{Array2, OwnedRepr};
-use trainable_tokens_core::{DType, Element, TokenRows};
-use trainable_tokens_ndarray::{Error, NdTable, Ndarray, TrainableTokensExt};
-use trainable_tokens_testkit::{Harness, Layer, Pass, PassGradients, conformance_tests};
-
-/// Tables in memory, and values of their type.
-struct Nd<T>(PhantomData<T>);
-
-fn array<T: Element>(rows: &TokenRows) -> Array2<T> {
-    Array2::from_shape_vec(rows.shape(), rows.as_slice::<T>().unwrap().to_vec()).unwrap()
-}
-
-impl<T: Element> Harness for Nd<T> {
-    type Backend = Ndarray<NdTable<OwnedRepr<T>>, T>;
-    const DTYPE: DType = T::DTYPE;
-
-    fn source(rows: &TokenRows) -> Result<NdTable<OwnedRepr<T>>, Error> {
-        NdTable::new(array(rows))
-    }
-
-    fn hidden(_: &Layer<Self>, values: &TokenRows) -> Result<Array2<T>, Error> {
-        Ok(array(values))
-    }
-
-    fn read(values: &Array2<T>) -> Result<TokenRows, Error> {
-        let (rows, columns) = values.dim();
-        Ok(TokenRows::new(values.iter().copied().collect(), rows, columns)?)
-    }
-
-    fn backward(layer: &Layer<Self>, pass: &Pass) -> Result<PassGradients<Self>, Error> {
-        let mut gradients = layer.zero_gradient();
-        for (plan, upstream) in &pass.lookups {
-            layer.backward_into(plan, array(upstream).view(), &mut gradients)?;
-        }
-        let heads = pass.heads.iter().map(|(hidden, upstream)| {
-            let (hidden, upstream) = (array(hidden), array(upstream));
-            Self::read(&layer.logits_backward(hidden.view(), upstream.view(), &mut gradients)?)
-        });
-        let hidden = heads.collect::<Result<_, Error>>()?;
-        Ok(PassGradients { gradients, hidden })
-    }
-}
+use harness::Nd;
+use trainable_tokens_testkit::conformance_tests;
 
 conformance_tests! { f64: Nd<f64>, f32: Nd<f32>, f16: Nd<f16>, bf16: Nd<bf16> }

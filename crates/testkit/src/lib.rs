@@ -15,12 +15,14 @@
 //! The list of cases is the kit's: a new case reaches every backend with the next version of the kit. Failed properties
 //! print a seed; `TRAINABLE_TOKENS_SEED=<seed>` repeats their inputs.
 //!
+//! The module [`peft`] holds a backend to results of PEFT itself, with the same harness: [`peft_tests!`].
 
 mod allocation;
 mod case;
 pub mod cases;
 mod failure;
 mod harness;
+pub mod peft;
 pub mod vectors;
 mod world;
 
