@@ -1,8 +1,10 @@
 //! The embedding in dfdx's habit: as a module, on tapes of every kind, merged and not.
 #![allow(missing_docs, clippy::unwrap_used, clippy::panic)]
 
-mod support;
+#[path = "support/common.rs"]
+mod common;
 
+use common::{bits, noise};
 use dfdx::nn::modules::Embedding;
 use dfdx::nn::{BuildModule, Module, ZeroGrads};
 use dfdx::optim::{self, Optimizer};
@@ -14,7 +16,6 @@ use dfdx::tensor::{
 };
 use dfdx::tensor_ops::{Backward, Device, MeanTo, PermuteTo, SumTo, TryMul};
 use half::{bf16, f16};
-use support::{bits, noise};
 use trainable_tokens_core::{
     AdamConfig, BackendError, DType, DeltaStore, EmbeddingSource, ErrorKind, HostTable, LayerOptions, RowRef,
     Sgd, SgdConfig, TokenId, TokenRows,
