@@ -50,7 +50,7 @@ impl<E: DfdxElement, D: DfdxDevice<E>> Backend for Dfdx<E, D> {
         tokens: &TokenSet,
     ) -> Result<Self::Tensor> {
         let head = head(source, delta, tokens)?;
-        project(hidden, head)
+        project(hidden, &head)
     }
 
     fn gradient(gradients: &Self::Gradients, delta: &Self::Delta) -> Result<Option<TokenRows>> {

@@ -29,6 +29,13 @@ mod sealed {
         where
             S: Shape,
             D: Device<Self> + Device<Self::Compute>;
+
+        /// How many elements hold one sum of the type that arithmetic runs in, bit for bit.
+        const WIDTH: usize;
+        /// Adds to sums, each in `WIDTH` elements.
+        fn add_to_sums(sums: &mut [Self], add: &[Self::Compute]);
+        /// Reads sums, each from `WIDTH` elements.
+        fn read_sums(sums: &[Self]) -> Vec<Self::Compute>;
     }
 
     macro_rules! identity {
@@ -43,6 +50,14 @@ mod sealed {
                     tensor: Tensor<S, $ty, D>,
                 ) -> Result<Tensor<S, $ty, D>, D::Err> {
                     Ok(tensor)
+                }
+
+                const WIDTH: usize = 1;
+                fn add_to_sums(sums: &mut [$ty], add: &[$ty]) {
+                    sums.iter_mut().zip(add).for_each(|(sum, add)| *sum += *add);
+                }
+                fn read_sums(sums: &[$ty]) -> Vec<$ty> {
+                    sums.to_vec()
                 }
             }
         };
@@ -65,5 +80,25 @@ mod sealed {
         {
             tensor.try_to_dtype()
         }
+
+        const WIDTH: usize = 2;
+        fn add_to_sums(sums: &mut [f16], add: &[f32]) {
+            for (sum, add) in sums.chunks_exact_mut(2).zip(add) {
+                let bits = (join(sum) + *add).to_bits().to_le_bytes();
+                sum.copy_from_slice(&[
+                    f16::from_le_bytes([bits[0], bits[1]]),
+                    f16::from_le_bytes([bits[2], bits[3]]),
+                ]);
+            }
+        }
+        fn read_sums(sums: &[f16]) -> Vec<f32> {
+            sums.chunks_exact(2).map(join).collect()
+        }
+    }
+
+    /// The number whose bits are those of two halves.
+    fn join(halves: &[f16]) -> f32 {
+        let bits = |half: usize| u32::from(halves[half].to_bits());
+        f32::from_bits(bits(0) | bits(1) << 16)
     }
 }

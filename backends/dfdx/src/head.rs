@@ -64,7 +64,7 @@ impl<'a, E: DfdxElement, D: DfdxDevice<E>> TiedHead<'a, E, D> {
         let layer = self.layer;
         let mut head = head(layer.source(), layer.active(), layer.tokens())?;
         head.bias = self.bias.as_ref();
-        let logits = project(at_runtime(hidden)?, head)?;
+        let logits = project(at_runtime(hidden)?, &head)?;
         let vocab_size = dims(&logits)[1];
         logits
             .try_reshape_like(&(num_rows, vocab_size))

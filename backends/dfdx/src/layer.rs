@@ -195,7 +195,7 @@ impl<E: DfdxElement, D: DfdxDevice<E>> TrainableTokens<E, D> {
         Ok(result)
     }
 
-    /// The gradient of the trained rows, `[k, D]`, in the table's element type.
+    /// The gradient of the trained rows, `[k, D]`, in the type that sums run in: at least `f32`.
     ///
     /// # Errors
     ///

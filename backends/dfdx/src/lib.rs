@@ -38,8 +38,8 @@
 //! - **bfloat16** does not exist in dfdx. [`DfdxTable::load`] widens such a table to `f32`, which is exact.
 //! - **`AMP<f16>`** is a number of dfdx's alone, and no element type of core's.
 //! - **Rows of `f32` over a table of `f16`** (the default, as in PEFT) live on the host beside the leaf, which holds
-//!   them rounded: all tensors of one graph of dfdx have one element type, and so do their gradients. Core's optimizers
-//!   train them; dfdx's own cannot.
+//!   them rounded: all tensors of one graph of dfdx have one element type. Their gradient is summed in `f32` on the CPU,
+//!   rounded sum by sum on CUDA. Core's optimizers train them; dfdx's own cannot.
 //! - **dfdx's own optimizers** take tensors of sizes known at compile time only: through
 //!   [`TrainableEmbedding`], or [`TrainableTokens::change_rows`].
 //! - **A tape from `alloc_grads()`** drops the gradients of all but the leaves it was made for. Call

@@ -115,13 +115,10 @@ where
     ///
     /// For an id out of range, and when dfdx fails.
     pub fn lookup<T: Tape<E, D>>(&self, input_ids: &[u32], tape: T) -> Result<Matrix<E, D, T>> {
-        let rows = at_runtime(self.trainable_tokens_delta.clone())?;
+        let leaf = Leaf::plain(at_runtime(self.trainable_tokens_delta.clone())?);
         let lookup = Lookup {
             base: &at_runtime(self.weight.clone())?,
-            leaf: (K > 0).then_some(Leaf {
-                rows: &rows,
-                reached: None,
-            }),
+            leaf: (K > 0).then_some(&leaf),
             plan: &LookupPlan::new(self.tokens()?, self.options, input_ids)?,
             transform: self.options.transform(E::DTYPE),
         };
@@ -138,17 +135,13 @@ where
         hidden: Tensor<(N, Const<M>), E, D, T>,
     ) -> Result<Tensor<(N, Const<V>), E, D, T>> {
         let num_rows = hidden.shape().0;
-        let rows = at_runtime(self.trainable_tokens_delta.clone())?;
-        let leaf = Leaf {
-            rows: &rows,
-            reached: None,
-        };
+        let leaf = Leaf::plain(at_runtime(self.trainable_tokens_delta.clone())?);
         let head = Head {
             base: &at_runtime(self.weight.clone())?,
-            overrides: (K > 0).then_some((leaf, self.tokens()?.ids())),
+            overrides: (K > 0).then_some((&leaf, self.tokens()?.ids())),
             bias: None,
         };
-        let logits = project(at_runtime(hidden)?, head)?;
+        let logits = project(at_runtime(hidden)?, &head)?;
         logits.try_reshape_like(&(num_rows, Const)).map_err(Error::dfdx)
     }
 

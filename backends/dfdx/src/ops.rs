@@ -33,13 +33,32 @@ impl<E: DfdxElement, D: Kernels<E>> DfdxDevice<E> for D {}
 /// of the rows themselves could not be told from zeros without a panic.
 pub(crate) type Flag<E, D> = Tensor<Rank1<1>, E, D>;
 
-/// The trained rows in dfdx's graph.
-#[derive(Debug)]
-pub(crate) struct Leaf<'a, E: DfdxElement, D: Storage<E>> {
-    /// The rows `[k, D]`, in the table's element type.
-    pub(crate) rows: &'a Matrix<E, D>,
+/// The trained rows in dfdx's graph, and what their gradients come to.
+#[derive(Clone, Debug)]
+pub struct Leaf<E: DfdxElement, D: Storage<E>> {
+    /// The rows `[k, D]`, in the table's element type. Their gradient is what dfdx's own optimizers see.
+    pub(crate) rows: Matrix<E, D>,
     /// What a backward pass marks, where someone asks for it.
-    pub(crate) reached: Option<&'a Flag<E, D>>,
+    pub(crate) reached: Option<Flag<E, D>>,
+    /// A tensor in whose gradient, that of `rows` would be rounded, sums of the compute type gather bit for bit.
+    pub(crate) sums: Option<Matrix<E, D>>,
+}
+
+impl<E: DfdxElement, D: Kernels<E>> Leaf<E, D> {
+    /// Rows of which nobody but dfdx wants the gradient.
+    pub(crate) fn plain(rows: Matrix<E, D>) -> Self {
+        let (reached, sums) = (None, None);
+        Self { rows, reached, sums }
+    }
+
+    /// Notes that a backward pass reached the rows, which then have a gradient, if only of zeros.
+    fn mark(&self, gradients: &mut Gradients<E, D>) -> Result<(), D::Err> {
+        mark(gradients, self.reached.as_ref())?;
+        if let Some(sums) = &self.sums {
+            gradients.try_alloc_for(sums)?;
+        }
+        gradients.try_alloc_for(&self.rows)
+    }
 }
 
 /// The lookup of a batch.
@@ -48,7 +67,7 @@ pub struct Lookup<'a, E: DfdxElement, D: Storage<E>> {
     /// The frozen table.
     pub(crate) base: &'a Matrix<E, D>,
     /// The rows that replace some of it.
-    pub(crate) leaf: Option<Leaf<'a, E, D>>,
+    pub(crate) leaf: Option<&'a Leaf<E, D>>,
     pub(crate) plan: &'a LookupPlan,
     pub(crate) transform: RowTransform,
 }
@@ -59,7 +78,7 @@ impl<E: DfdxElement, D: Kernels<E>> Lookup<'_, E, D> {
     /// # Errors
     ///
     /// For a plan that was made for another table or for other rows, and when dfdx fails.
-    pub(crate) fn forward<T: Tape<E, D>>(self, tape: T) -> Result<Matrix<E, D, T>> {
+    pub(crate) fn forward<T: Tape<E, D>>(&self, tape: T) -> Result<Matrix<E, D, T>> {
         let [vocab_size, _] = dims(self.base);
         if let Some(id) = self
             .plan
@@ -70,8 +89,8 @@ impl<E: DfdxElement, D: Kernels<E>> Lookup<'_, E, D> {
             let id = i64::from(*id);
             return Err(CoreError::TokenOutOfRange { id, vocab_size }.into());
         }
-        if let Some(leaf) = &self.leaf {
-            let (expected, got) = (dims(leaf.rows)[0], self.plan.num_slots());
+        if let Some(leaf) = self.leaf {
+            let (expected, got) = (dims(&leaf.rows)[0], self.plan.num_slots());
             if expected != got {
                 return Err(shape_error("slots of the plan", &[expected], &[got]).into());
             }
@@ -87,13 +106,21 @@ pub trait Kernels<E: DfdxElement>: Device<E> + Device<E::Compute> {
     /// Overwrites rows of a table, whose ids and sizes are checked.
     fn write_rows(table: &mut Matrix<E, Self>, ids: &[TokenId], values: &[E]) -> Result<()>;
     /// [`Lookup::forward`], checked.
-    fn lookup<T: Tape<E, Self>>(lookup: Lookup<'_, E, Self>, tape: T) -> Result<Matrix<E, Self, T>>;
+    fn lookup<T: Tape<E, Self>>(lookup: &Lookup<'_, E, Self>, tape: T) -> Result<Matrix<E, Self, T>>;
     /// Puts the columns of `part` `[N, c]` at `columns` of `logits` `[N, V]`.
     fn override_columns(
         logits: Matrix<E, Self>,
         part: Matrix<E, Self>,
         columns: &[TokenId],
     ) -> Result<Matrix<E, Self>>;
+    /// Whether the gradients of trained rows are summed in the compute type, whatever the table's.
+    const WIDE_SUMS: bool;
+    /// Adds to all that [`Leaf`] says of the gradient of trained rows.
+    fn add_row_gradient(
+        gradients: &mut Gradients<E, Self>,
+        leaf: &Leaf<E, Self>,
+        add: Matrix<E::Compute, Self>,
+    ) -> Result<(), Self::Err>;
     /// Adds to the gradient of a contiguous `leaf`.
     fn add_gradient(
         gradients: &mut Gradients<E, Self>,

@@ -6,7 +6,7 @@ use dfdx::tensor::{Cpu, Gradients, Tensor};
 use dfdx::tensor_ops::RealizeTo;
 use trainable_tokens_core::{DType, DeltaStore, TokenRows};
 
-use crate::convert::{Matrix, dims, matrix, to_elements, to_rows, to_vec};
+use crate::convert::{dims, matrix, to_elements, to_rows, to_vec};
 use crate::error::shape_error;
 use crate::ops::{Flag, Leaf, zero_gradient};
 use crate::{DfdxDevice, DfdxElement, Error, Result};
@@ -14,13 +14,14 @@ use crate::{DfdxDevice, DfdxElement, Error, Result};
 /// The trained rows `[k, D]` as a leaf of dfdx's graph.
 ///
 /// All tensors of one graph of dfdx have one element type, so the leaf has the table's. Rows that train in another
-/// type (`f32` over a table of `f16`) are kept on the host, and the leaf holds them rounded, as the table would; their
-/// gradient is rounded to the table's type, as torch's is.
+/// type (`f32` over a table of `f16`) are kept on the host, and the leaf holds them rounded, as the table would. Their
+/// gradient is summed in `f32` all the same: two elements of `f16` carry the bits of each sum through dfdx's gradients.
+/// (On CUDA, where bits cannot be taken apart, each sum is rounded, as torch's are.)
 ///
 /// A clone is copied on write: neither sees what is written to the other later, although both have one gradient.
 #[derive(Clone, Debug)]
 pub struct DfdxDelta<E: DfdxElement, D: DfdxDevice<E> = Cpu> {
-    leaf: Matrix<E, D>,
+    leaf: Leaf<E, D>,
     reached: Flag<E, D>,
     /// The rows themselves, where the leaf cannot hold them.
     master: Option<TokenRows>,
@@ -34,16 +35,25 @@ impl<E: DfdxElement, D: DfdxDevice<E>> DfdxDelta<E, D> {
     /// When dfdx fails.
     pub fn new(rows: &TokenRows, device: &D) -> Result<Self> {
         let [num_rows, dim] = rows.shape();
+        let reached: Flag<E, D> = device.try_zeros().map_err(Error::dfdx)?;
+        let sums = || {
+            let width = dim * E::WIDTH;
+            matrix(device, vec![E::default(); num_rows * width], num_rows, width)
+        };
         Ok(Self {
-            leaf: matrix(device, to_elements("trained rows", rows)?, num_rows, dim)?,
-            reached: device.try_zeros().map_err(Error::dfdx)?,
+            leaf: Leaf {
+                rows: matrix(device, to_elements("trained rows", rows)?, num_rows, dim)?,
+                reached: Some(reached.clone()),
+                sums: (D::WIDE_SUMS && E::WIDTH > 1).then(sums).transpose()?,
+            },
+            reached,
             master: (rows.dtype() != E::DTYPE).then(|| rows.clone()),
         })
     }
 
     /// The leaf: the rows in the table's element type.
     pub fn tensor(&self) -> &Tensor<(usize, usize), E, D> {
-        &self.leaf
+        &self.leaf.rows
     }
 
     /// The leaf at sizes known at compile time, which dfdx's optimizers ask for. It shares the rows' identity and
@@ -53,8 +63,8 @@ impl<E: DfdxElement, D: DfdxDevice<E>> DfdxDelta<E, D> {
     ///
     /// [`trainable_tokens_core::Error::Shape`] unless the rows are `[K, M]`.
     pub fn to_const<const K: usize, const M: usize>(&self) -> Result<Tensor<Rank2<K, M>, E, D>> {
-        let got = dims(&self.leaf);
-        let leaf = self.leaf.clone().try_realize::<Rank2<K, M>>();
+        let got = dims(&self.leaf.rows);
+        let leaf = self.leaf.rows.clone().try_realize::<Rank2<K, M>>();
         leaf.map_err(|_| shape_error("trained rows", &[K, M], &got).into())
     }
 
@@ -77,29 +87,38 @@ impl<E: DfdxElement, D: DfdxDevice<E>> DfdxDelta<E, D> {
     ///
     /// When dfdx fails.
     pub fn zero_grads(&self, gradients: &mut Gradients<E, D>) -> Result<()> {
-        zero_gradient(gradients, &self.leaf).map_err(Error::dfdx)?;
-        zero_gradient(gradients, &self.reached).map_err(Error::dfdx)?;
         let mut leafs = UnusedTensors::default();
-        leafs.add(&self.leaf);
+        zero_gradient(gradients, &self.reached).map_err(Error::dfdx)?;
         leafs.add(&self.reached);
+        for tensor in [Some(&self.leaf.rows), self.leaf.sums.as_ref()]
+            .into_iter()
+            .flatten()
+        {
+            zero_gradient(gradients, tensor).map_err(Error::dfdx)?;
+            leafs.add(tensor);
+        }
         gradients.retain_leafs(&leafs.ids);
         Ok(())
     }
 
-    pub(crate) fn as_leaf(&self) -> Leaf<'_, E, D> {
-        Leaf {
-            rows: &self.leaf,
-            reached: Some(&self.reached),
-        }
+    pub(crate) fn as_leaf(&self) -> &Leaf<E, D> {
+        &self.leaf
     }
 
-    /// The gradient of the rows in the table's element type, if a backward pass reached them.
+    /// The gradient of the rows in the type that sums run in, if a backward pass reached them.
     pub(crate) fn gradient(&self, gradients: &Gradients<E, D>) -> Result<Option<TokenRows>> {
         if !is_present(gradients, &self.reached)? || to_vec(&gradients.get(&self.reached)) == [E::default()] {
             return Ok(None);
         }
-        // Whatever marks the flag allocates this, too: it cannot be missing.
-        to_rows(&gradients.get(&self.leaf)).map(Some)
+        // Whatever marks the flag allocates these, too: they cannot be missing.
+        let sums = match &self.leaf.sums {
+            Some(sums) => E::read_sums(&to_vec(&gradients.get(sums))),
+            None => to_vec(&gradients.get(&self.leaf.rows))
+                .into_iter()
+                .map(E::to_compute)
+                .collect(),
+        };
+        Ok(Some(TokenRows::new(sums, self.num_rows(), self.embedding_dim())?))
     }
 }
 
@@ -107,11 +126,11 @@ impl<E: DfdxElement, D: DfdxDevice<E>> DeltaStore for DfdxDelta<E, D> {
     type Error = Error;
 
     fn num_rows(&self) -> usize {
-        dims(&self.leaf)[0]
+        dims(&self.leaf.rows)[0]
     }
 
     fn embedding_dim(&self) -> usize {
-        dims(&self.leaf)[1]
+        dims(&self.leaf.rows)[1]
     }
 
     fn dtype(&self) -> DType {
@@ -121,14 +140,14 @@ impl<E: DfdxElement, D: DfdxDevice<E>> DeltaStore for DfdxDelta<E, D> {
     fn read(&self) -> Result<TokenRows> {
         match &self.master {
             Some(rows) => Ok(rows.clone()),
-            None => to_rows(&self.leaf),
+            None => to_rows(&self.leaf.rows),
         }
     }
 
     fn write(&mut self, rows: &TokenRows) -> Result<()> {
         self.check_write(rows)?;
-        if self.leaf.shape().num_elements() > 0 {
-            self.leaf.copy_from(&to_elements("trained rows", rows)?);
+        if self.leaf.rows.shape().num_elements() > 0 {
+            self.leaf.rows.copy_from(&to_elements("trained rows", rows)?);
         }
         if let Some(master) = &mut self.master {
             master.clone_from(rows);

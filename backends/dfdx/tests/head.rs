@@ -1,14 +1,15 @@
 //! The tied head: bit-equal while untrained, a gradient of nothing but the hidden states and the rows.
 #![allow(missing_docs, clippy::unwrap_used, clippy::panic)]
 
-mod support;
+#[path = "support/common.rs"]
+mod common;
 
+use common::{assert_close, bits, noise};
 use dfdx::nn::Module;
 use dfdx::shapes::HasShape;
 use dfdx::tensor::{Cpu, NoneTape, OwnedTape, Tensor, TensorFromVec, Trace};
 use dfdx::tensor_ops::{Backward, Device, PermuteTo, ReshapeTo, SumTo, TryAdd, TryMatMul, TryMul};
 use half::f16;
-use support::{assert_close, bits, noise};
 use trainable_tokens_core::{
     Backend, BackendError, DType, Element, ErrorKind, LayerOptions, LookupPlan, RowTransform, TokenRows,
     TokenSet,

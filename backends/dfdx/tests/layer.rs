@@ -1,17 +1,21 @@
 //! The embedding in dfdx's habit: as a module, on tapes of every kind, merged and not.
 #![allow(missing_docs, clippy::unwrap_used, clippy::panic)]
 
-mod support;
+#[path = "support/common.rs"]
+mod common;
 
+use common::{bits, noise};
 use dfdx::nn::modules::Embedding;
 use dfdx::nn::{BuildModule, Module, ZeroGrads};
 use dfdx::optim::{self, Optimizer};
 use dfdx::prelude::builders;
 use dfdx::shapes::{HasShape, Rank2};
-use dfdx::tensor::{AsArray, Cpu, Gradients, NoneTape, OwnedTape, Tensor, TensorFrom, TensorFromVec, Trace};
+use dfdx::tensor::{
+    AsArray, Cpu, Gradients, NoneTape, OwnedTape, PutTape, SplitTape, Tensor, TensorFrom, TensorFromVec,
+    Trace,
+};
 use dfdx::tensor_ops::{Backward, Device, MeanTo, PermuteTo, SumTo, TryMul};
 use half::{bf16, f16};
-use support::{bits, noise};
 use trainable_tokens_core::{
     AdamConfig, BackendError, DType, DeltaStore, EmbeddingSource, ErrorKind, HostTable, LayerOptions, RowRef,
     Sgd, SgdConfig, TokenId, TokenRows,
@@ -108,6 +112,42 @@ fn rows_of_f32_keep_what_a_table_of_f16_cannot_hold() {
     let mut embed = TrainableTokens::with_rows(noise::<f16>(10, 4, 1), &TOKENS, &rows).unwrap();
     embed.change_rows::<2, 4, _>(Tensor::fill_with_zeros).unwrap();
     assert_eq!(embed.rows().unwrap().to_f64_vec(), [0.0; 8]);
+}
+
+#[test]
+fn gradients_of_a_table_of_f16_are_summed_in_f32() {
+    // Neither 4097 nor 4096 + 2^-10 is a number of f16.
+    let embed = layer::<f16>();
+    let dev = Cpu::default();
+    let mut total = dev.tensor(f16::ZERO).put_tape(OwnedTape::default());
+    for upstream in [4096.0, 1.0, 1.0 / 1024.0] {
+        let out = embed.lookup(&[7], OwnedTape::default()).unwrap();
+        let upstream = dev.tensor_from_vec(vec![f16::from_f64(upstream); 4], (1, 4));
+        total = total + out.try_mul(upstream).unwrap().sum::<(), _>();
+    }
+    let gradients = total.backward();
+    let gradient = embed.gradient(&gradients).unwrap();
+    assert_eq!(gradient.dtype(), DType::F32);
+    assert_eq!(gradient.to_f64_vec()[..4], [4097.0 + 1.0 / 1024.0; 4]);
+    assert_eq!(gradient.to_f64_vec()[4..], [0.0; 4]);
+    // dfdx's own see what f16 can hold.
+    let rounded = gradients.get(embed.delta().tensor()).as_vec();
+    assert_eq!(rounded[..4], [f16::from_f64(4096.0); 4]);
+
+    // The sums outlive the pass where the rows' gradient does, and are zeroed with it.
+    let mut gradients = embed.delta().alloc_grads().unwrap();
+    for want in [3.0, 6.0] {
+        let out = embed.lookup(&[7, 7, 7, 2], OwnedTape::default()).unwrap();
+        let tape = dev.tensor([f16::ZERO; 4]).traced(gradients).split_tape().1;
+        let loss = dev.tensor(f16::ZERO).put_tape(tape) + out.sum::<(), _>();
+        gradients = loss.backward();
+        assert_eq!(embed.gradient(&gradients).unwrap().to_f64_vec()[0], want);
+    }
+    embed.delta().zero_grads(&mut gradients).unwrap();
+    assert_eq!(
+        embed.gradient(&gradients).unwrap_err().kind(),
+        ErrorKind::NoGradient
+    );
 }
 
 #[test]

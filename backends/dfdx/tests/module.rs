@@ -1,15 +1,16 @@
 //! The embedding as a collection of tensors of const sizes.
 #![allow(missing_docs, clippy::unwrap_used, clippy::panic)]
 
-mod support;
+#[path = "support/common.rs"]
+mod common;
 
+use common::bits;
 use dfdx::nn::modules::Embedding;
 use dfdx::nn::{BuildModule, Module, NumParams, ToDtype, ZeroGrads};
 use dfdx::optim::{Adam, AdamConfig, Optimizer, Sgd, SgdConfig};
 use dfdx::shapes::{Const, HasShape};
 use dfdx::tensor::{AsArray, Cpu, NoneTape, OwnedTape, TensorFrom, Trace};
 use dfdx::tensor_ops::{Backward, MeanTo, SumTo};
-use support::bits;
 use trainable_tokens_core::{BackendError, ErrorKind, LayerOptions, Padding, PaddingRule, TokenId};
 use trainable_tokens_dfdx::{TrainableEmbedding, TrainableTokens};
 
@@ -37,7 +38,7 @@ fn it_answers_as_dfdxs_embedding_and_as_the_layer() {
     let ids = dev.tensor([[7, 1], [2, 9]]);
     assert_eq!(bits(&module.forward(ids.clone())), bits(&plain.forward(ids)));
 
-    let hidden = support::noise::<f32>(3, 4, 5);
+    let hidden = common::noise::<f32>(3, 4, 5);
     let hidden = dfdx::tensor_ops::RealizeTo::realize::<(usize, Const<4>)>(hidden);
     let want = layer.tied_head().logits(hidden.clone()).unwrap();
     assert_eq!(bits(&module.logits(hidden).unwrap()), bits(&want));

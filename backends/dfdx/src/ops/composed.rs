@@ -9,7 +9,7 @@ use dfdx::tensor::{Gradients, PutTape, Tape, Tensor, TensorFromVec, Trace};
 use dfdx::tensor_ops::{Backward, BroadcastTo, Device, GatherTo, SumTo, TryAdd, TryConcatAlong, TryMul};
 use trainable_tokens_core::{Element, LookupPlan, MaxNorm, RowTransform, TokenId};
 
-use super::{Lookup, mark, select, transpose};
+use super::{Kernels, Lookup, select, transpose};
 use crate::convert::{Matrix, dims, matrix, to_vec};
 use crate::{DfdxElement, Error, Result};
 
@@ -30,32 +30,26 @@ pub(super) fn read_rows<E: DfdxElement, D: Device<E>>(
 }
 
 /// The lookup: frozen rows and all trained rows side by side, then gathered in the order of the batch.
-pub(super) fn lookup<E, D, T>(lookup: Lookup<'_, E, D>, mut tape: T) -> Result<Matrix<E, D, T>>
+pub(super) fn lookup<E, D, T>(lookup: &Lookup<'_, E, D>, mut tape: T) -> Result<Matrix<E, D, T>>
 where
     E: DfdxElement,
-    D: Device<E> + Device<E::Compute>,
+    D: Kernels<E>,
     T: Tape<E, D>,
 {
-    let out = gather(&lookup)?;
-    let Lookup {
-        leaf: Some(leaf),
-        plan,
-        transform,
-        ..
-    } = lookup
-    else {
+    let out = gather(lookup)?;
+    let Some(leaf) = lookup.leaf else {
         return Ok(out.put_tape(tape));
     };
-    let (out_ghost, rows, reached) = (out.ghost(), leaf.rows.clone(), leaf.reached.cloned());
+    let (out_ghost, leaf, plan) = (out.ghost(), leaf.clone(), lookup.plan);
     // Index tensors without elements are not made: a device need not be able to.
-    let live = (!plan.grad_positions().is_empty() && dims(&rows)[1] > 0).then_some(plan);
+    let live = (!plan.grad_positions().is_empty() && dims(&leaf.rows)[1] > 0).then_some(plan);
     let live = live.map(|plan| indices(out.device(), plan)).transpose();
     let live = live.map_err(Error::dfdx)?;
-    let weights = weights::<E>(plan, transform.scale);
+    let weights = weights::<E>(plan, lookup.transform.scale);
     tape.add_backward_op(move |gradients| {
-        mark(gradients, reached.as_ref())?;
+        leaf.mark(gradients)?;
         let Some([positions, slots]) = live else {
-            return gradients.try_alloc_for(&rows);
+            return Ok(());
         };
         gradients.try_alloc_for(&out_ghost)?;
         let upstream: Matrix<E, D> = gradients.get(&out_ghost).try_gather(positions)?;
@@ -63,8 +57,8 @@ where
         if let Some(weights) = weights {
             upstream = multiply_rows(upstream, weights)?;
         }
-        let sums = sum_by_slot(upstream, slots, *rows.shape())?;
-        add_gradient(gradients, &rows, E::narrow(sums)?)
+        let sums = sum_by_slot(upstream, slots, *leaf.rows.shape())?;
+        D::add_row_gradient(gradients, &leaf, sums)
     });
     Ok(out.put_tape(tape))
 }
@@ -123,7 +117,7 @@ where
     if plan.is_empty() || dim == 0 {
         return matrix(base.device(), Vec::new(), plan.len(), dim);
     }
-    let rows = leaf.as_ref().map(|leaf| leaf.rows);
+    let rows = leaf.map(|leaf| &leaf.rows);
     let rows = gather_rows(base, rows, plan).map_err(Error::dfdx)?;
     transformed(rows, *transform).map_err(Error::dfdx)
 }

@@ -4,8 +4,8 @@ use dfdx::tensor::{Cpu, CpuError, Gradients, PutTape, Storage, Tape};
 use dfdx::tensor_ops::Device;
 use trainable_tokens_core::TokenId;
 
-use super::{Kernels, Lookup};
-use crate::convert::{Matrix, dims, matrix, to_elements, to_vec};
+use super::{Kernels, Leaf, Lookup};
+use crate::convert::{Matrix, dims, matrix, to_vec};
 use crate::{DfdxElement, Error, Result};
 
 impl<E: DfdxElement> Kernels<E> for Cpu
@@ -31,7 +31,7 @@ where
         Ok(())
     }
 
-    fn lookup<T: Tape<E, Cpu>>(lookup: Lookup<'_, E, Cpu>, tape: T) -> Result<Matrix<E, Cpu, T>> {
+    fn lookup<T: Tape<E, Cpu>>(lookup: &Lookup<'_, E, Cpu>, tape: T) -> Result<Matrix<E, Cpu, T>> {
         override_rows(lookup, tape)
     }
 
@@ -48,12 +48,22 @@ where
         Ok(logits)
     }
 
+    const WIDE_SUMS: bool = true;
+
+    fn add_row_gradient(
+        gradients: &mut Gradients<E, Cpu>,
+        leaf: &Leaf<E, Cpu>,
+        add: Matrix<E::Compute, Cpu>,
+    ) -> Result<(), CpuError> {
+        add_row_gradient(gradients, leaf, &to_vec(&add))
+    }
+
     fn add_gradient(
         gradients: &mut Gradients<E, Cpu>,
         leaf: &Matrix<E, Cpu>,
         add: Matrix<E, Cpu>,
     ) -> Result<(), CpuError> {
-        add_gradient(gradients, leaf, &add)
+        add_gradient(gradients, leaf, to_vec(&add))
     }
 }
 
@@ -61,38 +71,27 @@ where
 // storage is a vector.
 
 fn override_rows<E: DfdxElement, T: Tape<E, Cpu>>(
-    lookup: Lookup<'_, E, Cpu>,
+    lookup: &Lookup<'_, E, Cpu>,
     mut tape: T,
 ) -> Result<Matrix<E, Cpu, T>> {
-    let out = gather(&lookup)?;
-    let Lookup {
-        leaf: Some(leaf),
-        plan,
-        transform,
-        ..
-    } = lookup
-    else {
+    let out = gather(lookup)?;
+    let Some(leaf) = lookup.leaf else {
         return Ok(out.put_tape(tape));
     };
-    let (out_ghost, rows, dim) = (out.ghost(), leaf.rows.ghost(), dims(&out)[1]);
-    let (reached, plan) = (leaf.reached.cloned(), plan.clone());
+    let (out_ghost, dim) = (out.ghost(), dims(&out)[1]);
+    let (leaf, plan, scale) = (leaf.clone(), lookup.plan.clone(), lookup.transform.scale);
     tape.add_backward_op(move |gradients| {
-        if let Some(reached) = &reached {
+        if let Some(reached) = &leaf.reached {
             gradients.get_or_alloc_mut(reached)?.fill(E::ONE);
         }
         // Taken out and put back: two gradients cannot be borrowed at once, and a copy would cost the batch.
         let upstream = std::mem::take(&mut **gradients.get_or_alloc_mut(&out_ghost)?);
         let mut sums = plan.zero_gradient(E::DTYPE, dim);
-        let added = plan.accumulate(&upstream, transform.scale, &mut sums);
+        let added = plan.accumulate(&upstream, scale, &mut sums);
         **gradients.get_or_alloc_mut(&out_ghost)? = upstream;
-        let sums = added
-            .map_err(Error::from)
-            .and_then(|()| to_elements("gradient of the trained rows", &sums));
-        // Every size was checked by the forward pass.
-        let sums: Vec<E> = sums.map_err(|_| CpuError::WrongNumElements)?;
-        let rows = gradients.get_or_alloc_mut(&rows)?;
-        rows.iter_mut().zip(sums).for_each(|(row, sum)| *row += sum);
-        Ok(())
+        // Sizes and types were checked by the forward pass.
+        let sums = added.ok().and_then(|()| sums.as_slice());
+        add_row_gradient(gradients, &leaf, sums.ok_or(CpuError::WrongNumElements)?)
     });
     Ok(out.put_tape(tape))
 }
@@ -108,7 +107,7 @@ fn gather<E: DfdxElement>(lookup: &Lookup<'_, E, Cpu>) -> Result<Matrix<E, Cpu>>
     let [_, dim] = dims(base);
     let buffer = <Cpu as Storage<E>>::try_alloc_len(base.device(), plan.len() * dim);
     let mut out = std::mem::take(&mut *buffer.map_err(Error::dfdx)?);
-    let rows = leaf.as_ref().map(|leaf| leaf.rows);
+    let rows = leaf.map(|leaf| &leaf.rows);
     let mut live = plan.positions().iter().zip(plan.slots()).peekable();
     for ((position, id), out) in (0u32..)
         .zip(plan.input_ids())
@@ -124,15 +123,25 @@ fn gather<E: DfdxElement>(lookup: &Lookup<'_, E, Cpu>) -> Result<Matrix<E, Cpu>>
     matrix(base.device(), out, plan.len(), dim)
 }
 
+fn add_row_gradient<E: DfdxElement>(
+    gradients: &mut Gradients<E, Cpu>,
+    leaf: &Leaf<E, Cpu>,
+    add: &[E::Compute],
+) -> Result<(), CpuError> {
+    if let Some(sums) = &leaf.sums {
+        E::add_to_sums(gradients.get_or_alloc_mut(sums)?, add);
+    }
+    let rounded = add.iter().map(|add| E::from_compute(*add));
+    add_gradient(gradients, &leaf.rows, rounded)
+}
+
 fn add_gradient<E: DfdxElement>(
     gradients: &mut Gradients<E, Cpu>,
     leaf: &Matrix<E, Cpu>,
-    add: &Matrix<E, Cpu>,
+    add: impl IntoIterator<Item = E>,
 ) -> Result<(), CpuError> {
     let sums = gradients.get_or_alloc_mut(leaf)?;
-    sums.iter_mut()
-        .zip(to_vec(add))
-        .for_each(|(sum, add)| *sum += add);
+    sums.iter_mut().zip(add).for_each(|(sum, add)| *sum += add);
     Ok(())
 }
 

@@ -4,7 +4,7 @@ use dfdx::tensor::{Cuda, CudaError, Gradients, Tape};
 use dfdx::tensor_ops::Device;
 use trainable_tokens_core::TokenId;
 
-use super::{Kernels, Lookup, composed};
+use super::{Kernels, Leaf, Lookup, composed};
 use crate::convert::Matrix;
 use crate::{DfdxElement, Error, Result};
 
@@ -26,7 +26,7 @@ where
         })
     }
 
-    fn lookup<T: Tape<E, Cuda>>(lookup: Lookup<'_, E, Cuda>, tape: T) -> Result<Matrix<E, Cuda, T>> {
+    fn lookup<T: Tape<E, Cuda>>(lookup: &Lookup<'_, E, Cuda>, tape: T) -> Result<Matrix<E, Cuda, T>> {
         composed::lookup(lookup, tape)
     }
 
@@ -36,6 +36,17 @@ where
         columns: &[TokenId],
     ) -> Result<Matrix<E, Cuda>> {
         composed::override_columns(logits, part, columns)
+    }
+
+    // Bits cannot be taken apart by operations on tensors: over a table of `f16` each sum is rounded.
+    const WIDE_SUMS: bool = false;
+
+    fn add_row_gradient(
+        gradients: &mut Gradients<E, Cuda>,
+        leaf: &Leaf<E, Cuda>,
+        add: Matrix<E::Compute, Cuda>,
+    ) -> Result<(), CudaError> {
+        composed::add_gradient(gradients, &leaf.rows, E::narrow(add)?)
     }
 
     fn add_gradient(

@@ -5,7 +5,7 @@ use dfdx::tensor::{PutTape, SplitTape, Tape, Tensor};
 use dfdx::tensor_ops::{BroadcastTo, ReshapeTo, TryAdd, TryMatMul, TrySub};
 use trainable_tokens_core::TokenId;
 
-use super::{Flag, Kernels, Leaf, mark, select, transpose};
+use super::{Kernels, Leaf, select, transpose};
 use crate::convert::{Matrix, dims, matrix, to_vec};
 use crate::error::shape_error;
 use crate::{DfdxElement, Error, Result};
@@ -15,7 +15,7 @@ pub(crate) struct Head<'a, E: DfdxElement, D: Kernels<E>> {
     /// The frozen table.
     pub(crate) base: &'a Matrix<E, D>,
     /// The trained rows and their ids.
-    pub(crate) overrides: Option<(Leaf<'a, E, D>, &'a [TokenId])>,
+    pub(crate) overrides: Option<(&'a Leaf<E, D>, &'a [TokenId])>,
     pub(crate) bias: Option<&'a Tensor<(usize,), E, D>>,
 }
 
@@ -29,7 +29,7 @@ pub(crate) struct Head<'a, E: DfdxElement, D: Kernels<E>> {
 /// # Errors
 ///
 /// For hidden states of another width, and when dfdx fails.
-pub(crate) fn project<E, D, T>(hidden: Matrix<E, D, T>, head: Head<'_, E, D>) -> Result<Matrix<E, D, T>>
+pub(crate) fn project<E, D, T>(hidden: Matrix<E, D, T>, head: &Head<'_, E, D>) -> Result<Matrix<E, D, T>>
 where
     E: DfdxElement,
     D: Kernels<E>,
@@ -44,25 +44,23 @@ where
         None => Vec::new(),
         Some((_, ids)) => D::read_rows(head.base, ids)?,
     };
-    let out = forward(&hidden.retaped(), &head, &base_rows)?;
+    let out = forward(&hidden.retaped(), head, &base_rows)?;
     // The gradient of a strided tensor has its strides, which nobody but dfdx can see.
     let (hidden, mut tape) = hidden.try_contiguous().map_err(Error::dfdx)?.split_tape();
     let out_ghost = out.ghost();
     let base = head.base.clone();
     let empty = dims(&out).contains(&0) || dim == 0;
-    let overrides = match head.overrides {
+    let overrides = match &head.overrides {
         None => None,
         Some((leaf, ids)) => Some(Overrides {
-            rows: leaf.rows.clone(),
+            leaf: (*leaf).clone(),
             base_rows: matrix(base.device(), base_rows, ids.len(), dim)?,
-            reached: leaf.reached.cloned(),
             columns: ids.iter().map(|id| id.row()).collect(),
         }),
     };
     tape.add_backward_op(move |gradients| {
-        if let Some(Overrides { rows, reached, .. }) = &overrides {
-            mark(gradients, reached.as_ref())?;
-            gradients.try_alloc_for(rows)?;
+        if let Some(Overrides { leaf, .. }) = &overrides {
+            leaf.mark(gradients)?;
         }
         gradients.try_alloc_for(&hidden)?;
         if empty {
@@ -72,17 +70,17 @@ where
         let upstream: Matrix<E, D> = gradients.get(&out_ghost);
         let mut hidden_gradient = E::widen(upstream.clone().try_matmul(base)?)?;
         if let Some(Overrides {
-            rows,
+            leaf,
             base_rows,
             columns,
             ..
         }) = overrides
         {
             let trained = E::widen(select(&transpose(upstream)?, columns)?)?;
-            let difference = E::widen(rows.clone())?.try_sub(E::widen(base_rows)?)?;
+            let difference = E::widen(leaf.rows.clone())?.try_sub(E::widen(base_rows)?)?;
             hidden_gradient = hidden_gradient.try_add(transpose(trained.clone())?.try_matmul(difference)?)?;
             let gradient = trained.try_matmul(E::widen(hidden.clone())?)?;
-            D::add_gradient(gradients, &rows, E::narrow(gradient)?)?;
+            D::add_row_gradient(gradients, &leaf, gradient)?;
         }
         D::add_gradient(gradients, &hidden, E::narrow(hidden_gradient)?)
     });
@@ -91,9 +89,8 @@ where
 
 /// What the backward pass keeps of the trained rows.
 struct Overrides<E: DfdxElement, D: Kernels<E>> {
-    rows: Matrix<E, D>,
+    leaf: Leaf<E, D>,
     base_rows: Matrix<E, D>,
-    reached: Option<Flag<E, D>>,
     columns: Vec<usize>,
 }
 
@@ -109,7 +106,7 @@ fn forward<E: DfdxElement, D: Kernels<E>>(
     }
     let mut logits = product(hidden, head.base).map_err(Error::dfdx)?;
     if let Some((leaf, ids)) = &head.overrides {
-        let rows = to_vec(leaf.rows);
+        let rows = to_vec(&leaf.rows);
         let width = dim.max(1);
         let both = rows.chunks_exact(width).zip(base_rows.chunks_exact(width));
         let changed = ids.iter().zip(both).filter(|(_, (row, base))| row != base);

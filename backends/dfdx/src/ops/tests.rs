@@ -37,18 +37,20 @@ where
 {
     let (base, rows) = (noise::<E>(VOCAB, DIM, 1), noise::<E>(3, DIM, 2));
     let reached: Flag<E, Cpu> = base.device().zeros();
+    let leaf = Leaf {
+        rows: rows.clone(),
+        reached: Some(reached.clone()),
+        sums: None,
+    };
     let lookup = Lookup {
         base: &base,
-        leaf: Some(Leaf {
-            rows: &rows,
-            reached: Some(&reached),
-        }),
+        leaf: Some(&leaf),
         plan,
         transform,
     };
     let tape = OwnedTape::<E, Cpu>::default();
     let out = if composed {
-        composed::lookup(lookup, tape).unwrap()
+        composed::lookup(&lookup, tape).unwrap()
     } else {
         lookup.forward(tape).unwrap()
     };
@@ -185,10 +187,7 @@ fn a_lookup_leaves_the_gradient_of_its_output_in_place() {
     let plan = LookupPlan::new(&tokens, LayerOptions::default(), &[4, 1]).unwrap();
     let lookup = Lookup {
         base: &base,
-        leaf: Some(Leaf {
-            rows: &rows,
-            reached: None,
-        }),
+        leaf: Some(&Leaf::plain(rows.clone())),
         plan: &plan,
         transform: RowTransform::default(),
     };
@@ -217,10 +216,7 @@ fn what_does_not_fit_is_refused() {
         let plan = LookupPlan::new(&tokens, LayerOptions::default(), &[ids]).unwrap();
         let lookup = Lookup {
             base: &base,
-            leaf: Some(Leaf {
-                rows: &rows,
-                reached: None,
-            }),
+            leaf: Some(&Leaf::plain(rows.clone())),
             plan: &plan,
             transform: RowTransform::default(),
         };
