@@ -5,12 +5,12 @@
 use dfdx::prelude::*;
 use trainable_tokens::dfdx::TrainableTokens;
 use trainable_tokens::format::{Adapter, Overwrite};
-use trainable_tokens::{Adam as RowAdam, AdamConfig};
+use trainable_tokens::{Adam, AdamConfig};
 
 const VOCAB_SIZE: usize = 1000;
 const DIM: usize = 16;
 
-fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
+fn main() -> Result<(), Box<dyn std::error::Error>> {
     let device = Cpu::default();
     let table: Vec<f32> = (0..VOCAB_SIZE * DIM)
         .map(|at| ((at / DIM * 31 + at % DIM * 7) % 13) as f32 / 13.0)
@@ -19,7 +19,7 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
     embedding.weight.copy_from(&table);
 
     let mut embedding = TrainableTokens::wrap(embedding, &[998, 999])?;
-    let mut optimizer = RowAdam::new(AdamConfig {
+    let mut optimizer = Adam::new(AdamConfig {
         lr: 0.05,
         ..AdamConfig::ADAMW
     })?;

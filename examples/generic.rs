@@ -2,9 +2,7 @@
 //!
 //! `cargo run --example generic --features ndarray,candle,burn,dfdx`
 
-use trainable_tokens::{
-    Adam, AdamConfig, Backend, DType, LookupPlan, TokenRows, TokenSet, TrainableTokens,
-};
+use trainable_tokens::{Adam, AdamConfig, Backend, DType, LookupPlan, TokenRows, TokenSet, TrainableTokens};
 
 const VOCAB_SIZE: usize = 1000;
 const DIM: usize = 16;
@@ -93,8 +91,16 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     }
 
     for (name, rows) in &results {
-        let largest = rows.to_f64_vec().iter().map(|x| (x - 0.25).abs()).fold(0.0, f64::max);
-        println!("{name}: {} rows of {}, at most {largest:.4} off the target", rows.num_rows(), DType::F32);
+        let largest = rows
+            .to_f64_vec()
+            .iter()
+            .map(|x| (x - 0.25).abs())
+            .fold(0.0, f64::max);
+        println!(
+            "{name}: {} rows of {}, at most {largest:.4} off the target",
+            rows.num_rows(),
+            DType::F32
+        );
     }
     if tokens.is_empty() || results.is_empty() {
         println!("no backend is enabled: --features ndarray,candle,burn,dfdx");

@@ -18,13 +18,14 @@ mod run;
 
 use run::{Run, STEPS, Start, optimizers, train, train_from};
 
-type Nd = crate::ndarray::Harness;
-type Candle = crate::candle::Harness;
-type Burn = crate::burn::Harness;
-type Dfdx = crate::dfdx::Harness;
+type Nd = ndarray::Harness;
+type Candle = candle::Harness;
+type Burn = burn::Harness;
+type Dfdx = dfdx::Harness;
 
-/// How far losses and rows may lie apart after 50 steps, absolutely; rows are of the size of one.
-const TOLERANCE: f64 = 1e-4;
+/// How far losses and rows may lie apart over 50 steps, absolutely; rows are of the size of one. (Sums in another order
+/// made 5e-7 at most when this was written.)
+const TOLERANCE: f64 = 5e-6;
 
 /// Runs one expression per backend, with `$Backend` bound to its harness, and collects name and value.
 macro_rules! in_every_backend {
@@ -52,11 +53,17 @@ macro_rules! in_every_backend {
 
 fn assert_close(what: &str, got: &Run, want: &Run) {
     for (step, (got, want)) in got.losses.iter().zip(&want.losses).enumerate() {
-        assert!((got - want).abs() <= TOLERANCE, "{what}: loss of step {step} is {got}, the reference has {want}");
+        assert!(
+            (got - want).abs() <= TOLERANCE,
+            "{what}: loss of step {step} is {got}, the reference has {want}"
+        );
     }
     for (step, (got, want)) in got.rows.iter().zip(&want.rows).enumerate() {
         for (got, want) in got.to_f64_vec().into_iter().zip(want.to_f64_vec()) {
-            assert!((got - want).abs() <= TOLERANCE, "{what}: after step {step} {got}, the reference has {want}");
+            assert!(
+                (got - want).abs() <= TOLERANCE,
+                "{what}: after step {step} {got}, the reference has {want}"
+            );
         }
     }
 }
@@ -66,11 +73,14 @@ fn every_backend_trains_alike() {
     for (name, optimizer) in optimizers() {
         let runs = in_every_backend!(B => train::<B>(&mut *optimizer(), STEPS));
         let (_, reference) = &runs[0];
+        let mean = |losses: &[f64]| losses.iter().sum::<f64>() / losses.len() as f64;
+        let (first, last) = (
+            mean(&reference.losses[..10]),
+            mean(&reference.losses[STEPS - 10..]),
+        );
         assert!(
-            reference.losses[STEPS - 1] < 0.7 * reference.losses[0],
-            "{name}: the loss falls from {} to {} only",
-            reference.losses[0],
-            reference.losses[STEPS - 1]
+            last < first - 0.1,
+            "{name}: the loss falls from {first} to {last} only"
         );
         for (backend, run) in &runs {
             assert_close(&format!("{name} in {backend}"), run, reference);
@@ -124,7 +134,10 @@ fn every_backend_resumes_every_other() {
                 let what = format!("{name}: saved by {writer}, resumed by {reader}");
                 assert_close(&what, run, &rest);
                 if reader == writer {
-                    assert!(run.rows[run.rows.len() - 1].bits_eq(&rest.rows[rest.rows.len() - 1]), "{what}");
+                    assert!(
+                        run.rows[run.rows.len() - 1].bits_eq(&rest.rows[rest.rows.len() - 1]),
+                        "{what}"
+                    );
                 }
             }
         }

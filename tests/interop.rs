@@ -1,17 +1,27 @@
-//! What one backend writes, the other reads to the same bits; the shared optimizers move both alike.
+//! What one backend writes, every other reads to the same bits; the shared optimizers move all alike.
 #![allow(missing_docs, clippy::unwrap_used)]
+
+#[path = "../backends/burn/tests/support/harness.rs"]
+mod burn;
+#[path = "../backends/candle/tests/support/harness.rs"]
+mod candle;
+#[path = "../backends/dfdx/tests/support/harness.rs"]
+mod dfdx;
+#[path = "../backends/ndarray/tests/support/harness.rs"]
+mod nd;
 
 use candle_core::{Device, Tensor, WithDType};
 use candle_nn::Module;
 use half::{bf16, f16};
 use ndarray::Array2;
 use proptest::prelude::*;
-use trainable_tokens::candle;
+use trainable_tokens::candle::TrainableTokens as CandleLayer;
 use trainable_tokens::format::{Adapter, Checkpoint, Overwrite, TrainingState, digest};
-use trainable_tokens::ndarray::{NdTable, TrainableTokens, TrainableTokensExt};
+use trainable_tokens::ndarray::{TrainableTokens, TrainableTokensExt};
 use trainable_tokens::{
     Adam, AdamConfig, DType, Element, EmbeddingSource, RowOptimizer, TokenRows, TokenSet,
 };
+use trainable_tokens_testkit::{Harness, Layer};
 
 const MODULE: &str = "model.embed_tokens";
 
@@ -43,12 +53,8 @@ fn case() -> impl Strategy<Value = Case> {
 }
 
 impl Case {
-    fn table(&self) -> Array2<f32> {
-        Array2::from_shape_vec((self.v, self.d), noise(self.seed, self.v * self.d)).unwrap()
-    }
-
-    fn tensor(&self) -> Tensor {
-        Tensor::from_vec(noise(self.seed, self.v * self.d), (self.v, self.d), &Device::Cpu).unwrap()
+    fn table(&self) -> TokenRows {
+        TokenRows::new(noise(self.seed, self.v * self.d), self.v, self.d).unwrap()
     }
 
     fn tokens(&self) -> TokenSet {
@@ -61,73 +67,94 @@ impl Case {
     }
 }
 
-proptest! {
-    #![proptest_config(ProptestConfig::with_cases(64))]
+/// Runs one function for every backend that writes and every one that reads.
+macro_rules! in_every_pair {
+    ($function:ident($case:expr)) => {
+        in_every_pair!(@writer $function($case) nd::Nd<f32>);
+        in_every_pair!(@writer $function($case) candle::OnCpu<f32>);
+        in_every_pair!(@writer $function($case) burn::OnFlex<f32>);
+        in_every_pair!(@writer $function($case) dfdx::OnCpu<f32>);
+    };
+    (@writer $function:ident($case:expr) $Writer:ty) => {
+        $function::<$Writer, nd::Nd<f32>>($case);
+        $function::<$Writer, candle::OnCpu<f32>>($case);
+        $function::<$Writer, burn::OnFlex<f32>>($case);
+        $function::<$Writer, dfdx::OnCpu<f32>>($case);
+    };
+}
 
-    /// Save then load is the identity, in each backend and from either to the other.
-    #[test]
-    fn a_saved_adapter_is_the_same_in_every_backend(case in case(), tied: bool) {
-        let mut nd: TrainableTokens<_> = TrainableTokens::new(NdTable::new(case.table()).unwrap(), case.tokens()).unwrap();
-        nd.set_rows(&case.rows()).unwrap();
-        let mut candle = candle::TrainableTokens::from_tensor(case.tensor(), &case.tokens).unwrap();
-        candle.set_rows(&case.rows()).unwrap();
+/// Save, then load in another backend: the same rows, and the same lookup of every token.
+fn saved_and_loaded<W: Harness, R: Harness>(case: &Case) {
+    let layer =
+        Layer::<W>::with_rows(W::source(&case.table()).unwrap(), case.tokens(), &case.rows()).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let mut builder = Adapter::builder(MODULE, layer.tokens(), layer.rows().unwrap());
+    builder = builder.base(digest(layer.source()).unwrap(), DType::F32);
+    if case.seed.is_multiple_of(2) {
+        builder = builder.tied("lm_head");
+    }
+    builder
+        .build()
+        .unwrap()
+        .write(dir.path().join("adapter"), Overwrite::Refuse)
+        .unwrap();
 
-        let dir = tempfile::tempdir().unwrap();
-        let digest = digest(nd.source()).unwrap();
-        prop_assert_eq!(digest, trainable_tokens::format::digest(candle.table()).unwrap());
-        for (name, rows) in [("nd", nd.rows().unwrap()), ("candle", candle.rows().unwrap())] {
-            let mut builder = Adapter::builder(MODULE, &case.tokens(), rows).base(digest, DType::F32);
-            if tied {
-                builder = builder.tied("lm_head");
-            }
-            builder.build().unwrap().write(dir.path().join(name), Overwrite::Refuse).unwrap();
+    let adapter = Adapter::read(dir.path().join("adapter")).unwrap();
+    let source = R::source(&case.table()).unwrap();
+    assert_eq!(adapter.metadata().base_digest, Some(digest(&source).unwrap()));
+    let rows = adapter.rows(MODULE).unwrap();
+    assert!(rows.bits_eq(&case.rows()));
+    let loaded = Layer::<R>::with_rows(source, adapter.token_set(case.v).unwrap(), rows).unwrap();
+    let all: Vec<u32> = (0..u32::try_from(case.v).unwrap()).collect();
+    let written = W::read(&layer.lookup(&all).unwrap()).unwrap();
+    assert!(R::read(&loaded.lookup(&all).unwrap()).unwrap().bits_eq(&written));
+}
+
+/// A run that is saved in one backend goes on in the other, bit for bit.
+fn resumed<W: Harness, R: Harness>(case: &Case) {
+    let k = case.tokens.len();
+    let gradient =
+        |step: u64| TokenRows::new(noise(case.seed ^ (100 + step), k * case.d), k, case.d).unwrap();
+    let config = AdamConfig {
+        lr: 0.1,
+        weight_decay: 0.1,
+        ..AdamConfig::ADAMW
+    };
+    let mut layer = Layer::<W>::new(W::source(&case.table()).unwrap(), case.tokens()).unwrap();
+    let (mut optimizer, mut saved) = (Adam::new(config).unwrap(), None);
+    for step in 0..6 {
+        if step == 3 {
+            let dir = tempfile::tempdir().unwrap();
+            let extra = serde_json::Value::Null;
+            let optimizer = optimizer.state();
+            TrainingState { optimizer, extra }.write_into(dir.path()).unwrap();
+            let state = TrainingState::read(dir.path().join(TrainingState::FILE_NAME)).unwrap();
+            saved = Some((layer.rows().unwrap(), state));
         }
-        let file = |name: &str| std::fs::read(dir.path().join(name).join("adapter_model.safetensors")).unwrap();
-        prop_assert_eq!(file("nd"), file("candle"), "both backends write the same bytes");
+        layer.step_with(gradient(step), &mut optimizer, &mut []).unwrap();
+    }
+    let (rows, state) = saved.unwrap();
+    let mut other = Layer::<R>::with_rows(R::source(&case.table()).unwrap(), case.tokens(), &rows).unwrap();
+    let mut again = Adam::new(config).unwrap();
+    again.load_state(state.optimizer).unwrap();
+    for step in 3..6 {
+        other.step_with(gradient(step), &mut again, &mut []).unwrap();
+    }
+    assert!(other.rows().unwrap().bits_eq(&layer.rows().unwrap()));
+    assert_eq!(again.state(), optimizer.state());
+}
 
-        let adapter = Adapter::read(dir.path().join("nd")).unwrap();
-        prop_assert_eq!(adapter.config().token_indices(), &case.tokens[..]);
-        let rows = adapter.rows(MODULE).unwrap();
-        prop_assert!(rows.bits_eq(&case.rows()));
-        let loaded = candle::TrainableTokens::with_rows(case.tensor(), &case.tokens, rows).unwrap();
-        let all: Vec<u32> = (0..u32::try_from(case.v).unwrap()).collect();
-        let from_candle = loaded.forward(&Tensor::new(&all[..], &Device::Cpu).unwrap()).unwrap();
-        let from_nd = nd.lookup(&all).unwrap();
-        let bits = |values: Vec<f32>| values.into_iter().map(f32::to_bits).collect::<Vec<_>>();
-        prop_assert_eq!(bits(from_candle.flatten_all().unwrap().to_vec1().unwrap()), bits(from_nd.into_iter().collect()));
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    #[test]
+    fn a_saved_adapter_is_the_same_in_every_backend(case in case()) {
+        in_every_pair!(saved_and_loaded(&case));
     }
 
-    /// A run that is saved in one backend goes on in the other, bit for bit.
     #[test]
-    fn training_goes_on_in_the_other_backend(case in case()) {
-        let gradient = |step: u64| {
-            let k = case.tokens.len();
-            TokenRows::new(noise(case.seed ^ (100 + step), k * case.d), k, case.d).unwrap()
-        };
-        let config = AdamConfig { lr: 0.1, weight_decay: 0.1, ..AdamConfig::ADAMW };
-        let mut nd: TrainableTokens<_> = TrainableTokens::new(NdTable::new(case.table()).unwrap(), case.tokens()).unwrap();
-        let mut optimizer = Adam::new(config).unwrap();
-        let mut state = None;
-        for step in 0..6 {
-            if step == 3 {
-                let extra = serde_json::Value::Null;
-                let bytes = TrainingState { optimizer: optimizer.state(), extra }.to_bytes().unwrap();
-                state = Some((nd.rows().unwrap(), bytes));
-            }
-            nd.step_with(gradient(step), &mut optimizer, &mut []).unwrap();
-        }
-        let (rows, bytes) = state.unwrap();
-        let dir = tempfile::tempdir().unwrap();
-        std::fs::write(dir.path().join(TrainingState::FILE_NAME), bytes).unwrap();
-        let state = TrainingState::read(dir.path().join(TrainingState::FILE_NAME)).unwrap();
-        let mut candle = candle::TrainableTokens::with_rows(case.tensor(), &case.tokens, &rows).unwrap();
-        let mut resumed = Adam::new(config).unwrap();
-        resumed.load_state(state.optimizer).unwrap();
-        for step in 3..6 {
-            candle.step_with(gradient(step), &mut resumed, &mut []).unwrap();
-        }
-        prop_assert!(candle.rows().unwrap().bits_eq(&nd.rows().unwrap()));
-        prop_assert_eq!(resumed.state(), optimizer.state());
+    fn training_goes_on_in_every_other_backend(case in case()) {
+        in_every_pair!(resumed(&case));
     }
 }
 
@@ -151,7 +178,7 @@ fn mapped<T: Element + WithDType>(file_type: safetensors::Dtype) {
     let rows = TokenRows::new(noise(5, 2 * d), 2, d).unwrap();
     let nd: TrainableTokens<_, T> = TrainableTokens::with_rows(table, tokens, &rows).unwrap();
     let loaded = Tensor::from_vec(values, (v, d), &Device::Cpu).unwrap();
-    let candle = candle::TrainableTokens::with_rows(loaded, &[49, 4], &rows).unwrap();
+    let candle = CandleLayer::with_rows(loaded, &[49, 4], &rows).unwrap();
     let want = candle.forward(&Tensor::new(&ids, &Device::Cpu).unwrap()).unwrap();
     let got = nd.lookup(&ids).unwrap().into_iter().collect::<Vec<T>>();
     assert_eq!(got, want.flatten_all().unwrap().to_vec1::<T>().unwrap());

@@ -1,9 +1,15 @@
 //! The golden vectors of `tests/vectors`: made by the reference backend, agreed with PEFT's own numbers, and passed by
 //! every backend.
 //!
-//! `TRAINABLE_TOKENS_BLESS=1 cargo test --features ndarray --test vectors -- the_vectors` writes them anew.
+//! `TRAINABLE_TOKENS_BLESS=1 cargo test --features ndarray,candle,burn,dfdx --test vectors -- the_vectors` writes them anew.
 #![allow(missing_docs, clippy::unwrap_used, clippy::panic)]
 
+#[path = "../backends/burn/tests/support/harness.rs"]
+mod burn;
+#[path = "../backends/candle/tests/support/harness.rs"]
+mod candle;
+#[path = "../backends/dfdx/tests/support/harness.rs"]
+mod dfdx;
 #[path = "vectors/generate.rs"]
 mod generate;
 #[path = "../backends/ndarray/tests/support/harness.rs"]
@@ -14,9 +20,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use generate::{Draft, drafts};
+use half::{bf16, f16};
 use reference::Nd;
 use trainable_tokens::format::SafetensorsFile;
 use trainable_tokens::{DType, TokenRows};
+use trainable_tokens_testkit::Harness;
 use trainable_tokens_testkit::vectors::{self, BLESS, CASES_FILE, TENSORS_FILE, Tensors, Vectors};
 
 fn dir() -> PathBuf {
@@ -28,8 +36,8 @@ fn compute(draft: &Draft) -> Tensors {
     let (case, inputs) = (&draft.case, &draft.inputs);
     let run = match case.dtype.as_deref() {
         Some("F64") => vectors::generate::<Nd<f64>>,
-        Some("F16") => vectors::generate::<Nd<half::f16>>,
-        Some("BF16") => vectors::generate::<Nd<half::bf16>>,
+        Some("F16") => vectors::generate::<Nd<f16>>,
+        Some("BF16") => vectors::generate::<Nd<bf16>>,
         _ => vectors::generate::<Nd<f32>>,
     };
     match run(case, inputs, &dir()) {
@@ -67,15 +75,30 @@ fn the_vectors_are_what_the_reference_computes() {
             );
         }
     }
-    let counts = [
-        vectors::run::<Nd<f64>>(&dir()),
-        vectors::run::<Nd<f32>>(&dir()),
-        vectors::run::<Nd<half::f16>>(&dir()),
-        vectors::run::<Nd<half::bf16>>(&dir()),
-    ];
-    for count in counts {
-        assert!(count.unwrap() > 20);
-    }
+}
+
+fn passes<H: Harness>() {
+    let count = vectors::run::<H>(&dir()).unwrap();
+    assert!(count > 20, "{count} cases for tables of {}", H::DTYPE);
+}
+
+#[test]
+fn every_backend_passes_the_vectors() {
+    passes::<Nd<f64>>();
+    passes::<Nd<f32>>();
+    passes::<Nd<f16>>();
+    passes::<Nd<bf16>>();
+    passes::<candle::OnCpu<f64>>();
+    passes::<candle::OnCpu<f32>>();
+    passes::<candle::OnCpu<f16>>();
+    passes::<candle::OnCpu<bf16>>();
+    passes::<burn::OnFlex<f64>>();
+    passes::<burn::OnFlex<f32>>();
+    passes::<burn::OnFlex<f16>>();
+    passes::<burn::OnFlex<bf16>>();
+    passes::<dfdx::OnCpu<f64>>();
+    passes::<dfdx::OnCpu<f32>>();
+    passes::<dfdx::OnCpu<f16>>();
 }
 
 /// Writes cases and tensors, inputs and outputs.

@@ -19,7 +19,10 @@ impl Model for Harness {
         plan: &LookupPlan,
         targets: &[u32],
     ) -> (f64, Gradients) {
-        let hidden = layer.lookup_planned(plan).unwrap().matmul(harness::tensor::<f32>(projection));
+        let hidden = layer
+            .lookup_planned(plan)
+            .unwrap()
+            .matmul(harness::tensor::<f32>(projection));
         let logits = layer.logits(hidden).unwrap();
         let targets: Vec<i64> = targets.iter().map(|id| i64::from(*id)).collect();
         let shape = [targets.len(), 1];

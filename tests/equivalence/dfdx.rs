@@ -20,7 +20,11 @@ impl Model for Harness {
         targets: &[u32],
     ) -> (f64, Gradients<f32, Cpu>) {
         let projection = harness::tensor::<f32>(projection).unwrap();
-        let hidden = layer.lookup_planned(plan).unwrap().try_matmul(projection).unwrap();
+        let hidden = layer
+            .lookup_planned(plan)
+            .unwrap()
+            .try_matmul(projection)
+            .unwrap();
         let logits = layer.logits(hidden).unwrap();
         let (n, v) = (targets.len(), layer.tokens().vocab_size());
         let mut chosen = vec![0f32; n * v];

@@ -23,7 +23,9 @@ impl Model for Harness {
         let hidden = layer.lookup_planned(plan).unwrap().dot(&projection);
         let logits = layer.logits(hidden.clone()).unwrap();
 
-        let largest = logits.fold_axis(Axis(1), f32::NEG_INFINITY, |a, b| a.max(*b)).insert_axis(Axis(1));
+        let largest = logits
+            .fold_axis(Axis(1), f32::NEG_INFINITY, |a, b| a.max(*b))
+            .insert_axis(Axis(1));
         let mut gradient = (logits - largest).mapv(f32::exp);
         gradient /= &gradient.sum_axis(Axis(1)).insert_axis(Axis(1));
         let (n, mut loss) = (targets.len() as f32, 0.0);
@@ -34,7 +36,9 @@ impl Model for Harness {
         }
 
         let mut rows = layer.zero_gradient();
-        let hidden_gradient = layer.logits_backward(hidden.view(), gradient.view(), &mut rows).unwrap();
+        let hidden_gradient = layer
+            .logits_backward(hidden.view(), gradient.view(), &mut rows)
+            .unwrap();
         let upstream = hidden_gradient.dot(&projection.t());
         layer.backward_into(plan, upstream.view(), &mut rows).unwrap();
         (f64::from(loss), rows)

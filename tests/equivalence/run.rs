@@ -143,12 +143,7 @@ fn layer<M: Model>(start: &Start) -> Layer<M> {
     }
 }
 
-fn steps<M: Model>(
-    layer: &mut Layer<M>,
-    optimizer: &mut dyn RowOptimizer,
-    from: usize,
-    to: usize,
-) -> Run {
+fn steps<M: Model>(layer: &mut Layer<M>, optimizer: &mut dyn RowOptimizer, from: usize, to: usize) -> Run {
     let projection = noise(2, DIM, DIM);
     let before = digest(layer.source()).unwrap();
     let mut run = Run::default();
