@@ -93,11 +93,12 @@ pub(crate) fn close_within(what: &str, got: &TokenRows, want: &Exact, tolerance:
         got.shape(),
         want.shape
     );
-    let largest = want.values.iter().fold(1f64, |most, x| most.max(x.abs()));
+    let finite = want.values.iter().filter(|x| x.is_finite());
+    let largest = finite.fold(1f64, |most, x| most.max(x.abs()));
     let allowed = tolerance * largest;
     for (at, (got, want)) in got.to_f64_vec().iter().zip(&want.values).enumerate() {
         ensure!(
-            (got - want).abs() <= allowed,
+            got == want || got.is_nan() && want.is_nan() || (got - want).abs() <= allowed,
             "{what}: value {at} is {got}, expected {want} within {allowed:.1e}"
         );
     }

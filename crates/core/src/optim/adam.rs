@@ -179,7 +179,6 @@ struct Scalars {
 
 impl Scalars {
     fn new(config: &AdamConfig, step: u64, lr: f64) -> Self {
-        let steps = i32::try_from(step).unwrap_or(i32::MAX);
         let decay = (config.weight_decay != 0.0).then_some(config.weight_decay);
         Self {
             decoupled: decay
@@ -189,11 +188,24 @@ impl Scalars {
             one_minus_beta1: 1.0 - config.beta1,
             beta2: config.beta2,
             one_minus_beta2: 1.0 - config.beta2,
-            minus_step_size: -(lr / (1.0 - config.beta1.powi(steps))),
-            bias_correction2_sqrt: (1.0 - config.beta2.powi(steps)).sqrt(),
+            minus_step_size: -(lr / (1.0 - power(config.beta1, step))),
+            bias_correction2_sqrt: (1.0 - power(config.beta2, step)).sqrt(),
             eps: config.eps,
         }
     }
+}
+
+/// `base` to the power `exponent` by repeated squaring: the same bits on every machine, which `powi` does not promise.
+fn power(mut base: f64, mut exponent: u64) -> f64 {
+    let mut result = 1.0;
+    while exponent > 0 {
+        if exponent % 2 == 1 {
+            result *= base;
+        }
+        exponent /= 2;
+        base *= base;
+    }
+    result
 }
 
 /// torch's `_single_tensor_adam`, every operation rounded to `T`.
