@@ -8,6 +8,7 @@ mod merged;
 mod metadata;
 mod rows;
 mod state;
+mod targets;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -20,9 +21,8 @@ use trainable_tokens_format::{Adapter, digest};
 use crate::{Failure, Harness, Layer};
 
 pub use adapter::{
-    a_module_is_targeted_as_the_config_says, an_adapter_gives_the_rows_back, an_adapter_knows_its_table,
-    copies_of_tied_rows_must_agree, odd_values_survive, the_digest_is_that_of_the_bytes,
-    the_file_keeps_the_order_of_slots, what_would_be_read_otherwise_is_not_written,
+    an_adapter_gives_the_rows_back, an_adapter_knows_its_table, copies_of_tied_rows_must_agree,
+    odd_values_survive, the_digest_is_that_of_the_bytes, the_file_keeps_the_order_of_slots,
 };
 pub use checkpoint::{
     a_checkpoint_is_one_file_or_an_index_of_shards, a_module_without_a_table_must_be_tied_to_one,
@@ -49,6 +49,7 @@ pub use state::{
     a_saved_run_goes_on_with_the_same_bits, a_state_is_checked_by_the_optimizer,
     a_state_is_written_as_specified, what_is_no_state_is_refused,
 };
+pub use targets::{a_module_is_targeted_as_the_config_says, what_would_be_read_otherwise_is_not_written};
 
 const MODULE: &str = "model.embed_tokens";
 const HEAD: &str = "lm_head";

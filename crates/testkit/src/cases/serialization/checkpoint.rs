@@ -120,20 +120,18 @@ pub fn a_checkpoint_is_one_file_or_an_index_of_shards<H: Harness>() -> Outcome {
 /// Tables have two dimensions, rows that 32 bits can name and a type of rows; adapters of any type fit one whose rows
 /// are as long and cover the ids.
 pub fn an_adapter_fits_tables_of_its_sizes_in_any_type<H: Harness>() -> Outcome {
+    let home = tempfile::tempdir()?;
     let check = |adapter: &Adapter, tensors: &[(&str, &TokenRows)]| {
-        let (_home, dir) = checkpoint_of(tensors)?;
-        Ok::<_, Failure>(adapter.check_against(&Checkpoint::open(dir)?, BaseCheck::Fits))
+        fs::write(home.path().join("model.safetensors"), safetensors_of(tensors)?)?;
+        Ok::<_, Failure>(adapter.check_against(&Checkpoint::open(home.path())?, BaseCheck::Fits))
     };
     for_all(|world| {
         let adapter = adapter_of::<H>(&world.trained::<H>()?)?;
         let of = |dtype, v, d| noise(world.seed, dtype, v, d);
-        for dtype in crate::cases::DTYPES {
-            let table = of(dtype, world.v, world.d);
-            check(&adapter, &[(TABLE, &table)])??;
-            check(&adapter, &[(HEAD_TABLE, &table)])??;
-            let typed = Adapter::builder(MODULE, &world.token_set()?, world.rows_of(dtype)).build()?;
-            check(&typed, &[(TABLE, &of(H::DTYPE, world.v + 1, world.d))])??;
-        }
+        let dtype = crate::cases::DTYPES[usize::try_from(world.seed % 4)?];
+        check(&adapter, &[(HEAD_TABLE, &of(dtype, world.v, world.d))])??;
+        let typed = Adapter::builder(MODULE, &world.token_set()?, world.rows_of(dtype)).build()?;
+        check(&typed, &[(TABLE, &of(H::DTYPE, world.v + 1, world.d))])??;
         let (table, longer) = (of(H::DTYPE, world.v, world.d), of(H::DTYPE, world.v, world.d + 1));
         refused(
             "longer rows",

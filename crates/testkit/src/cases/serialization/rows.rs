@@ -160,7 +160,7 @@ pub fn other_tensors_are_kept_in_order<H: Harness>() -> Outcome {
         ("BOOL", 8),
     ];
     let rows = noise(1, H::DTYPE, 1, 4);
-    let mut named = vec![(H::DTYPE.to_string(), key("emb"), rows.to_le_bytes())];
+    let mut tensors = vec![(H::DTYPE.to_string(), key("emb"), rows.to_le_bytes())];
     // Names in which bytes and letters have other orders, and one that only looks like rows.
     let names = [
         "é",
@@ -171,7 +171,7 @@ pub fn other_tensors_are_kept_in_order<H: Harness>() -> Outcome {
     ];
     for (dtype, bits) in TYPES {
         for (fill, name) in (0u8..).zip(names) {
-            named.push((
+            tensors.push((
                 dtype.to_owned(),
                 format!("{name} {dtype}"),
                 vec![fill; 4 * bits / 8],
@@ -194,7 +194,7 @@ pub fn other_tensors_are_kept_in_order<H: Harness>() -> Outcome {
     };
     // The order of the file does not matter on reading.
     let plain = Files::of(&plain_adapter(&[5], rows.clone())?)?;
-    let adapter = plain.with_rows(file(&named)?).read()??;
+    let adapter = plain.with_rows(file(&tensors)?).read()??;
     same(
         "the rows",
         adapter.rows("emb").ok_or("no rows of the module")?,
@@ -204,14 +204,14 @@ pub fn other_tensors_are_kept_in_order<H: Harness>() -> Outcome {
     equal(
         "other tensors",
         &adapter.extra_tensors().count(),
-        &(named.len() - 1),
+        &(tensors.len() - 1),
     )?;
     let rank = |dtype: &str| TYPES.iter().position(|(name, _)| *name == dtype);
-    named.sort_by(|(a_type, a, _), (b_type, b, _)| {
+    tensors.sort_by(|(a_type, a, _), (b_type, b, _)| {
         (rank(a_type), a.as_bytes()).cmp(&(rank(b_type), b.as_bytes()))
     });
     ensure!(
-        adapter.to_safetensors()? == file(&named)?,
+        adapter.to_safetensors()? == file(&tensors)?,
         "the file written again has another order"
     );
     same(
@@ -227,11 +227,8 @@ pub fn names_that_are_almost_rows_are_refused<H: Harness>() -> Outcome {
     let files = Files::of(&adapter_of::<H>(&world.trained::<H>()?)?)?;
     let rows = noise(1, H::DTYPE, 2, 3);
     let named = |name: &str, rows: &TokenRows| {
-        Ok::<_, Failure>(
-            files
-                .with_rows(safetensors_of(&[(&key(MODULE), rows), (name, rows)])?)
-                .read()?,
-        )
+        let rows = safetensors_of(&[(&key(MODULE), rows), (name, rows)])?;
+        files.with_rows(rows).read()
     };
     for (name, right) in [
         ("lm_head.trainable_tokens_delta".to_owned(), key(HEAD)),
