@@ -138,6 +138,22 @@ fn tolerances_are_those_of_the_kit() {
 }
 
 #[test]
+fn the_files_of_peft_are_those_of_the_fixtures() {
+    let root = concat!(env!("CARGO_MANIFEST_DIR"), "/../..");
+    for (copy, fixture) in [
+        ("tied", "llama_tied"),
+        ("regex", "target_regex"),
+        ("half", "standalone_bf16_noautocast"),
+    ] {
+        for file in ["adapter_config.json", "adapter_model.safetensors"] {
+            let copy = fs::read(format!("{root}/crates/testkit/peft/{copy}/{file}")).unwrap();
+            let original = fs::read(format!("{root}/tests/fixtures/peft/{fixture}/adapter/{file}")).unwrap();
+            assert!(copy == original, "{file} of {fixture}");
+        }
+    }
+}
+
+#[test]
 fn lines_are_not_too_long() {
     for (at, line) in spec().lines().enumerate() {
         let length = line.chars().count();
