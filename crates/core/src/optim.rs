@@ -75,7 +75,7 @@ pub fn step_rows(
 ) -> Result<StepReport> {
     gradient.expect_shape("gradient", rows.num_rows(), rows.embedding_dim())?;
     let grad_norm = gradient.norm();
-    let step = optimizer.steps_taken() + 1;
+    let step = optimizer.steps_taken().saturating_add(1);
     // What an error goes back to; without hooks nothing but the update changes rows, and it does so last.
     let mut kept = (!hooks.is_empty()).then(|| rows.clone());
     let result = hooked_step(optimizer, hooks, tokens, rows, gradient, &mut kept);
@@ -110,7 +110,7 @@ fn hooked_step(
         }
         Ok::<(), Error>(())
     };
-    let step = optimizer.steps_taken() + 1;
+    let step = optimizer.steps_taken().saturating_add(1);
     let mut context = StepContext {
         step,
         tokens,

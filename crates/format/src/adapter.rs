@@ -138,9 +138,19 @@ impl Adapter {
     ///
     /// # Errors
     ///
-    /// Those of reading: the config must fit the rows.
+    /// Those of reading: the config must fit the rows and target their modules.
     pub fn with_config(self, config: AdapterConfig) -> Result<Self> {
-        Self { config, ..self }.checked()
+        let stored = self.modules.iter().flat_map(|module| {
+            let copies = module.all_paths();
+            copies.map(|path| (path.to_owned(), module.rows.clone()))
+        });
+        let modules = parts::group(stored.collect(), config.target_modules(), self.origin())?;
+        Self {
+            config,
+            modules,
+            ..self
+        }
+        .checked()
     }
 
     /// The same adapter with other metadata.

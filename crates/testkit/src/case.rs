@@ -91,6 +91,11 @@ macro_rules! list {
             },)+)+]
         }
 
+        /// Group and name of every case, and the clauses of SPEC.md that it cites.
+        pub const CITATIONS: &[(Group, &str, &str)] = &[
+            $($((Group::$variant, stringify!($case), $clauses),)+)+
+        ];
+
         /// Makes a `#[test]` of every case of the kit, for each of the harnesses given, and installs the allocator
         /// that the cases of the group `allocation` count with: one call per test program.
         ///
@@ -187,6 +192,7 @@ list! { $
         a_refused_write_changes_nothing: "E3, E4",
         an_update_sees_and_replaces: "N1",
         a_written_row_is_seen_by_the_next_lookup: "L4",
+        a_nan_stays_a_nan: "R6",
     }
     lookup Lookup {
         untrained_rows_are_a_no_op: "L3, L11, L12, T9",
@@ -228,6 +234,7 @@ list! { $
         a_merged_head_agrees: "M12, M6",
         hidden_states_may_be_empty: "H1",
         every_column_may_train: "H1, T7",
+        an_untied_head_has_rows_of_its_own: "H9, H7, G10",
     }
     merge Merge {
         merging_writes_the_rows_and_nothing_else: "M2, M9, R3",
@@ -237,6 +244,8 @@ list! { $
         merges_do_not_nest: "M4, M5",
         a_merged_layer_does_not_train: "M6, E3",
         training_goes_on_after_unmerging: "M7",
+        no_token_can_be_merged: "M10, M5, T7",
+        a_failed_write_does_not_change_the_state: "M8, E3",
     }
     adapters Adapters {
         given_rows_keep_bits_and_type: "T10",
@@ -256,6 +265,9 @@ list! { $
         updates_are_dense: "O2",
         memory_is_like_the_rows: "O5, O14",
         a_refused_step_changes_nothing: "O1, O13, O18",
+        settings_are_checked: "O12, O11, E4",
+        powers_stop_at_the_largest_exponent: "O10, O3, O8",
+        a_state_of_other_rows_is_refused: "O16, O18, E4",
     }
     hooks Hooks {
         hooks_run_in_order: "K1",
@@ -272,7 +284,37 @@ list! { $
         the_file_keeps_the_order_of_slots: "F7, T1",
         the_digest_is_that_of_the_bytes: "D7, R11",
         an_adapter_knows_its_table: "D3, D8, B4",
+        odd_values_survive: "F25, F17, R5, N1",
+        copies_of_tied_rows_must_agree: "F20, F22",
+        a_module_is_targeted_as_the_config_says: "F8, F9, F10, F11, F21",
+        what_would_be_read_otherwise_is_not_written: "F22, F23, F17",
+        an_adapter_is_two_files: "F1, F27",
+        peft_files_stay_the_same: "F24, F4, F5, F15, F16",
+        a_directory_appears_whole_or_not_at_all: "F26, E3",
+        a_new_config_is_spelled_as_peft_does: "F3, F5, F6, T1",
+        other_fields_are_kept_and_spelled_as_python_does: "F4, F5, F6",
+        a_config_is_strict_json: "F2, E1",
+        fields_have_their_types: "F3, F8",
+        token_indices_are_distinct_integers: "F7, T2",
+        other_kinds_of_adapters_are_told_apart: "F12, E4",
+        the_rows_file_has_these_bytes: "F13, F15, F16, F17, D1, D2",
+        broken_frames_are_refused: "F13, F14, E1, E4",
+        other_tensors_are_kept_in_order: "F16, F19",
+        names_that_are_almost_rows_are_refused: "F17, F18, F19",
+        metadata_are_written_as_specified: "D1, D2, D3, D4, D5",
+        metadata_must_parse: "D5, D7, E2",
+        metadata_must_agree: "D6",
         a_saved_run_goes_on_with_the_same_bits: "C1, C2, C4, C5, C8, O17",
+        a_state_is_written_as_specified: "C1, C2, C3, C4, C5, N1",
+        what_is_no_state_is_refused: "C2, C4, C5, C6",
+        a_state_is_checked_by_the_optimizer: "C7, O15, O16",
+        a_checkpoint_is_one_file_or_an_index_of_shards: "B1, B2, B3",
+        an_adapter_fits_tables_of_its_sizes_in_any_type: "B3, B4, B6, T3",
+        a_module_without_a_table_must_be_tied_to_one: "B5, E4",
+        the_same_table_is_told_from_another: "B7, D8, E4",
+        a_merged_checkpoint_differs_in_the_rows_alone: "B8, M2, N1",
+        merges_that_would_harm_are_refused: "B9, E3",
+        files_without_rows_are_kept: "B10",
     }
     errors Errors {
         ids_out_of_range_are_refused: "L2, T4, E1, E2",
@@ -281,6 +323,8 @@ list! { $
         hidden_states_of_another_width_are_refused: "H10",
         padding_outside_the_vocabulary_is_refused: "G6",
         refusals_change_nothing: "E3, M5",
+        a_token_set_names_the_first_culprit: "T2, T4, T5, T6, E2",
+        a_vocabulary_beyond_32_bits_is_refused: "T3, E4",
     }
     allocation Allocation {
         a_step_allocates_no_table: "T11, G10",

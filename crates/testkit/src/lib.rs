@@ -27,6 +27,6 @@ pub mod vectors;
 mod world;
 
 pub use allocation::{Allocated, CountingAllocator, allocated};
-pub use case::{Case, Group, cases as all_cases, run_case};
+pub use case::{CITATIONS, Case, Group, cases as all_cases, run_case};
 pub use failure::{Failure, Outcome, tolerance};
 pub use harness::{Error, Gradients, Harness, Layer, Pass, PassGradients, Source, Tensor};

@@ -118,7 +118,7 @@ impl RowOptimizer for Adam {
         expect_like(EXP_AVG, self.exp_avg.as_ref(), rows)?;
         expect_like(EXP_AVG_SQ, self.exp_avg_sq.as_ref(), rows)?;
         expect_like(MAX_EXP_AVG_SQ, self.max_exp_avg_sq.as_ref(), rows)?;
-        self.step += 1;
+        self.step = self.step.saturating_add(1);
         let scalars = Scalars::new(&self.config, self.step, lr);
         let first = self.exp_avg.get_or_insert_with(|| zeros_like(rows));
         let second = self.exp_avg_sq.get_or_insert_with(|| zeros_like(rows));

@@ -3,7 +3,7 @@
 use super::state::{expect_like, zeros_like};
 use super::{OptimizerState, RowOptimizer, check, gradient_like};
 use crate::rows::with_data;
-use crate::{Element, Error, Result, TokenRows};
+use crate::{Element, Result, TokenRows};
 
 /// Settings of [`Sgd`], named as in `torch.optim.SGD`; the defaults are torch's.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -47,7 +47,7 @@ impl Sgd {
     ///
     /// # Errors
     ///
-    /// [`Error::Hyperparameter`], by torch's own rules.
+    /// [`Error::Hyperparameter`](crate::Error::Hyperparameter), by torch's own rules.
     pub fn new(config: SgdConfig) -> Result<Self> {
         check("lr", config.lr, "at least 0", config.lr >= 0.0)?;
         check("momentum", config.momentum, "at least 0", config.momentum >= 0.0)?;
@@ -58,13 +58,19 @@ impl Sgd {
             "at least 0",
             config.weight_decay >= 0.0,
         )?;
-        if config.nesterov && (config.momentum <= 0.0 || config.dampening != 0.0) {
-            let must = "above 0, with a dampening of 0, for nesterov";
-            return Err(Error::Hyperparameter {
-                name: "momentum",
-                value: config.momentum,
-                must,
-            });
+        if config.nesterov {
+            check(
+                "momentum",
+                config.momentum,
+                "above 0 for nesterov",
+                config.momentum > 0.0,
+            )?;
+            check(
+                "dampening",
+                config.dampening,
+                "0 for nesterov",
+                config.dampening == 0.0,
+            )?;
         }
         Ok(Self {
             config,
@@ -91,7 +97,7 @@ impl RowOptimizer for Sgd {
         let config = self.config;
         let buffer = self.momentum_buffer.as_mut();
         with_data!(rows.data_mut(), values => update(values, &gradient, buffer, first, config, lr));
-        self.step += 1;
+        self.step = self.step.saturating_add(1);
         Ok(())
     }
 

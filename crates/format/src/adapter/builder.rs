@@ -94,7 +94,7 @@ impl AdapterBuilder {
         self
     }
 
-    /// What the base table was, for the metadata.
+    /// What the base table was, for the metadata; of several targeted modules, that of the first by name.
     pub fn base(mut self, digest: TableDigest, dtype: DType) -> Self {
         self.metadata.base_digest = Some(digest);
         self.metadata.base_dtype = Some(dtype);

@@ -2,6 +2,7 @@
 
 use trainable_tokens_core::{EmbeddingSource, ErrorKind};
 
+use super::key::key_of;
 use super::{Adapter, AdapterModule, parts};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
@@ -55,6 +56,12 @@ impl Adapter {
         Ok(())
     }
 
+    /// The module whose table has the recorded digest: the first by name, as in the file.
+    fn first_module(&self) -> Option<&str> {
+        let paths = self.modules.iter().map(AdapterModule::path);
+        paths.min_by_key(|path| key_of(path))
+    }
+
     fn check_table(
         &self,
         path: &str,
@@ -94,7 +101,7 @@ impl Adapter {
             return misfit(ErrorKind::DType, reason);
         }
         if let Some(recorded) = metadata.base_digest
-            && self.modules.first().is_some_and(|module| module.path == path)
+            && self.first_module() == Some(path)
         {
             let digest = table.digest();
             if digest != recorded {

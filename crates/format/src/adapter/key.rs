@@ -21,22 +21,25 @@ pub(super) fn key_of(path: &str) -> String {
 }
 
 pub(super) fn parse(name: &str) -> Key<'_> {
-    let Some(at) = name.rfind(DELTA) else {
+    // The last place where the name of rows ends, or goes on after another dot.
+    let found = name
+        .rmatch_indices(DELTA)
+        .map(|(at, _)| (&name[..at], &name[at + DELTA.len()..]))
+        .find(|(_, tail)| tail.is_empty() || tail.starts_with('.'));
+    let Some((head, tail)) = found else {
         return match name.strip_prefix(&DELTA[1..]) {
             Some("") => Key::Misnamed(key_of("<module>")),
             _ => Key::Other,
         };
     };
-    let (head, tail) = (&name[..at], &name[at + DELTA.len()..]);
-    if !(tail.is_empty() || tail.starts_with('.')) {
-        return Key::Other;
-    }
     let path = head.strip_prefix(PREFIX);
     match path {
         Some(path) if tail.is_empty() && !path.ends_with(LORA_WRAPPER) && !path.is_empty() => Key::Rows(path),
         _ => {
             let path = path.unwrap_or(head);
-            Key::Misnamed(key_of(path.strip_suffix(LORA_WRAPPER).unwrap_or(path)))
+            let path = path.strip_suffix(LORA_WRAPPER).unwrap_or(path);
+            let nameless = path.is_empty() || PREFIX.strip_suffix('.') == Some(path);
+            Key::Misnamed(key_of(if nameless { "<module>" } else { path }))
         }
     }
 }
@@ -57,6 +60,14 @@ mod tests {
         ] {
             assert_eq!(parse(misnamed), Key::Misnamed(rows.to_owned()));
         }
+        for nameless in [
+            "trainable_tokens_delta",
+            "base_model.model.trainable_tokens_delta",
+        ] {
+            assert_eq!(parse(nameless), Key::Misnamed(key_of("<module>")));
+        }
+        let twice = "a.trainable_tokens_delta.trainable_tokens_deltas";
+        assert_eq!(parse(twice), Key::Misnamed(key_of("a")));
         for other in [
             "base_model.model.lm_head.base_layer.weight",
             "x",

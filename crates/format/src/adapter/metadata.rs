@@ -174,9 +174,10 @@ fn json<T: serde::Serialize>(value: &T) -> String {
 }
 
 fn number(value: &str) -> Result<usize, String> {
-    value
-        .parse()
-        .map_err(|_| format!("expected a number of rows or columns, got {value:?}"))
+    // Digits alone: Rust would take a plus sign too.
+    let digits = value.bytes().all(|byte| byte.is_ascii_digit());
+    let number = digits.then(|| value.parse().ok()).flatten();
+    number.ok_or_else(|| format!("expected a number of rows or columns, got {value:?}"))
 }
 
 fn list<T: serde::de::DeserializeOwned>(value: &str, what: &str) -> Result<Vec<T>, String> {

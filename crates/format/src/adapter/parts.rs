@@ -12,10 +12,12 @@ use crate::error::{Error, Result};
 /// Sorts stored rows by module: those of targeted modules stand for themselves; all others are copies for modules
 /// tied to one of them, and must equal its rows bit for bit.
 pub(super) fn group(
-    stored: Vec<(String, TokenRows)>,
+    mut stored: Vec<(String, TokenRows)>,
     targets: &TargetModules,
     path: &Path,
 ) -> Result<Vec<AdapterModule>> {
+    // Whatever order they come in, the result is that of the file.
+    stored.sort_by_cached_key(|(module, _)| key_of(module));
     let mut modules = Vec::new();
     let mut copies = Vec::new();
     for (module, rows) in stored {

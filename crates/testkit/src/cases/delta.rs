@@ -1,6 +1,6 @@
 //! The trained rows.
 
-use trainable_tokens_core::{Backend, DeltaStore, ErrorKind};
+use trainable_tokens_core::{Backend, DType, DeltaStore, EmbeddingSource, ErrorKind, TokenId, TokenRows};
 
 use crate::failure::{equal, refused, same};
 use crate::world::{World, for_all, lookup, noise, odd_values};
@@ -84,6 +84,43 @@ pub fn a_written_row_is_seen_by_the_next_lookup<H: Harness>() -> Outcome {
         let rows = noise(round, layer.delta().dtype(), 2, 3);
         layer.set_rows(&rows)?;
         same("rows", &lookup::<H>(&layer, &[4, 1])?, &rows.to_dtype(H::DTYPE))?;
+    }
+    Ok(())
+}
+
+/// A NaN stays a NaN through every conversion, whatever its payload, and other values stay numbers.
+pub fn a_nan_stays_a_nan<H: Harness>() -> Outcome {
+    let world = World::fixed(6, 4, &[4, 1], &[1, 0, 4]);
+    for dtype in crate::cases::DTYPES {
+        // Quiet ones, and ones that a conversion by cutting bits off would make an infinity.
+        let patterns: [u64; 4] = match dtype {
+            DType::F64 => [
+                0x7ff0_0000_0000_0001,
+                0x7ff8 << 48,
+                1 << 62,
+                0xfff0_0000_0000_0001,
+            ],
+            DType::F32 => [0x7f80_0001, 0x7fc0 << 16, 1 << 30, 0xff80_0001],
+            DType::F16 => [0x7c01, 0x7e00, 1 << 14, 0xfc01],
+            DType::BF16 => [0x7f81, 0x7fc0, 1 << 14, 0xff81],
+        };
+        let size = dtype.size_in_bytes();
+        let row = patterns.map(|bits| bits.to_le_bytes()[..size].to_vec()).concat();
+        let rows = TokenRows::from_le_bytes(dtype, 2, 4, &[row.clone(), row].concat())?;
+        let nans = |what: &str, rows: &TokenRows| {
+            let nans: Vec<bool> = rows.to_f64_vec().iter().map(|x| x.is_nan()).collect();
+            let want = [true, true, false, true].repeat(rows.num_rows());
+            equal(&format!("{what} of {dtype} that are NaN"), &nans, &want)
+        };
+        let mut layer = world.fresh::<H>()?;
+        layer.set_rows(&rows)?;
+        nans("trained rows", &layer.rows()?)?;
+        nans("looked-up rows", &lookup::<H>(&layer, &world.tokens)?)?;
+        layer.merge()?;
+        nans(
+            "merged rows",
+            &layer.source().read_rows(&[TokenId(4), TokenId(1)])?,
+        )?;
     }
     Ok(())
 }

@@ -1,10 +1,11 @@
 //! What is refused, and as what.
 
 use trainable_tokens_core::{
-    ErrorKind, LayerOptions, LookupPlan, Padding, PaddingRule, TokenId, TokenRows, TokenSet,
+    BackendError, Error, ErrorKind, LayerOptions, LookupPlan, Padding, PaddingRule, TokenId, TokenRows,
+    TokenSet,
 };
 
-use crate::failure::{equal, refused, same};
+use crate::failure::{ensure, equal, refused, same};
 use crate::world::{World, for_all, lookup, noise, select, whole};
 use crate::{Failure, Harness, Layer, Outcome};
 
@@ -110,4 +111,73 @@ pub fn refusals_change_nothing<H: Harness>() -> Outcome {
     same("rows", &layer.rows()?, &world.rows::<H>())?;
     same("the table", &whole::<H>(&layer)?, &world.table::<H>())?;
     equal("is_merged", &layer.is_merged(), &false)
+}
+
+/// Ids of a token set are checked in order: the first that is out of range or was there before is named, with the
+/// slots.
+pub fn a_token_set_names_the_first_culprit<H: Harness>() -> Outcome {
+    for_all(|world| {
+        let beyond = [u32::try_from(world.v)?, u32::MAX];
+        let mut lists = vec![world.tokens.clone(), world.ids.clone()];
+        for at in [0, world.ids.len() / 2, world.ids.len()] {
+            for id in beyond {
+                let mut ids = world.ids.clone();
+                ids.insert(at, id);
+                ids.push(id);
+                lists.push(ids);
+            }
+        }
+        for ids in lists {
+            let want = first_culprit(&ids, world.v);
+            let got = TokenSet::new(ids.iter().copied(), world.v).err();
+            equal(&format!("the error for {ids:?} of {}", world.v), &got, &want)?;
+            let text = got.map(|error| error.to_string()).unwrap_or_default();
+            let named = match want {
+                Some(Error::TokenOutOfRange { id, vocab_size }) => [id.to_string(), vocab_size.to_string()],
+                Some(Error::DuplicateToken { id, first, second }) => {
+                    [id.to_string(), format!("{first} and {second}")]
+                }
+                _ => Default::default(),
+            };
+            ensure!(
+                named.iter().all(|part| text.contains(part)),
+                "{named:?} is not in: {text}"
+            );
+        }
+        Ok(())
+    })
+}
+
+fn first_culprit(ids: &[u32], vocab_size: usize) -> Option<Error> {
+    ids.iter().enumerate().find_map(|(second, id)| {
+        if *id as usize >= vocab_size {
+            let id = i64::from(*id);
+            return Some(Error::TokenOutOfRange { id, vocab_size });
+        }
+        let first = ids[..second].iter().position(|other| other == id)?;
+        let id = TokenId(*id);
+        Some(Error::DuplicateToken { id, first, second })
+    })
+}
+
+/// A vocabulary that ids of 32 bits cannot name is refused, whatever the ids.
+pub fn a_vocabulary_beyond_32_bits_is_refused<H: Harness>() -> Outcome {
+    // Where sizes have 32 bits themselves, there is no such vocabulary.
+    let Ok(vocab_size) = usize::try_from(1u64 << 32) else {
+        return Ok(());
+    };
+    for ids in [&[][..], &[0], &[3, 3], &[u32::MAX]] {
+        let error = TokenSet::new(ids.iter().copied(), vocab_size).err();
+        equal(
+            "the error",
+            &error,
+            &Some(Error::VocabularyTooLarge { vocab_size }),
+        )?;
+        equal(
+            "its kind",
+            &error.map(|error| error.kind()),
+            &Some(ErrorKind::TokenOutOfRange),
+        )?;
+    }
+    Ok(())
 }

@@ -1,9 +1,11 @@
 //! The head that shares the table.
 
-use trainable_tokens_core::{EmbedScale, LayerOptions, Padding, PaddingRule, TokenId, TokenRows, TokenSet};
+use trainable_tokens_core::{
+    EmbedScale, LayerOptions, Padding, PaddingRule, Sgd, SgdConfig, TokenId, TokenRows, TokenSet,
+};
 
 use crate::failure::{Exact, close, ensure, same};
-use crate::world::{World, for_all, logits, noise, overwritten, select};
+use crate::world::{World, for_all, logits, lookup, noise, overwritten, select, whole};
 use crate::{Failure, Harness, Layer, Outcome, Pass};
 
 /// `a · bᵀ` in `f64`.
@@ -210,4 +212,48 @@ pub fn every_column_may_train<H: Harness>() -> Outcome {
         &want,
         H::DTYPE,
     )
+}
+
+/// An untied head is a layer of its own: training and merging it leave the embedding alone, and the other way round.
+pub fn an_untied_head_has_rows_of_its_own<H: Harness>() -> Outcome {
+    for_all(|world| {
+        if world.tokens.is_empty() {
+            return Ok(());
+        }
+        let mut untied = world.clone();
+        untied.seed ^= 0xff;
+        let (mut embedding, mut head) = (world.trained::<H>()?, untied.trained::<H>()?);
+        let hidden = world.hidden::<H>();
+        let want = product(&hidden, &untied.dense::<H>()?);
+        close("logits", &logits::<H>(&head, &hidden)?, &want, H::DTYPE)?;
+
+        // Each gets the gradient of its own table alone.
+        let [_, got] = backward::<H>(&head, &untied)?;
+        let upstream = untied.logits_upstream::<H>();
+        let [_, want] = dense_gradients(&untied.hidden::<H>(), &untied.dense::<H>()?, &upstream);
+        close(
+            "gradient of the head's rows",
+            &got,
+            &untied.chosen(&want),
+            H::DTYPE,
+        )?;
+        let rows_before = lookup::<H>(&embedding, &world.ids)?;
+        head.step_with(got, &mut Sgd::new(SgdConfig::default())?, &mut [])?;
+        head.merge()?;
+        same("rows of the embedding", &embedding.rows()?, &world.rows::<H>())?;
+        same(
+            "looked-up rows",
+            &lookup::<H>(&embedding, &world.ids)?,
+            &rows_before,
+        )?;
+
+        let logits_before = logits::<H>(&head, &hidden)?;
+        embedding.merge()?;
+        same("logits", &logits::<H>(&head, &hidden)?, &logits_before)?;
+        same(
+            "the embedding's table",
+            &whole::<H>(&embedding)?,
+            &world.dense::<H>()?,
+        )
+    })
 }

@@ -1,5 +1,7 @@
 //! The shared optimizers over the framework's rows.
 
+mod settings;
+
 use trainable_tokens_core::{
     Adam, AdamConfig, DeltaStore, ErrorKind, RowOptimizer, Sgd, SgdConfig, TokenRows,
 };
@@ -7,6 +9,10 @@ use trainable_tokens_core::{
 use crate::failure::{ensure, equal, refused, same};
 use crate::world::{World, for_all, noise, whole};
 use crate::{Failure, Harness, Outcome, Pass};
+
+pub use settings::{
+    a_state_of_other_rows_is_refused, powers_stop_at_the_largest_exponent, settings_are_checked,
+};
 
 type NewOptimizer = fn() -> trainable_tokens_core::Result<Box<dyn RowOptimizer>>;
 

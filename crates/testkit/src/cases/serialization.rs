@@ -1,176 +1,188 @@
-//! Adapters and training states in files.
+//! Adapters, training states and checkpoints in files.
 
-use serde_json::json;
-use trainable_tokens_core::{Adam, AdamConfig, EmbeddingSource, HostTable, RowOptimizer, TokenRows};
-use trainable_tokens_format::{Adapter, Overwrite, TrainingState, digest};
+mod adapter;
+mod checkpoint;
+mod config;
+mod directory;
+mod merged;
+mod metadata;
+mod rows;
+mod state;
+mod targets;
 
-use crate::failure::{Exact, ensure, equal, same};
-use crate::world::{World, for_all, lookup, noise, overwritten, select};
-use crate::{Failure, Harness, Layer, Outcome};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use safetensors::tensor::{Dtype, TensorView};
+use tempfile::TempDir;
+use trainable_tokens_core::{DType, EmbeddingSource, TokenRows, TokenSet};
+use trainable_tokens_format::{Adapter, digest};
+
+use crate::{Failure, Harness, Layer};
+
+pub use adapter::{
+    an_adapter_gives_the_rows_back, an_adapter_knows_its_table, copies_of_tied_rows_must_agree,
+    odd_values_survive, the_digest_is_that_of_the_bytes, the_file_keeps_the_order_of_slots,
+};
+pub use checkpoint::{
+    a_checkpoint_is_one_file_or_an_index_of_shards, a_module_without_a_table_must_be_tied_to_one,
+    an_adapter_fits_tables_of_its_sizes_in_any_type, the_same_table_is_told_from_another,
+};
+pub use config::{
+    a_config_is_strict_json, a_new_config_is_spelled_as_peft_does, fields_have_their_types,
+    other_fields_are_kept_and_spelled_as_python_does, other_kinds_of_adapters_are_told_apart,
+    token_indices_are_distinct_integers,
+};
+pub use directory::{
+    a_directory_appears_whole_or_not_at_all, an_adapter_is_two_files, peft_files_stay_the_same,
+};
+pub use merged::{
+    a_merged_checkpoint_differs_in_the_rows_alone, files_without_rows_are_kept,
+    merges_that_would_harm_are_refused,
+};
+pub use metadata::{metadata_are_written_as_specified, metadata_must_agree, metadata_must_parse};
+pub use rows::{
+    broken_frames_are_refused, names_that_are_almost_rows_are_refused, other_tensors_are_kept_in_order,
+    the_rows_file_has_these_bytes,
+};
+pub use state::{
+    a_saved_run_goes_on_with_the_same_bits, a_state_is_checked_by_the_optimizer,
+    a_state_is_written_as_specified, what_is_no_state_is_refused,
+};
+pub use targets::{a_module_is_targeted_as_the_config_says, what_would_be_read_otherwise_is_not_written};
 
 const MODULE: &str = "model.embed_tokens";
 const HEAD: &str = "lm_head";
+const CONFIG_FILE: &str = "adapter_config.json";
+const ROWS_FILE: &str = "adapter_model.safetensors";
+/// What the name of a module's rows has around its path.
+const KEY: (&str, &str) = ("base_model.model.", ".trainable_tokens_delta");
 
-/// Writes the layer's rows as an adapter and reads it back.
-fn round_trip<H: Harness>(layer: &Layer<H>) -> Result<Adapter, Failure> {
-    let dir = tempfile::tempdir()?;
-    let dir = dir.path().join("adapter");
+fn key(path: &str) -> String {
+    format!("{}{path}{}", KEY.0, KEY.1)
+}
+
+/// The layer's rows as an adapter, with all that is known about the table.
+fn adapter_of<H: Harness>(layer: &Layer<H>) -> Result<Adapter, Failure> {
     let adapter = Adapter::builder(MODULE, layer.tokens(), layer.rows()?)
         .tied(HEAD)
         .base(digest(layer.source())?, layer.source().dtype())
         .build()?;
-    adapter.write(&dir, Overwrite::Refuse)?;
-    Ok(Adapter::read(&dir)?)
+    Ok(adapter)
 }
 
-/// An adapter file gives the rows back, bit for bit, in their own element type.
-pub fn an_adapter_gives_the_rows_back<H: Harness>() -> Outcome {
-    for_all(|world| {
-        let layer = world.trained::<H>()?;
-        let adapter = round_trip::<H>(&layer)?;
-        for path in [MODULE, HEAD] {
-            let rows = adapter.rows(path).ok_or("the file has no rows of the module")?;
-            same(path, rows, &layer.rows()?)?;
+/// Writes the layer's rows as an adapter and reads it back.
+fn round_trip<H: Harness>(layer: &Layer<H>) -> Result<Adapter, Failure> {
+    let dir = tempfile::tempdir()?;
+    adapter_of::<H>(layer)?.write_into(dir.path())?;
+    Ok(Adapter::read(dir.path())?)
+}
+
+/// An adapter without metadata for the module `emb`.
+fn plain_adapter(tokens: &[u32], rows: TokenRows) -> Result<Adapter, Failure> {
+    let set = TokenSet::new(tokens.iter().copied(), 100)?;
+    Ok(Adapter::builder("emb", &set, rows).without_metadata().build()?)
+}
+
+/// The two files of an adapter, to be damaged.
+#[derive(Clone)]
+struct Files {
+    config: String,
+    rows: Vec<u8>,
+}
+
+impl Files {
+    fn of(adapter: &Adapter) -> Result<Self, Failure> {
+        Ok(Self {
+            config: adapter.config().to_json(),
+            rows: adapter.to_safetensors()?,
+        })
+    }
+
+    fn with_config(&self, config: impl Into<String>) -> Self {
+        let config = config.into();
+        Self {
+            config,
+            ..self.clone()
         }
-        Ok(())
-    })
-}
-
-/// The ids stand in the file in slot order, and the rows read from it belong to them.
-pub fn the_file_keeps_the_order_of_slots<H: Harness>() -> Outcome {
-    for_all(|world| {
-        let layer = world.trained::<H>()?;
-        let adapter = round_trip::<H>(&layer)?;
-        equal(
-            "token_indices",
-            &adapter.config().token_indices().to_vec(),
-            &world.tokens,
-        )?;
-        let rows = adapter.rows(MODULE).ok_or("the file has no rows of the module")?;
-        let source = H::source(&world.table::<H>())?;
-        let loaded = Layer::<H>::with_rows(source, adapter.token_set(world.v)?, rows)?;
-        let want = select(
-            &overwritten(&world.table::<H>(), &world.tokens, rows)?,
-            &world.ids,
-        )?;
-        same("rows", &lookup::<H>(&loaded, &world.ids)?, &want)
-    })
-}
-
-/// The digest of a table is that of its bytes, whatever holds them; training does not change it.
-pub fn the_digest_is_that_of_the_bytes<H: Harness>() -> Outcome {
-    for_all(|world| {
-        let mut layer = world.trained::<H>()?;
-        let before = digest(layer.source())?;
-        equal("digest", &before, &digest(&OnHost(world.table::<H>()))?)?;
-        layer.set_rows(&noise(3, layer.rows()?.dtype(), world.tokens.len(), world.d))?;
-        equal("digest after training", &digest(layer.source())?, &before)?;
-        if !world.tokens.is_empty() {
-            layer.merge()?;
-            let merged = digest(layer.source())?;
-            layer.unmerge()?;
-            equal("digest after unmerging", &digest(layer.source())?, &before)?;
-            let changed = Exact::of(&layer.rows()?.to_dtype(H::DTYPE)).values
-                != Exact::of(&select(&world.table::<H>(), &world.tokens)?).values;
-            ensure!(!changed || merged != before, "merging does not change the digest");
-        }
-        Ok(())
-    })
-}
-
-/// Rows on the host as a table.
-struct OnHost(TokenRows);
-
-impl EmbeddingSource for OnHost {
-    type Error = trainable_tokens_core::Error;
-
-    fn vocab_size(&self) -> usize {
-        self.0.num_rows()
     }
-    fn embedding_dim(&self) -> usize {
-        self.0.embedding_dim()
+
+    fn with_rows(&self, rows: Vec<u8>) -> Self {
+        Self { rows, ..self.clone() }
     }
-    fn dtype(&self) -> trainable_tokens_core::DType {
-        self.0.dtype()
-    }
-    fn read_rows(&self, ids: &[trainable_tokens_core::TokenId]) -> Result<TokenRows, Self::Error> {
-        self.collect_rows(ids)
+
+    /// Puts both into a directory of its own and reads it.
+    fn read(&self) -> Result<trainable_tokens_format::Result<Adapter>, Failure> {
+        let dir = tempfile::tempdir()?;
+        fs::write(dir.path().join(CONFIG_FILE), &self.config)?;
+        fs::write(dir.path().join(ROWS_FILE), &self.rows)?;
+        Ok(Adapter::read(dir.path()))
     }
 }
 
-impl HostTable for OnHost {
-    fn row(&self, id: trainable_tokens_core::TokenId) -> Option<trainable_tokens_core::RowRef<'_>> {
-        self.0.row(id.row())
+/// A safetensors file of this header, as it is, and these data.
+fn framed(header: &str, data: &[u8]) -> Vec<u8> {
+    [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), data].concat()
+}
+
+/// The header of a safetensors file and its data.
+fn unframed(file: &[u8]) -> Result<(&str, &[u8]), Failure> {
+    let (length, rest) = file.split_first_chunk().ok_or("the file has no header")?;
+    let length = usize::try_from(u64::from_le_bytes(*length))?;
+    let (header, data) = rest.split_at_checked(length).ok_or("the header is cut off")?;
+    Ok((std::str::from_utf8(header)?, data))
+}
+
+/// Splits off the spaces that a header ends with.
+fn unpadded(header: &str) -> (&str, usize) {
+    let text = header.trim_end_matches(' ');
+    (text, header.len() - text.len())
+}
+
+/// The file's name of an element type.
+fn file_dtype(dtype: DType) -> Dtype {
+    match dtype {
+        DType::F64 => Dtype::F64,
+        DType::F32 => Dtype::F32,
+        DType::F16 => Dtype::F16,
+        DType::BF16 => Dtype::BF16,
     }
 }
 
-/// An adapter says which table it belongs to, by sizes and digest.
-pub fn an_adapter_knows_its_table<H: Harness>() -> Outcome {
-    let world = World::fixed(7, 3, &[5, 2], &[]);
-    let layer = world.trained::<H>()?;
-    let adapter = round_trip::<H>(&layer)?;
-    let digest_of = |layer: &Layer<H>| digest(layer.source());
-    let stored = adapter.metadata().base_digest;
-    equal("the file's digest", &stored, &Some(digest_of(&layer)?))?;
-    let mut other = world.clone();
-    other.seed += 1;
-    let other = other.trained::<H>()?;
-    ensure!(
-        stored != Some(digest_of(&other)?),
-        "another table has the same digest"
-    );
-    equal("vocab_size", &adapter.metadata().vocab_size, &Some(7))?;
-    equal("embedding_dim", &adapter.metadata().embedding_dim, &Some(3))?;
-    adapter.check_sizes(7, 3)?;
-    ensure!(
-        adapter.check_sizes(5, 3).is_err(),
-        "a table that lacks a token is accepted"
-    );
-    ensure!(
-        adapter.check_sizes(7, 4).is_err(),
-        "a table of another width is accepted"
-    );
-    Ok(())
+/// A safetensors file of these matrices, by the safetensors library.
+fn safetensors_of(tensors: &[(&str, &TokenRows)]) -> Result<Vec<u8>, Failure> {
+    let bytes: Vec<_> = tensors.iter().map(|(_, rows)| rows.to_le_bytes()).collect();
+    let views = tensors.iter().zip(&bytes).map(|((name, rows), bytes)| {
+        let view = TensorView::new(file_dtype(rows.dtype()), rows.shape().to_vec(), bytes)?;
+        Ok((*name, view))
+    });
+    let views = views.collect::<Result<Vec<_>, Failure>>()?;
+    Ok(safetensors::serialize(views, None)?)
 }
 
-/// A run that is saved to files and resumed from them ends with the same bits.
-pub fn a_saved_run_goes_on_with_the_same_bits<H: Harness>() -> Outcome {
-    for_all(|world| {
-        let new = || {
-            Adam::new(AdamConfig {
-                lr: 0.1,
-                weight_decay: 0.1,
-                amsgrad: true,
-                ..AdamConfig::ADAMW
-            })
-        };
-        let gradient = |step| noise(step, H::DTYPE.default_row_dtype(), world.tokens.len(), world.d);
-        let (mut layer, mut optimizer) = (world.trained::<H>()?, new()?);
-        let mut saved = None;
-        for step in 0..5 {
-            if step == 2 {
-                let dir = tempfile::tempdir()?;
-                let extra = json!({"seed": world.seed});
-                let state = TrainingState {
-                    optimizer: optimizer.state(),
-                    extra,
-                };
-                state.write_into(dir.path())?;
-                let state = TrainingState::read(dir.path().join(TrainingState::FILE_NAME))?;
-                saved = Some((round_trip::<H>(&layer)?, state));
+/// A checkpoint directory with one file of these matrices.
+fn checkpoint_of(tensors: &[(&str, &TokenRows)]) -> Result<(TempDir, PathBuf), Failure> {
+    let home = tempfile::tempdir()?;
+    let dir = home.path().join("base");
+    fs::create_dir(&dir)?;
+    fs::write(dir.join("model.safetensors"), safetensors_of(tensors)?)?;
+    Ok((home, dir))
+}
+
+/// Every file below a directory, by its path in it, and its content.
+fn tree(dir: &Path) -> Result<Vec<(PathBuf, Vec<u8>)>, Failure> {
+    let mut found = Vec::new();
+    let mut dirs = vec![dir.to_owned()];
+    while let Some(at) = dirs.pop() {
+        for entry in fs::read_dir(at)? {
+            let path = entry?.path();
+            if path.is_dir() {
+                dirs.push(path);
+            } else {
+                found.push((path.strip_prefix(dir)?.to_owned(), fs::read(&path)?));
             }
-            layer.step_with(gradient(step), &mut optimizer, &mut [])?;
         }
-        let (adapter, state) = saved.ok_or("nothing was saved")?;
-        equal("extra", &state.extra, &json!({"seed": world.seed}))?;
-        let rows = adapter.rows(MODULE).ok_or("the file has no rows of the module")?;
-        let (mut resumed, mut again) = (world.fresh::<H>()?, new()?);
-        resumed.set_rows(rows)?;
-        again.load_state(state.optimizer)?;
-        for step in 2..5 {
-            resumed.step_with(gradient(step), &mut again, &mut [])?;
-        }
-        same("rows", &resumed.rows()?, &layer.rows()?)?;
-        equal("state", &again.state(), &optimizer.state())
-    })
+    }
+    found.sort();
+    Ok(found)
 }
