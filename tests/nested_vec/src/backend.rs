@@ -1,0 +1,82 @@
+//! The backend's four operations.
+
+use std::borrow::Cow;
+use std::marker::PhantomData;
+
+use trainable_tokens_core::{
+    Backend, Element, EmbeddingSource, LookupPlan, RowTransform, Slot, TokenId, TokenRows, TokenSet,
+};
+
+use crate::{Error, Gradients, Matrix, VecRows, VecTable};
+
+/// Nested vectors as a backend: tables and values of element type `T`.
+#[derive(Debug)]
+pub struct NestedVec<T>(PhantomData<T>);
+
+impl<T: Element> Backend for NestedVec<T> {
+    type Error = Error;
+    type Source = VecTable<T>;
+    type Delta = VecRows;
+    type Tensor = Matrix<T>;
+    type Gradients = Gradients;
+
+    fn delta(_: &VecTable<T>, rows: &TokenRows) -> Result<VecRows, Error> {
+        Ok(VecRows::new(rows.clone()))
+    }
+
+    fn lookup(
+        source: &VecTable<T>,
+        delta: Option<&VecRows>,
+        plan: &LookupPlan,
+        transform: RowTransform,
+    ) -> Result<Matrix<T>, Error> {
+        let ids = plan.token_ids();
+        let mut rows: Vec<Vec<T>> = ids.map(|id| source.0.rows[id.row()].clone()).collect();
+        if let Some(delta) = delta {
+            let trained = Matrix::from_token_rows(delta.rows());
+            for (position, slot) in plan.positions().iter().zip(plan.slots()) {
+                rows[*position as usize].clone_from(&trained.rows[*slot as usize]);
+            }
+        }
+        rows.iter_mut().for_each(|row| transform.apply(row));
+        Matrix::new(rows, source.embedding_dim())
+    }
+
+    fn logits(
+        hidden: Matrix<T>,
+        source: &VecTable<T>,
+        delta: Option<&VecRows>,
+        tokens: &TokenSet,
+    ) -> Result<Matrix<T>, Error> {
+        hidden.expect_shape("hidden states", hidden.rows.len(), source.embedding_dim())?;
+        let mut logits = vec![vec![T::default(); source.vocab_size()]; hidden.rows.len()];
+        for (id, weight) in overridden(source, delta, tokens) {
+            for (hidden, logits) in hidden.rows.iter().zip(&mut logits) {
+                let products = hidden.iter().zip(&*weight);
+                let products = products.map(|(x, w)| x.to_compute() * w.to_compute());
+                logits[id.row()] = T::from_compute(products.fold(T::Compute::default(), |sum, x| sum + x));
+            }
+        }
+        Matrix::new(logits, source.vocab_size())
+    }
+
+    fn gradient(gradients: &Gradients, _: &VecRows) -> Result<Option<TokenRows>, Error> {
+        Ok(gradients.0.clone())
+    }
+}
+
+/// The rows of the table, those of trainable tokens replaced; no more than one row is copied at a time.
+pub(crate) fn overridden<'a, T: Element>(
+    source: &'a VecTable<T>,
+    delta: Option<&VecRows>,
+    tokens: &TokenSet,
+) -> impl Iterator<Item = (TokenId, Cow<'a, [T]>)> {
+    let trained = move |id| {
+        let Slot(slot) = tokens.slot(id)?;
+        let mut row = vec![T::default(); source.embedding_dim()];
+        delta?.rows().row(slot)?.decode_into(&mut row);
+        Some(row)
+    };
+    let rows = (0..).map(TokenId).zip(&source.0.rows);
+    rows.map(move |(id, frozen)| (id, trained(id).map_or(Cow::Borrowed(&frozen[..]), Cow::Owned)))
+}
