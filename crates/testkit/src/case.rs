@@ -113,12 +113,19 @@ macro_rules! list {
         /// What a framework cannot do is left out by the group's name, and with the reason.
         #[macro_export]
         macro_rules! conformance_tests {
-            ($d($d name:ident: $d harness:ty $d(, without $d left_out:ident $d reason:literal)*),+ $d(,)?) => {
-                #[global_allocator]
-                static ALLOCATOR: $crate::CountingAllocator = $crate::CountingAllocator;
-                mod conformance {
-                    $d($crate::conformance_tests!(@harness $d name $d harness; [$d($d left_out)*]);)+
-                }
+            (@harnesses) => {};
+            (@harnesses $d name:ident: $d harness:ty $d(, $d($d rest:tt)*)?) => {
+                $crate::conformance_tests!(@without $d name $d harness; []; $d($d($d rest)*)?);
+            };
+            (@without $d name:ident $d harness:ty; [$d($d left_out:ident)*];
+                without $d group:ident $d reason:literal $d(, $d($d rest:tt)*)?) => {
+                $crate::conformance_tests!(
+                    @without $d name $d harness; [$d($d left_out)* $d group]; $d($d($d rest)*)?
+                );
+            };
+            (@without $d name:ident $d harness:ty; $d left_out:tt; $d($d rest:tt)*) => {
+                $crate::conformance_tests!(@harness $d name $d harness; $d left_out);
+                $crate::conformance_tests!(@harnesses $d($d rest)*);
             };
             (@harness $d name:ident $d harness:ty; $d left_out:tt) => {
                 mod $d name {
@@ -136,6 +143,13 @@ macro_rules! list {
                             })+
                         }
                     } })+
+                }
+            };
+            ($d($d harnesses:tt)+) => {
+                #[global_allocator]
+                static ALLOCATOR: $crate::CountingAllocator = $crate::CountingAllocator;
+                mod conformance {
+                    $crate::conformance_tests!(@harnesses $d($d harnesses)+);
                 }
             };
         }
@@ -235,6 +249,7 @@ list! { $
         hidden_states_may_be_empty: "H1",
         every_column_may_train: "H1, T7",
         an_untied_head_has_rows_of_its_own: "H9, H7, G10",
+        written_rows_are_seen_by_the_next_logits: "H1, L4",
     }
     merge Merge {
         merging_writes_the_rows_and_nothing_else: "M2, M9, R3",

@@ -104,7 +104,26 @@ pub(crate) fn odd_values(seed: u64, dtype: DType, rows: usize, columns: usize) -
             *value = ODD[(at / 3 + (seed % 8) as usize) % 8];
         }
     }
-    from_f64(values, dtype, rows, columns)
+    with_payloads(&from_f64(values, dtype, rows, columns))
+}
+
+/// The same values, but every NaN is a negative one with a payload.
+fn with_payloads(rows: &TokenRows) -> TokenRows {
+    let (dtype, size) = (rows.dtype(), rows.dtype().size_in_bytes());
+    let nan: &[u8] = match dtype {
+        DType::F64 => &[0x21, 0x43, 0x65, 0, 0, 0, 0xfa, 0xff],
+        DType::F32 => &[0x21, 0x43, 0xe5, 0xff],
+        DType::F16 => &[0x21, 0xff],
+        DType::BF16 => &[0xe5, 0xff],
+    };
+    let mut bytes = rows.to_le_bytes();
+    for (value, bytes) in rows.to_f64_vec().iter().zip(bytes.chunks_exact_mut(size)) {
+        if value.is_nan() {
+            bytes.copy_from_slice(nan);
+        }
+    }
+    TokenRows::from_le_bytes(dtype, rows.num_rows(), rows.embedding_dim(), &bytes)
+        .unwrap_or_else(|_| rows.clone())
 }
 
 fn from_f64(values: Vec<f64>, dtype: DType, rows: usize, columns: usize) -> TokenRows {

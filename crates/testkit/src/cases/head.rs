@@ -256,4 +256,16 @@ pub fn an_untied_head_has_rows_of_its_own<H: Harness>() -> Outcome {
             &world.dense::<H>()?,
         )
     })
+
+/// Written rows are seen by the next logits.
+pub fn written_rows_are_seen_by_the_next_logits<H: Harness>() -> Outcome {
+    let world = World::fixed(7, 3, &[5, 2], &[]);
+    let (mut layer, hidden) = (world.fresh::<H>()?, world.hidden::<H>());
+    for round in 0..3 {
+        let rows = noise(round, layer.rows()?.dtype(), 2, 3);
+        layer.set_rows(&rows)?;
+        let want = product(&hidden, &overwritten(&world.table::<H>(), &world.tokens, &rows)?);
+        close("logits", &logits::<H>(&layer, &hidden)?, &want, H::DTYPE)?;
+    }
+    Ok(())
 }
