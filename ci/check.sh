@@ -64,7 +64,7 @@ step CUDA, type-checked without a GPU
 bash ci/cuda-check.sh
 
 step packages
-cargo package --locked --workspace --allow-dirty --exclude trainable-tokens-demo-model
+cargo package --locked --workspace --allow-dirty --exclude trainable-tokens-demo-model --exclude trainable-tokens-nested-vec
 
 step the demo
 rm -rf target/ci-demo

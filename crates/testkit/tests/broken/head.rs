@@ -1,7 +1,7 @@
 //! Heads that go wrong.
 
 use trainable_tokens_core::{
-    Backend, DeltaStore, EmbeddingSource, LookupPlan, TokenId, TokenRows, TokenSet, WriteRows,
+    Backend, DeltaStore, EmbeddingSource, LayerOptions, LookupPlan, TokenId, TokenRows, TokenSet, WriteRows,
 };
 use trainable_tokens_nested_vec::{Gradients, Matrix, NestedVec, Result, VecRows};
 use trainable_tokens_testkit::Layer;
@@ -232,7 +232,7 @@ backward! {
             own.scale(layer.transform().scale.unwrap_or(1.0));
             let ids: Vec<u32> = (0u32..).take(own.num_rows()).collect();
             let tokens = TokenSet::new(ids.iter().copied(), ids.len())?;
-            let plan = LookupPlan::new(&tokens, Default::default(), &ids)?;
+            let plan = LookupPlan::new(&tokens, LayerOptions::default(), &ids)?;
             gradients.add_lookup(layer.active().map(|delta| &delta.now), &plan, &Matrix::<f32>::from_token_rows(own), None)?;
         }
         Ok(result)
