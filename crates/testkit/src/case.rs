@@ -205,6 +205,7 @@ list! { $
         reads_what_was_written: "N1, R5",
         a_refused_write_changes_nothing: "E3, E4",
         an_update_sees_and_replaces: "N1",
+        an_updates_error_is_handed_on: "K5, K6",
         a_written_row_is_seen_by_the_next_lookup: "L4",
         a_nan_stays_a_nan: "R6",
     }

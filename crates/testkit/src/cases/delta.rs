@@ -76,6 +76,18 @@ pub fn an_update_sees_and_replaces<H: Harness>() -> Outcome {
     })
 }
 
+/// The error of an update is handed on.
+pub fn an_updates_error_is_handed_on<H: Harness>() -> Outcome {
+    let world = World::fixed(6, 3, &[4, 1], &[]);
+    let source = H::source(&world.table::<H>())?;
+    let mut delta = H::Backend::delta(&source, &world.rows::<H>())?;
+    refused(
+        "the update",
+        delta.update(&mut |_| Err(trainable_tokens_core::Error::NoGradient)),
+        ErrorKind::NoGradient,
+    )
+}
+
 /// A written row is seen by the next lookup.
 pub fn a_written_row_is_seen_by_the_next_lookup<H: Harness>() -> Outcome {
     let world = World::fixed(6, 3, &[4, 1], &[]);

@@ -60,6 +60,7 @@ macro_rules! contributing {
         pub(crate) struct $name;
 
         impl Fault for $name {
+            #[allow(unused_variables, unused_mut)]
             fn lookup_backward(&self,
                 $layer: &Layer<Broken>,
                 $plan: &LookupPlan,
@@ -78,20 +79,19 @@ contributing! {
     /// Gives the gradient to the slot before.
     OffByOneSlot: |layer, plan, all| {
         all.iter_mut().for_each(|(_, slot, _)| *slot = (*slot + plan.num_slots() - 1) % plan.num_slots());
-        let _ = layer;
     }
     /// Hands the gradient out in the order of the ids.
     SortedById: |layer, plan, all| {
         let ids = layer.tokens().ids();
         let rank = |slot: usize| ids.iter().filter(|id| **id < ids[slot]).count();
         all.iter_mut().for_each(|(_, slot, _)| *slot = rank(*slot));
-        let _ = plan;
     }
     /// Keeps the last of equal ids only: a scatter that assigns.
     RepeatsOverwritten: |layer, plan, all| {
         let every = all.clone();
-        all.retain(|(position, slot, _)| !every.iter().any(|(later, other, _)| later > position && other == slot));
-        let _ = (layer, plan);
+        all.retain(|(position, slot, _)| {
+            !every.iter().any(|(later, other, _)| later > position && other == slot)
+        });
     }
     /// Trains the padding token whatever the rule.
     PaddingTrains: |layer, plan, all| {
@@ -110,13 +110,11 @@ contributing! {
     Unscaled: |layer, plan, all| {
         let scale = layer.transform().scale.unwrap_or(1.0);
         all.iter_mut().for_each(|(_, _, factor)| *factor /= scale);
-        let _ = plan;
     }
     /// Scales twice.
     ScaledTwice: |layer, plan, all| {
         let scale = layer.transform().scale.unwrap_or(1.0);
         all.iter_mut().for_each(|(_, _, factor)| *factor *= scale);
-        let _ = plan;
     }
     /// Divides by how many trainable tokens the batch has, not by how often it has this one.
     FrequencyOfAll: |layer, plan, all| {
@@ -129,26 +127,23 @@ contributing! {
     FrequencyIgnored: |layer, plan, all| {
         let scale = layer.transform().scale.unwrap_or(1.0);
         all.iter_mut().for_each(|(_, _, factor)| *factor = scale);
-        let _ = plan;
     }
     /// Averages over the batch.
     Averaged: |layer, plan, all| {
         all.iter_mut().for_each(|(_, _, factor)| *factor /= plan.len() as f64);
-        let _ = layer;
     }
     /// Lets the gradient through the factor that shortened the row.
     MaxNormTrainsThrough: |layer, plan, all| {
         if let Some(max_norm) = layer.options().max_norm {
             let norms = layer.delta().read()?.row_norms();
-            all.iter_mut().for_each(|(_, slot, factor)| *factor *= max_norm.factor(norms[*slot]).unwrap_or(1.0));
+            let shortened = |slot: usize| max_norm.factor(norms[slot]).unwrap_or(1.0);
+            all.iter_mut().for_each(|(_, slot, factor)| *factor *= shortened(*slot));
         }
-        let _ = plan;
     }
     /// Makes the gradient of the whole table first.
     DenseGradient: |layer, plan, all| {
         let (v, dim) = (layer.source().vocab_size(), layer.source().embedding_dim());
         std::hint::black_box(vec![0f32; v * dim]);
-        let _ = (plan, &mut all);
     }
 }
 

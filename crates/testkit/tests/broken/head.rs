@@ -69,7 +69,10 @@ fn with_other_columns(
 
 /// Forward passes of the head.
 macro_rules! logits {
-    ($(#[$doc:meta] $name:ident: |$hidden:ident, $table:ident, $delta:ident, $tokens:ident| $body:expr;)+) => { $(
+    ($(
+        #[$doc:meta]
+        $name:ident: |$hidden:ident, $table:ident, $delta:ident, $tokens:ident| $body:expr;
+    )+) => { $(
         #[$doc]
         pub(crate) struct $name;
 
@@ -131,7 +134,8 @@ logits! {
     /// Has a product of its own for frozen columns once a row has moved.
     OtherBitsOfFrozenColumns: |hidden, table, delta, tokens| {
         let moved = moved(table, delta, tokens)?;
-        with_other_columns(hidden, table, delta, tokens, |column| !moved.is_empty() && !moved.contains(&column))
+        let frozen = |column| !moved.is_empty() && !moved.contains(&column);
+        with_other_columns(hidden, table, delta, tokens, frozen)
     };
     /// Adds a bias to the base's columns.
     BaseBias: |hidden, table, delta, tokens| {
@@ -167,7 +171,10 @@ logits! {
 
 /// Backward passes of the head.
 macro_rules! backward {
-    ($(#[$doc:meta] $name:ident: |$layer:ident, $hidden:ident, $upstream:ident, $gradients:ident| $body:expr;)+) => { $(
+    ($(
+        #[$doc:meta]
+        $name:ident: |$layer:ident, $hidden:ident, $upstream:ident, $gradients:ident| $body:expr;
+    )+) => { $(
         #[$doc]
         pub(crate) struct $name;
 
@@ -204,7 +211,8 @@ backward! {
     RowsGetNothing: |layer, hidden, upstream, gradients| {
         let delta = layer.active().map(|delta| &delta.now);
         let mut scratch = Gradients(gradients.0.clone());
-        gradients.0 = gradients.0.take().or(delta.map(|delta| TokenRows::zeros(delta.dtype(), delta.num_rows(), delta.embedding_dim())));
+        let zeros = |delta: &VecRows| TokenRows::zeros(delta.dtype(), delta.num_rows(), delta.embedding_dim());
+        gradients.0 = gradients.0.take().or(delta.map(zeros));
         right(layer, delta, [hidden, upstream], &mut scratch)
     };
     /// Gives hidden states the gradient of the base's rows.
@@ -233,7 +241,8 @@ backward! {
             let ids: Vec<u32> = (0u32..).take(own.num_rows()).collect();
             let tokens = TokenSet::new(ids.iter().copied(), ids.len())?;
             let plan = LookupPlan::new(&tokens, LayerOptions::default(), &ids)?;
-            gradients.add_lookup(layer.active().map(|delta| &delta.now), &plan, &Matrix::<f32>::from_token_rows(own), None)?;
+            let own = Matrix::<f32>::from_token_rows(own);
+            gradients.add_lookup(layer.active().map(|delta| &delta.now), &plan, &own, None)?;
         }
         Ok(result)
     };

@@ -92,7 +92,10 @@ overriding! {
 
 /// A lookup by [`rewrite`].
 macro_rules! rewriting {
-    ($(#[$doc:meta] $name:ident<$ty:ty>: |$table:pat_param, $delta:pat_param, $plan:ident, $transform:ident| $change:expr;)+) => { $(
+    ($(
+        #[$doc:meta]
+        $name:ident<$ty:ty>: |$table:pat_param, $delta:pat_param, $plan:ident, $transform:ident| $change:expr;
+    )+) => { $(
         #[$doc]
         pub(crate) struct $name;
 
@@ -168,7 +171,10 @@ fn truncate(x: f32) -> f16 {
 
 /// A right lookup with another transform, whose rows are changed then.
 macro_rules! transforming {
-    ($(#[$doc:meta] $name:ident: |$table:pat_param, $transform:ident| $before:expr, |$x:ident| $after:expr;)+) => { $(
+    ($(
+        #[$doc:meta]
+        $name:ident: |$table:pat_param, $transform:ident| $before:expr, |$x:ident| $after:expr;
+    )+) => { $(
         #[$doc]
         pub(crate) struct $name;
 

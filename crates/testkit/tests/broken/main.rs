@@ -62,78 +62,171 @@ macro_rules! faults {
 
 faults! {
     table_clamped_ids table::ClampedIds: "source::reading_out_of_range_is_refused";
-    table_stale_reads table::StaleReads: "source::writing_changes_no_other_row" "merge::unmerging_restores_what_was_overwritten";
-    table_sorted_reads table::SortedReads: "source::rows_are_read_bit_for_bit" "adapters::new_rows_are_copies_of_the_bases";
-    table_minus_zero_unread table::MinusZeroUnread: "source::rows_are_read_bit_for_bit" "merge::unmerging_restores_every_bit";
-    table_nan_payload_unread table::NanPayloadUnread: "source::rows_are_read_bit_for_bit" "merge::unmerging_restores_every_bit";
-    table_neighbour_written table::NeighbourWritten: "source::writing_changes_no_other_row" "merge::merging_writes_the_rows_and_nothing_else";
-    table_sorted_ids table::SortedIds: "source::writing_changes_no_other_row" "merge::merging_writes_the_rows_and_nothing_else";
+    table_stale_reads table::StaleReads:
+        "source::writing_changes_no_other_row"
+        "merge::unmerging_restores_what_was_overwritten";
+    table_sorted_reads table::SortedReads:
+        "source::rows_are_read_bit_for_bit"
+        "adapters::new_rows_are_copies_of_the_bases";
+    table_minus_zero_unread table::MinusZeroUnread:
+        "source::rows_are_read_bit_for_bit"
+        "merge::unmerging_restores_every_bit";
+    table_nan_payload_unread table::NanPayloadUnread:
+        "source::rows_are_read_bit_for_bit"
+        "merge::unmerging_restores_every_bit";
+    table_neighbour_written table::NeighbourWritten:
+        "source::writing_changes_no_other_row"
+        "merge::merging_writes_the_rows_and_nothing_else";
+    table_sorted_ids table::SortedIds:
+        "source::writing_changes_no_other_row"
+        "merge::merging_writes_the_rows_and_nothing_else";
     table_partly_written table::PartlyWritten: "source::a_refused_write_changes_nothing";
     table_any_type table::AnyType: "source::a_refused_write_changes_nothing";
     table_ids_skipped table::IdsSkipped: "source::a_refused_write_changes_nothing";
     table_minus_zero_unwritten table::MinusZeroUnwritten: "source::writing_changes_no_other_row";
     table_new_table table::NewTable: "allocation::merging_allocates_no_table";
-    table_nothing_written table::NothingWritten: "source::writing_changes_no_other_row" "merge::merges_do_not_nest" "serialization::the_digest_is_that_of_the_bytes";
-    rows_always_single rows::AlwaysSingle: "delta::holds_the_rows_it_was_made_of" "adapters::given_rows_keep_bits_and_type";
-    rows_in_the_tables_type rows::InTheTablesType: "delta::holds_the_rows_it_was_made_of" "adapters::new_rows_are_copies_of_the_bases";
+    table_nothing_written table::NothingWritten:
+        "source::writing_changes_no_other_row"
+        "merge::merges_do_not_nest"
+        "serialization::the_digest_is_that_of_the_bytes";
+    rows_always_single rows::AlwaysSingle:
+        "delta::holds_the_rows_it_was_made_of"
+        "adapters::given_rows_keep_bits_and_type";
+    rows_in_the_tables_type rows::InTheTablesType:
+        "delta::holds_the_rows_it_was_made_of"
+        "adapters::new_rows_are_copies_of_the_bases";
     rows_table_copied rows::TableCopied: "allocation::wrapping_allocates_no_table";
-    rows_read_reversed rows::ReadReversed: "delta::holds_the_rows_it_was_made_of" "merge::merging_writes_the_rows_and_nothing_else" "serialization::the_file_keeps_the_order_of_slots";
-    rows_stale_reads rows::StaleReads: "delta::reads_what_was_written" "serialization::a_saved_run_goes_on_with_the_same_bits";
-    rows_any_shape rows::AnyShape: "delta::a_refused_write_changes_nothing" "adapters::rows_that_do_not_fit_are_refused" "errors::refusals_change_nothing";
+    rows_read_reversed rows::ReadReversed:
+        "delta::holds_the_rows_it_was_made_of"
+        "merge::merging_writes_the_rows_and_nothing_else"
+        "serialization::the_file_keeps_the_order_of_slots";
+    rows_stale_reads rows::StaleReads:
+        "delta::reads_what_was_written"
+        "serialization::a_saved_run_goes_on_with_the_same_bits";
+    rows_any_shape rows::AnyShape:
+        "delta::a_refused_write_changes_nothing"
+        "adapters::rows_that_do_not_fit_are_refused"
+        "errors::refusals_change_nothing";
     rows_any_type rows::AnyType: "delta::a_refused_write_changes_nothing";
-    rows_updated_reversed rows::UpdatedReversed: "delta::an_update_sees_and_replaces" "optimizer::equal_gradients_give_equal_bits";
-    rows_not_written_back rows::NotWrittenBack: "delta::an_update_sees_and_replaces" "optimizer::training_moves_the_rows";
-    rows_error_swallowed rows::ErrorSwallowed: "hooks::a_failing_hook_cancels_the_step";
-    rows_updated_in_half rows::UpdatedInHalf: "delta::an_update_sees_and_replaces" "optimizer::equal_gradients_give_equal_bits";
-    rows_updated_twice rows::UpdatedTwice: "optimizer::equal_gradients_give_equal_bits" "hooks::hooks_run_in_order";
+    rows_updated_reversed rows::UpdatedReversed:
+        "delta::an_update_sees_and_replaces"
+        "optimizer::equal_gradients_give_equal_bits";
+    rows_not_written_back rows::NotWrittenBack:
+        "delta::an_update_sees_and_replaces"
+        "optimizer::training_moves_the_rows";
+    rows_error_swallowed rows::ErrorSwallowed: "delta::an_updates_error_is_handed_on";
+    rows_updated_in_half rows::UpdatedInHalf:
+        "delta::an_update_sees_and_replaces"
+        "optimizer::equal_gradients_give_equal_bits";
+    rows_updated_twice rows::UpdatedTwice:
+        "optimizer::equal_gradients_give_equal_bits"
+        "hooks::hooks_run_in_order";
     rows_large_buffer rows::LargeBuffer: "allocation::the_optimizer_keeps_rows_only";
     lookup_off_by_one_slot lookup::OffByOneSlot: "lookup::rows_belong_to_tokens_in_the_order_given";
-    lookup_sorted_slots lookup::SortedSlots: "lookup::trained_rows_replace_the_base" "lookup::every_token_may_train";
-    lookup_deduplicated_hits lookup::DeduplicatedHits: "lookup::trained_rows_replace_the_base" "lookup::every_token_may_train";
-    lookup_last_position_forgotten lookup::LastPositionForgotten: "lookup::trained_rows_replace_the_base" "lookup::rows_belong_to_tokens_in_the_order_given";
+    lookup_sorted_slots lookup::SortedSlots:
+        "lookup::trained_rows_replace_the_base"
+        "lookup::every_token_may_train";
+    lookup_deduplicated_hits lookup::DeduplicatedHits:
+        "lookup::trained_rows_replace_the_base"
+        "lookup::every_token_may_train";
+    lookup_last_position_forgotten lookup::LastPositionForgotten:
+        "lookup::trained_rows_replace_the_base"
+        "lookup::rows_belong_to_tokens_in_the_order_given";
     lookup_padding_drops_the_row lookup::PaddingDropsTheRow: "gradient::the_padding_token_gets_no_gradient";
-    lookup_additive lookup::Additive: "lookup::untrained_rows_are_a_no_op" "lookup::trained_rows_replace_the_base";
-    lookup_added_difference lookup::AddedDifference: "lookup::trained_rows_replace_the_base" "merge::merged_and_unmerged_lookups_are_equal";
-    lookup_scaled_before_the_override lookup::ScaledBeforeTheOverride: "lookup::a_scale_applies_after_the_override";
-    lookup_truncated lookup::Truncated: "lookup::trained_rows_are_rounded_as_the_table_would" "merge::merged_and_unmerged_lookups_are_equal";
+    lookup_additive lookup::Additive:
+        "lookup::untrained_rows_are_a_no_op"
+        "lookup::trained_rows_replace_the_base";
+    lookup_added_difference lookup::AddedDifference:
+        "lookup::trained_rows_replace_the_base"
+        "merge::merged_and_unmerged_lookups_are_equal";
+    lookup_scaled_before_the_override lookup::ScaledBeforeTheOverride:
+        "lookup::a_scale_applies_after_the_override";
+    lookup_truncated lookup::Truncated:
+        "lookup::trained_rows_are_rounded_as_the_table_would"
+        "merge::merged_and_unmerged_lookups_are_equal";
     lookup_rounded_after_the_scale lookup::RoundedAfterTheScale: "lookup::a_scale_applies_after_the_override";
     lookup_scaled_twice lookup::ScaledTwice: "lookup::a_scale_applies_after_the_override";
     lookup_unscaled lookup::Unscaled: "lookup::a_scale_applies_after_the_override";
     lookup_max_norm_forgotten lookup::MaxNormForgotten: "lookup::max_norm_shortens_rows";
-    lookup_minus_zero_lost lookup::MinusZeroLost: "lookup::untrained_rows_are_a_no_op" "lookup::odd_values_pass_unchanged";
-    lookup_subnormals_flushed lookup::SubnormalsFlushed: "lookup::untrained_rows_are_a_no_op" "lookup::odd_values_pass_unchanged";
-    lookup_nan_payload_lost lookup::NanPayloadLost: "lookup::untrained_rows_are_a_no_op" "lookup::odd_values_pass_unchanged";
-    lookup_infinity_lost lookup::InfinityLost: "lookup::untrained_rows_are_a_no_op" "lookup::odd_values_pass_unchanged";
-    lookup_table_copied lookup::TableCopied: "allocation::a_step_allocates_no_table" "allocation::a_step_costs_the_same_for_any_vocabulary";
+    lookup_minus_zero_lost lookup::MinusZeroLost:
+        "lookup::untrained_rows_are_a_no_op"
+        "lookup::odd_values_pass_unchanged";
+    lookup_subnormals_flushed lookup::SubnormalsFlushed:
+        "lookup::untrained_rows_are_a_no_op"
+        "lookup::odd_values_pass_unchanged";
+    lookup_nan_payload_lost lookup::NanPayloadLost:
+        "lookup::untrained_rows_are_a_no_op"
+        "lookup::odd_values_pass_unchanged";
+    lookup_infinity_lost lookup::InfinityLost:
+        "lookup::untrained_rows_are_a_no_op"
+        "lookup::odd_values_pass_unchanged";
+    lookup_table_copied lookup::TableCopied:
+        "allocation::a_step_allocates_no_table"
+        "allocation::a_step_costs_the_same_for_any_vocabulary";
     lookup_max_norm_after_the_scale lookup::MaxNormAfterTheScale: "lookup::max_norm_comes_before_the_scale";
     lookup_max_norm_in_place lookup::MaxNormInPlace: "lookup::max_norm_shortens_rows";
-    lookup_base_written lookup::BaseWritten: "lookup::a_lookup_changes_nothing" "adapters::adapters_of_the_same_tokens_switch";
-    lookup_stale_rows lookup::StaleRows: "delta::a_written_row_is_seen_by_the_next_lookup" "adapters::adapters_of_the_same_tokens_switch";
+    lookup_base_written lookup::BaseWritten:
+        "lookup::a_lookup_changes_nothing"
+        "adapters::adapters_of_the_same_tokens_switch";
+    lookup_stale_rows lookup::StaleRows:
+        "delta::a_written_row_is_seen_by_the_next_lookup"
+        "adapters::adapters_of_the_same_tokens_switch";
     lookup_stale_table lookup::StaleTable: "merge::merged_and_unmerged_lookups_are_equal";
     lookup_empty_batch_has_no_width lookup::EmptyBatchHasNoWidth: "lookup::batches_may_be_empty_or_single";
-    gradient_off_by_one_slot gradient::OffByOneSlot: "gradient::repeats_are_summed_by_slot" "gradient::absent_tokens_get_zero";
-    gradient_sorted_by_id gradient::SortedById: "gradient::repeats_are_summed_by_slot" "gradient::absent_tokens_get_zero";
-    gradient_repeats_overwritten gradient::RepeatsOverwritten: "gradient::repeats_are_summed_by_slot" "gradient::repeats_are_summed_in_the_compute_type";
+    gradient_off_by_one_slot gradient::OffByOneSlot:
+        "gradient::repeats_are_summed_by_slot"
+        "gradient::absent_tokens_get_zero";
+    gradient_sorted_by_id gradient::SortedById:
+        "gradient::repeats_are_summed_by_slot"
+        "gradient::absent_tokens_get_zero";
+    gradient_repeats_overwritten gradient::RepeatsOverwritten:
+        "gradient::repeats_are_summed_by_slot"
+        "gradient::repeats_are_summed_in_the_compute_type";
     gradient_padding_trains gradient::PaddingTrains: "gradient::the_padding_token_gets_no_gradient";
     gradient_padding_never_trains gradient::PaddingNeverTrains: "gradient::the_padding_token_trains_if_asked";
-    gradient_unscaled gradient::Unscaled: "gradient::a_scale_multiplies_the_gradient" "gradient::options_combine";
-    gradient_scaled_twice gradient::ScaledTwice: "gradient::a_scale_multiplies_the_gradient" "gradient::options_combine";
-    gradient_frequency_of_all gradient::FrequencyOfAll: "gradient::frequent_ids_count_less_if_asked" "gradient::options_combine";
-    gradient_frequency_ignored gradient::FrequencyIgnored: "gradient::frequent_ids_count_less_if_asked" "gradient::options_combine";
+    gradient_unscaled gradient::Unscaled:
+        "gradient::a_scale_multiplies_the_gradient"
+        "gradient::options_combine";
+    gradient_scaled_twice gradient::ScaledTwice:
+        "gradient::a_scale_multiplies_the_gradient"
+        "gradient::options_combine";
+    gradient_frequency_of_all gradient::FrequencyOfAll:
+        "gradient::frequent_ids_count_less_if_asked"
+        "gradient::options_combine";
+    gradient_frequency_ignored gradient::FrequencyIgnored:
+        "gradient::frequent_ids_count_less_if_asked"
+        "gradient::options_combine";
     gradient_averaged gradient::Averaged: "gradient::repeats_are_summed_by_slot";
-    gradient_max_norm_trains_through gradient::MaxNormTrainsThrough: "gradient::max_norm_leaves_the_gradient" "gradient::options_combine";
-    gradient_dense_gradient gradient::DenseGradient: "allocation::a_step_allocates_no_table" "allocation::a_step_costs_the_same_for_any_vocabulary";
+    gradient_max_norm_trains_through gradient::MaxNormTrainsThrough:
+        "gradient::max_norm_leaves_the_gradient"
+        "gradient::options_combine";
+    gradient_dense_gradient gradient::DenseGradient:
+        "allocation::a_step_allocates_no_table"
+        "allocation::a_step_costs_the_same_for_any_vocabulary";
     gradient_lookup_overwrites gradient::LookupOverwrites: "gradient::lookups_of_one_pass_add_up";
     gradient_half_sums gradient::HalfSums: "gradient::repeats_are_summed_in_the_compute_type";
-    gradient_absent_is_nothing gradient::AbsentIsNothing: "gradient::a_batch_without_trainable_tokens_gives_zeros";
-    gradient_absent_is_garbage gradient::AbsentIsGarbage: "gradient::absent_tokens_get_zero" "gradient::a_batch_without_trainable_tokens_gives_zeros";
+    gradient_absent_is_nothing gradient::AbsentIsNothing:
+        "gradient::a_batch_without_trainable_tokens_gives_zeros";
+    gradient_absent_is_garbage gradient::AbsentIsGarbage:
+        "gradient::absent_tokens_get_zero"
+        "gradient::a_batch_without_trainable_tokens_gives_zeros";
     gradient_merged_still_trains gradient::MergedStillTrains: "gradient::merged_rows_get_no_gradient";
     gradient_base_trains gradient::BaseTrains: "optimizer::training_leaves_the_base";
-    head_never_overridden head::NeverOverridden: "head::trained_columns_replace_the_bases" "head::every_column_may_train";
-    head_last_column_lost head::LastColumnLost: "head::trained_columns_replace_the_bases" "head::every_column_may_train";
-    head_sorted_columns head::SortedColumns: "head::trained_columns_replace_the_bases" "head::every_column_may_train";
-    head_additive_columns head::AdditiveColumns: "head::untrained_rows_are_a_no_op" "head::trained_columns_replace_the_bases" "head::a_merged_head_agrees";
-    head_other_bits_of_trainable_columns head::OtherBitsOfTrainableColumns: "head::untrained_rows_are_a_no_op";
+    head_never_overridden head::NeverOverridden:
+        "head::trained_columns_replace_the_bases"
+        "head::every_column_may_train";
+    head_last_column_lost head::LastColumnLost:
+        "head::trained_columns_replace_the_bases"
+        "head::every_column_may_train";
+    head_sorted_columns head::SortedColumns:
+        "head::trained_columns_replace_the_bases"
+        "head::every_column_may_train";
+    head_additive_columns head::AdditiveColumns:
+        "head::untrained_rows_are_a_no_op"
+        "head::trained_columns_replace_the_bases"
+        "head::a_merged_head_agrees";
+    head_other_bits_of_trainable_columns head::OtherBitsOfTrainableColumns:
+        "head::untrained_rows_are_a_no_op";
     head_other_bits_once_one_moved head::OtherBitsOnceOneMoved: "head::other_columns_keep_their_bits";
     head_other_bits_of_frozen_columns head::OtherBitsOfFrozenColumns: "head::other_columns_keep_their_bits";
     head_base_bias head::BaseBias: "head::trained_columns_replace_the_bases";
@@ -141,7 +234,9 @@ faults! {
     head_table_copied head::TableCopied: "allocation::the_head_allocates_no_table";
     head_any_width head::AnyWidth: "errors::hidden_states_of_another_width_are_refused";
     head_head_overwrites_lookup head::HeadOverwritesLookup: "head::lookup_and_head_add_up";
-    head_rows_get_nothing head::RowsGetNothing: "head::rows_get_the_heads_gradient" "head::lookup_and_head_add_up";
+    head_rows_get_nothing head::RowsGetNothing:
+        "head::rows_get_the_heads_gradient"
+        "head::lookup_and_head_add_up";
     head_hidden_sees_the_base head::HiddenSeesTheBase: "head::hidden_states_get_the_gradient_of_the_new_rows";
     head_only_moved_rows_train head::OnlyMovedRowsTrain: "head::rows_get_the_heads_gradient";
     head_scaled_rows head::ScaledRows: "head::options_of_the_lookup_do_not_touch_the_head";

@@ -44,7 +44,9 @@ reads! {
     /// Loses the sign of zeros.
     MinusZeroUnread: |table, ids| Ok(map(table.now().read_rows(ids)?, |x| x + 0.0));
     /// Knows one NaN only.
-    NanPayloadUnread: |table, ids| Ok(map(table.now().read_rows(ids)?, |x| if x.is_nan() { f32::NAN } else { x }));
+    NanPayloadUnread: |table, ids| {
+        Ok(map(table.now().read_rows(ids)?, |x| if x.is_nan() { f32::NAN } else { x }))
+    };
 }
 
 /// Writes to the table.
