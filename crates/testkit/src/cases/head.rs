@@ -256,6 +256,7 @@ pub fn an_untied_head_has_rows_of_its_own<H: Harness>() -> Outcome {
             &world.dense::<H>()?,
         )
     })
+}
 
 /// Written rows are seen by the next logits.
 pub fn written_rows_are_seen_by_the_next_logits<H: Harness>() -> Outcome {

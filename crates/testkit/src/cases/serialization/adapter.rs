@@ -5,7 +5,7 @@ use trainable_tokens_format::digest;
 
 use super::{Files, HEAD, MODULE, adapter_of, framed, key, plain_adapter, round_trip, unframed};
 use crate::failure::{Exact, ensure, equal, refused, same};
-use crate::world::{World, for_all, lookup, noise, odd_values, overwritten, select};
+use crate::world::{World, for_all, lookup, noise, odd_values, select};
 use crate::{Failure, Harness, Layer, Outcome};
 
 /// An adapter file gives the rows back, bit for bit, in their own element type.
@@ -34,10 +34,7 @@ pub fn the_file_keeps_the_order_of_slots<H: Harness>() -> Outcome {
         let rows = adapter.rows(MODULE).ok_or("the file has no rows of the module")?;
         let source = H::source(&world.table::<H>())?;
         let loaded = Layer::<H>::with_rows(source, adapter.token_set(world.v)?, rows)?;
-        let want = select(
-            &overwritten(&world.table::<H>(), &world.tokens, rows)?,
-            &world.ids,
-        )?;
+        let want = select(&world.dense::<H>()?, &world.ids)?;
         same("rows", &lookup::<H>(&loaded, &world.ids)?, &want)
     })
 }
