@@ -282,7 +282,7 @@ list! { $
         memory_is_like_the_rows: "O5, O14",
         a_refused_step_changes_nothing: "O1, O13, O18",
         settings_are_checked: "O12, O11, E4",
-        powers_stop_at_the_largest_exponent: "O10, O3, O8",
+        powers_follow_the_step_count: "O10, O3, O8",
         a_state_of_other_rows_is_refused: "O16, O18, E4",
     }
     hooks Hooks {

@@ -10,9 +10,7 @@ use crate::failure::{ensure, equal, refused, same};
 use crate::world::{World, for_all, noise, whole};
 use crate::{Failure, Harness, Outcome, Pass};
 
-pub use settings::{
-    a_state_of_other_rows_is_refused, powers_stop_at_the_largest_exponent, settings_are_checked,
-};
+pub use settings::{a_state_of_other_rows_is_refused, powers_follow_the_step_count, settings_are_checked};
 
 type NewOptimizer = fn() -> trainable_tokens_core::Result<Box<dyn RowOptimizer>>;
 
