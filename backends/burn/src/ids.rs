@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use burn::module::{Param, ParamId};
-use burn::tensor::{Int, Tensor};
+use burn::tensor::{DType, Int, Tensor};
 use trainable_tokens_core::{Error as CoreError, TokenSet};
 
 use crate::Result;
@@ -12,12 +12,19 @@ use crate::Result;
 /// The ids of a tensor of any integer type, shape and device, flattened. An id that no `u32` can hold is refused
 /// here, one at or above `vocab_size` by whoever looks it up.
 pub(crate) fn read_ids<const D: usize>(ids: Tensor<D, Int>, vocab_size: usize) -> Result<Vec<u32>> {
-    let ids: Vec<i64> = ids.try_into_data()?.try_into_vec_as()?;
-    let narrow = |id: i64| {
+    fn narrow(id: i64, vocab_size: usize) -> Result<u32> {
         let refused = CoreError::TokenOutOfRange { id, vocab_size };
         u32::try_from(id).map_err(|_| refused.into())
-    };
-    ids.into_iter().map(narrow).collect()
+    }
+    let data = ids.try_into_data()?;
+    if data.dtype() == DType::U64 {
+        // Burn's conversion panics where a value does not fit.
+        let ids = data.try_into_vec::<u64>()?.into_iter();
+        let ids = ids.map(|id| i64::try_from(id).unwrap_or(i64::MAX));
+        return ids.map(|id| narrow(id, vocab_size)).collect();
+    }
+    let ids = data.try_into_vec_as::<i64>()?.into_iter();
+    ids.map(|id| narrow(id, vocab_size)).collect()
 }
 
 /// The validated token set of a parameter of ids.

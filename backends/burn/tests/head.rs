@@ -26,7 +26,7 @@ fn tolerance(dtype: DType) -> f64 {
 #[test]
 fn untrained_rows_are_a_no_op_to_the_bit() {
     for dtype in DTYPES {
-        for (vocab_size, num_ids) in [(10, 1), (10, 3), (133, 5), (1030, 17)] {
+        for (vocab_size, num_ids) in [(10, 1), (10, 3), (133, 5), (1030, 70)] {
             let weight = noise([vocab_size, 64], dtype, 5);
             let plain = burn::nn::Embedding {
                 weight: burn::module::Param::from_tensor(weight.clone()),

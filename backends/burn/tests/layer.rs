@@ -5,7 +5,7 @@
 mod common;
 
 use burn::config::Config;
-use burn::module::Module;
+use burn::module::{Initializer, Module};
 use burn::nn::{Embedding, Linear};
 use burn::optim::{AdamWConfig, GradientsParams};
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
@@ -49,7 +49,7 @@ fn ids_of_any_integer_type_and_shape() {
     let layer = layer(DType::F32);
     let batch = TensorData::from([[7i64, 1, 2], [0, 9, 7]]);
     let want = bytes(&layer.forward(Tensor::from_data(batch.clone(), &device())));
-    for dtype in [DType::U8, DType::U32, DType::I16, DType::I32, DType::I64] {
+    for dtype in [DType::U8, DType::U64, DType::I16, DType::I32, DType::I64] {
         let batch = Tensor::<2, Int>::from_data(batch.clone(), (&device(), dtype));
         assert_eq!(bytes(&layer.forward(batch.clone())), want, "{dtype:?}");
         let turned: Tensor<3> = layer.forward(batch.transpose());
@@ -70,6 +70,9 @@ fn ids_that_name_no_row_are_refused() {
         assert_eq!(error.kind(), ErrorKind::TokenOutOfRange);
         assert!(error.to_string().contains(text), "{error}");
     }
+    let largest = TensorData::from([[u64::MAX]]);
+    let error = layer.lookup(Tensor::from_data(largest, (&device(), DType::U64)));
+    assert_eq!(error.unwrap_err().kind(), ErrorKind::TokenOutOfRange);
     let error = layer.plan(&[u32::MAX]).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::TokenOutOfRange);
 }
@@ -308,6 +311,23 @@ fn merged_and_restored_to_the_bit() {
         assert_eq!(layer.unmerge().unwrap_err().kind(), ErrorKind::State);
         assert_eq!(bytes(&layer.embedding().weight), bytes(&plain.weight));
     }
+}
+
+#[test]
+fn checkpointing_changes_no_gradient() {
+    let gradients = [device(), device().gradient_checkpointing()].map(|device| {
+        let config = TrainableTokensConfig::new(10, 4, vec![7, 2]).with_initializer(Initializer::Ones);
+        let layer = config.init(&device).unwrap().with_options(LayerOptions {
+            scale: Some(EmbedScale::Exact(1.5)),
+            ..LayerOptions::default()
+        });
+        let ids = |ids: [[i32; 4]; 1]| Tensor::from_data(ids, &device);
+        let rows = layer.forward(ids([[7, 1, 2, 7]])) + layer.forward(ids([[0, 1, 3, 0]]));
+        let loss = layer.tied_head().forward(rows).exp().sum();
+        layer.gradient(&backward(&loss).unwrap()).unwrap()
+    });
+    assert!(gradients[0].bits_eq(&gradients[1]));
+    assert!(gradients[0].to_f64_vec().iter().all(|x| *x != 0.0));
 }
 
 #[test]

@@ -99,9 +99,9 @@ fn product(hidden: Tensor<2>, weight: &Tensor<2>) -> Tensor<2> {
         return hidden.matmul(weight.clone().transpose());
     }
     let ([num_ids, dim], [vocab_size, _]) = (hidden.dims(), weight.dims());
-    let block = num_ids
-        .max(BLOCK_ELEMENTS / dim.max(1))
-        .clamp(1, vocab_size.max(1));
+    // Each block converts `hidden` and holds a gradient of it: with no fewer rows than these all blocks together cost no
+    // more than the logits.
+    let block = num_ids.max(dim).max(MIN_BLOCK);
     // The gradients of the blocks are summed in f32.
     let hidden = hidden.cast(DType::F32);
     let blocks = (0..vocab_size.max(1)).step_by(block).map(|start| {
@@ -111,10 +111,25 @@ fn product(hidden: Tensor<2>, weight: &Tensor<2>) -> Tensor<2> {
     Tensor::cat(blocks.collect(), 1)
 }
 
-/// Elements of the table that Flex converts at a time, at least.
-const BLOCK_ELEMENTS: usize = 1 << 16;
+/// Rows of the table that Flex converts at a time, at least.
+const MIN_BLOCK: usize = 64;
 
 /// Whether the device is burn's Flex, which multiplies bf16 matrices by converting both of them, whole, to f32.
 fn is_flex(device: &Device) -> bool {
     format!("{device:?}").contains("Flex(")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn flex_is_known_by_its_name() {
+        let device = Device::flex();
+        assert!(
+            is_flex(&device) && is_flex(&device.autodiff()),
+            "{:?}",
+            Device::flex()
+        );
+    }
 }
