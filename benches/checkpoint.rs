@@ -1,6 +1,6 @@
 //! Opening a checkpoint, digesting its table, saving and loading an adapter, merging.
 //!
-//! `cargo bench --features ndarray,candle --bench checkpoint`
+//! `cargo bench --bench checkpoint`
 #![allow(missing_docs, clippy::unwrap_used)]
 
 mod support;

@@ -1,18 +1,22 @@
 //! A lookup with trained rows beside the frozen lookup of the same framework.
 //!
-//! `cargo bench --features ndarray,candle --bench lookup`
+//! `cargo bench --features ndarray,candle,burn,dfdx --bench lookup`
 #![allow(missing_docs, clippy::unwrap_used)]
 
 mod support;
 
+use burn::module::Param;
+use burn::tensor::{Device as BurnDevice, Int, Tensor as BurnTensor, TensorData};
 use candle_core::{Device, Tensor};
 use candle_nn::{Embedding, Module};
 use criterion::{Criterion, criterion_group, criterion_main};
+use dfdx::tensor::{Cpu, NoneTape, Tensor as DfdxTensor, TensorFromVec};
+use dfdx::tensor_ops::GatherTo;
 use ndarray::{Array2, Axis};
 use support::{DIM, TOKENS, VOCABULARIES, batch, table, trained_ids};
 use trainable_tokens::TokenSet;
-use trainable_tokens::candle;
 use trainable_tokens::ndarray::{NdTable, TrainableTokens, TrainableTokensExt};
+use trainable_tokens::{burn as on_burn, candle, dfdx as on_dfdx};
 
 fn ndarray_lookup(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("lookup/ndarray");
@@ -55,5 +59,42 @@ fn candle_lookup(criterion: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, ndarray_lookup, candle_lookup);
+fn burn_lookup(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("lookup/burn");
+    let device = BurnDevice::flex().autodiff();
+    for v in VOCABULARIES {
+        let weight = BurnTensor::<2>::from_data(TensorData::new(table(v), [v, DIM]), &device);
+        let ids: Vec<i32> = batch(v).into_iter().map(u32::cast_signed).collect();
+        let ids = BurnTensor::<2, Int>::from_data(TensorData::new(ids, [1, TOKENS]), &device);
+        let embedding = burn::nn::Embedding {
+            weight: Param::from_tensor(weight).set_require_grad(false),
+        };
+        group.bench_function(format!("frozen/V={v}"), |b| {
+            b.iter(|| embedding.forward(ids.clone()));
+        });
+        let layer = on_burn::TrainableTokens::wrap(embedding, &trained_ids(v)).unwrap();
+        group.bench_function(format!("trained/V={v}"), |b| {
+            b.iter(|| layer.forward(ids.clone()));
+        });
+    }
+}
+
+fn dfdx_lookup(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("lookup/dfdx");
+    let device = Cpu::default();
+    for v in VOCABULARIES {
+        let weight: DfdxTensor<(usize, usize), f32, Cpu> = device.tensor_from_vec(table(v), (v, DIM));
+        let ids = batch(v);
+        let rows = device.tensor_from_vec(ids.iter().map(|id| *id as usize).collect(), (TOKENS,));
+        group.bench_function(format!("frozen/V={v}"), |b| {
+            b.iter(|| weight.clone().gather(rows.clone()));
+        });
+        let layer = on_dfdx::TrainableTokens::from_tensor(weight, &trained_ids(v)).unwrap();
+        group.bench_function(format!("trained/V={v}"), |b| {
+            b.iter(|| layer.lookup(&ids, NoneTape).unwrap());
+        });
+    }
+}
+
+criterion_group!(benches, ndarray_lookup, candle_lookup, burn_lookup, dfdx_lookup);
 criterion_main!(benches);

@@ -1,18 +1,22 @@
 //! A whole training step of the embedding: lookup, backward pass, AdamW.
 //!
-//! `cargo bench --features ndarray,candle --bench step`
+//! `cargo bench --features ndarray,candle,burn,dfdx --bench step`
 #![allow(missing_docs, clippy::unwrap_used)]
 
 mod support;
 
+use burn::module::Param;
+use burn::tensor::{Device as BurnDevice, Int, Tensor as BurnTensor, TensorData};
 use candle_core::{Device, Tensor};
 use candle_nn::Module;
 use criterion::{Criterion, criterion_group, criterion_main};
+use dfdx::tensor::{Cpu, OwnedTape, Tensor as DfdxTensor, TensorFromVec};
+use dfdx::tensor_ops::{Backward, SumTo};
 use ndarray::Array2;
 use support::{DIM, TOKENS, VOCABULARIES, batch, table, trained_ids};
-use trainable_tokens::candle;
 use trainable_tokens::ndarray::{NdTable, TrainableTokens, TrainableTokensExt};
 use trainable_tokens::{Adam, AdamConfig, TokenSet};
+use trainable_tokens::{burn as on_burn, candle, dfdx as on_dfdx};
 
 fn ndarray_step(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("step/ndarray");
@@ -65,5 +69,45 @@ fn candle_step(criterion: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, ndarray_step, candle_step);
+fn burn_step(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("step/burn");
+    group.sample_size(20);
+    let device = BurnDevice::flex().autodiff();
+    for v in VOCABULARIES {
+        let weight = BurnTensor::<2>::from_data(TensorData::new(table(v), [v, DIM]), &device);
+        let embedding = burn::nn::Embedding {
+            weight: Param::from_tensor(weight).set_require_grad(false),
+        };
+        let mut layer = on_burn::TrainableTokens::wrap(embedding, &trained_ids(v)).unwrap();
+        let mut optimizer = Adam::new(AdamConfig::ADAMW).unwrap();
+        let ids: Vec<i32> = batch(v).into_iter().map(u32::cast_signed).collect();
+        let ids = BurnTensor::<2, Int>::from_data(TensorData::new(ids, [1, TOKENS]), &device);
+        group.bench_function(format!("fresh buffers/V={v}"), |b| {
+            b.iter(|| {
+                let gradients = on_burn::backward(&layer.forward(ids.clone()).sum()).unwrap();
+                layer.step(&gradients, &mut optimizer, &mut []).unwrap()
+            });
+        });
+    }
+}
+
+fn dfdx_step(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("step/dfdx");
+    group.sample_size(20);
+    for v in VOCABULARIES {
+        let weight: DfdxTensor<(usize, usize), f32, Cpu> = Cpu::default().tensor_from_vec(table(v), (v, DIM));
+        let mut layer = on_dfdx::TrainableTokens::from_tensor(weight, &trained_ids(v)).unwrap();
+        let mut optimizer = Adam::new(AdamConfig::ADAMW).unwrap();
+        let ids = batch(v);
+        group.bench_function(format!("fresh buffers/V={v}"), |b| {
+            b.iter(|| {
+                let rows = layer.lookup(&ids, OwnedTape::default()).unwrap();
+                let gradients = rows.sum::<(), _>().backward();
+                layer.step(&gradients, &mut optimizer, &mut []).unwrap()
+            });
+        });
+    }
+}
+
+criterion_group!(benches, ndarray_step, candle_step, burn_step, dfdx_step);
 criterion_main!(benches);

@@ -4,7 +4,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-TEST_COMMAND='cargo test --workspace --features ndarray,candle'
+BACKENDS=(ndarray candle burn dfdx)
+FEATURES=ndarray,candle,burn,dfdx
+TEST_COMMAND='cargo test --workspace --features ndarray,candle,burn,dfdx'
 DEMO_COMMAND='cargo run --release -p trainable-tokens-cli -- demo'
 export CARGO_TERM_COLOR=never
 log=$(mktemp)
@@ -23,11 +25,11 @@ step formatting
 cargo fmt --all -- --check
 
 step lints
-cargo clippy --locked --workspace --all-targets --features ndarray,candle -- -D warnings
+cargo clippy --locked --workspace --all-targets --features "$FEATURES" -- -D warnings
 
 step each feature alone
 cargo check --locked -p trainable-tokens --no-default-features
-for feature in format ndarray candle; do
+for feature in format "${BACKENDS[@]}"; do
     cargo check --locked -p trainable-tokens --no-default-features --features "$feature"
 done
 
@@ -45,20 +47,26 @@ no_dependency() { # PACKAGE [CARGO OPTIONS] -- NAMES
         fi
     done
 }
-frameworks=(candle-core candle-nn ndarray)
+frameworks=(candle-core candle-nn ndarray burn burn-core dfdx)
 no_dependency trainable-tokens-core -- "${frameworks[@]}" serde serde_json safetensors memmap2
 no_dependency trainable-tokens-format -- "${frameworks[@]}"
-no_dependency trainable-tokens-ndarray -- candle-core candle-nn trainable-tokens-format
-no_dependency trainable-tokens-candle -- ndarray trainable-tokens-format
+no_dependency trainable-tokens-testkit -- "${frameworks[@]}"
 no_dependency trainable-tokens -- "${frameworks[@]}"
-no_dependency trainable-tokens --features ndarray -- candle-core candle-nn
-no_dependency trainable-tokens --features candle -- ndarray
+declare -A own=([ndarray]='ndarray' [candle]='candle-core candle-nn' [burn]='burn burn-core' [dfdx]='dfdx')
+for backend in "${BACKENDS[@]}"; do
+    others=()
+    for framework in "${frameworks[@]}"; do
+        [[ " ${own[$backend]} " == *" $framework "* ]] || others+=("$framework")
+    done
+    no_dependency "trainable-tokens-$backend" -- "${others[@]}" trainable-tokens-format
+    no_dependency trainable-tokens --no-default-features --features "$backend" -- "${others[@]}" trainable-tokens-format
+done
 
 step tests
 $TEST_COMMAND 2>&1 | tee "$log"
 
 step documentation
-RUSTDOCFLAGS=-Dwarnings cargo doc --locked --workspace --no-deps --features ndarray,candle
+RUSTDOCFLAGS=-Dwarnings cargo doc --locked --workspace --no-deps --features "$FEATURES"
 
 step CUDA, type-checked without a GPU
 bash ci/cuda-check.sh
@@ -72,6 +80,9 @@ $DEMO_COMMAND --out target/ci-demo
 
 step real PEFT
 bash ci/interop.sh
+
+step 'golden vectors, in numpy'
+"${INTEROP_PYTHON:-target/interop-venv/bin/python}" tests/vectors/check.py
 
 passed=$(sed -n 's/^test result: ok\. \([0-9]*\) passed.*/\1/p' "$log" | awk '{ sum += $1 } END { print sum + 0 }')
 printf '\n== all checks passed in %ss\n' "$SECONDS"

@@ -1,6 +1,21 @@
-#![cfg_attr(all(feature = "candle", feature = "format", feature = "ndarray"), doc = include_str!("../README.md"))]
 #![cfg_attr(
-    not(all(feature = "candle", feature = "format", feature = "ndarray")),
+    all(
+        feature = "burn",
+        feature = "candle",
+        feature = "dfdx",
+        feature = "format",
+        feature = "ndarray"
+    ),
+    doc = include_str!("../README.md")
+)]
+#![cfg_attr(
+    not(all(
+        feature = "burn",
+        feature = "candle",
+        feature = "dfdx",
+        feature = "format",
+        feature = "ndarray"
+    )),
     doc = "Fine-tune a few rows of a frozen embedding table: PEFT's Trainable Tokens in Rust."
 )]
 #![cfg_attr(docsrs, feature(doc_cfg))]
