@@ -57,7 +57,7 @@ fn harnesses(backend: &str) -> BTreeMap<String, Vec<String>> {
     let mut last = String::new();
     for part in call.split(',').map(str::trim).filter(|part| !part.is_empty()) {
         if let Some((name, _)) = part.split_once(": ").filter(|(name, _)| !name.contains(' ')) {
-            last = name.to_owned();
+            name.clone_into(&mut last);
             harnesses.entry(last.clone()).or_default();
         }
         for left_out in part.split("without ").skip(1) {

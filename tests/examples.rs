@@ -23,13 +23,14 @@ fn losses(example: &str) -> Vec<String> {
         program.display()
     );
     let output = Command::new(program).output().unwrap();
-    let text = String::from_utf8(output.stdout).unwrap();
+    let printed = String::from_utf8(output.stdout).unwrap();
     assert!(
         output.status.success(),
         "{example}: {}",
         String::from_utf8_lossy(&output.stderr)
     );
-    text.lines()
+    printed
+        .lines()
         .filter(|line| line.starts_with("step "))
         .map(str::to_owned)
         .collect()
