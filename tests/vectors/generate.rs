@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 use trainable_tokens::format::{SafetensorsFile, TrainingState, digest};
 use trainable_tokens::{Adam, AdamConfig, DType, RowOptimizer, TokenRows};
-use trainable_tokens_testkit::Harness;
-use trainable_tokens_testkit::vectors::{Operation, Tensors, VectorCase, tolerance};
+use trainable_tokens_testkit::vectors::{Operation, Tensors, VectorCase};
+use trainable_tokens_testkit::{Harness, tolerance};
 
 use super::reference::Nd;
 

@@ -27,7 +27,7 @@ pub struct TrainableTokens<B: Backend> {
 
 impl<B: Backend> TrainableTokens<B> {
     /// Starts from the base's own rows (PEFT's `init_weights=True`), in the type of
-    /// [`DType::default_row_dtype`].
+    /// [`DType::default_row_dtype`](crate::DType::default_row_dtype).
     ///
     /// # Errors
     ///

@@ -15,7 +15,8 @@ use crate::{DeltaStore, Error, OptimizerHook, Result, StepContext, TokenRows, To
 /// An update rule for trained rows on the host, and its memory.
 ///
 /// The formulas and their order of rounding are torch's (`torch/optim/sgd.py`, `torch/optim/adam.py`,
-/// single-tensor form): for rows of half precision every operation rounds, and the memory has the rows' type.
+/// single-tensor form): for rows of half precision every operation rounds, and the memory has the rows' type. (torch's
+/// kernels for half precision round some scalars otherwise, so that single elements can be a unit apart there.)
 ///
 /// # Contract
 ///

@@ -15,7 +15,8 @@
 //! The list of cases is the kit's: a new case reaches every backend with the next version of the kit. Failed properties
 //! print a seed; `TRAINABLE_TOKENS_SEED=<seed>` repeats their inputs.
 //!
-//! The module [`peft`] holds a backend to results of PEFT itself, with the same harness: [`peft_tests!`].
+//! With the same harness the module [`peft`] holds a backend to results of PEFT itself ([`peft_tests!`]), and
+//! [`vectors`] to the golden vectors of the specification.
 
 mod allocation;
 mod case;

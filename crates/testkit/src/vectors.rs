@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use trainable_tokens_core::{DType, TokenRows};
+use trainable_tokens_core::TokenRows;
 use trainable_tokens_format::SafetensorsFile;
 
 pub use schema::{AdapterFile, HookSpec, Operation, OptimizerSpec, Options, Scale, VectorCase, Vectors};
@@ -18,6 +18,8 @@ pub use schema::{AdapterFile, HookSpec, Operation, OptimizerSpec, Options, Scale
 use crate::failure::{Exact, close_within, ensure, same};
 use crate::{Failure, Harness};
 
+/// The clause of SPEC.md that [`run`] checks; each vector names those that it covers.
+pub const CLAUSE: &str = "N5";
 /// The list of cases.
 pub const CASES_FILE: &str = "vectors.json";
 /// All tensors, `<case>.<name>`.
@@ -112,9 +114,4 @@ fn check<H: Harness>(case: &VectorCase, tensors: &Tensors, dir: &Path) -> Result
 /// The reason why it fails.
 pub fn generate<H: Harness>(case: &VectorCase, tensors: &Tensors, dir: &Path) -> Result<Tensors, String> {
     execute::execute::<H>(case, tensors, dir).map_err(|error| error.reason)
-}
-
-/// The tolerance of a case of arithmetic in tables of type `dtype`.
-pub const fn tolerance(dtype: DType) -> f64 {
-    crate::tolerance(dtype)
 }
