@@ -71,6 +71,9 @@ RUSTDOCFLAGS=-Dwarnings cargo doc --locked --workspace --no-deps --features "$FE
 step CUDA, type-checked without a GPU
 bash ci/cuda-check.sh
 
+step burn on wgpu, type-checked
+CARGO_TARGET_DIR=target/cuda-check cargo check --locked -p trainable-tokens-burn --features wgpu
+
 step packages
 cargo package --locked --workspace --allow-dirty --exclude trainable-tokens-demo-model --exclude trainable-tokens-nested-vec
 
