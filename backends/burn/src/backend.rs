@@ -2,10 +2,10 @@
 
 use burn::tensor::{Gradients, Tensor};
 use trainable_tokens_core::{
-    Backend, DeltaStore, EmbeddingSource, LookupPlan, RowTransform, TokenRows, TokenSet,
+    Backend, DeltaStore, EmbeddingSource, Error as CoreError, LookupPlan, RowTransform, TokenRows, TokenSet,
 };
 
-use crate::convert::{shape_error, to_rows};
+use crate::convert::to_rows;
 use crate::ops::{Overrides, lookup_rows, project};
 use crate::{BurnDelta, BurnTable, Error, Result};
 
@@ -45,7 +45,7 @@ impl Backend for Burn {
                 let expected = [delta.num_rows(), source.vocab_size()];
                 let got = [tokens.len(), tokens.vocab_size()];
                 if expected != got {
-                    return Err(shape_error("token set of the head", &expected, &got));
+                    return Err(CoreError::shape("token set of the head", &expected, &got).into());
                 }
                 Some(Overrides::new(delta.param().val(), tokens))
             }

@@ -2,7 +2,7 @@
 
 use burn::tensor::{self as burn_tensor, Device, Element, Int, Tensor, TensorData};
 use half::{bf16, f16};
-use trainable_tokens_core::{self as core, DType, Error as CoreError, RowData, TokenRows};
+use trainable_tokens_core::{self as core, DType, RowData, TokenRows};
 
 use crate::{Error, Result};
 
@@ -90,13 +90,4 @@ pub(crate) fn unflatten<const R: usize>(tensor: Tensor<2>, dims: [usize; R]) -> 
     }
     // There is no element to place, but the result stays in the tensor's graph.
     Tensor::zeros(dims, (&tensor.device(), tensor.dtype())) + tensor.sum().unsqueeze()
-}
-
-/// The error for a shape that does not fit.
-pub(crate) fn shape_error(what: &'static str, expected: &[usize], got: &[usize]) -> Error {
-    Error::Core(CoreError::Shape {
-        what,
-        expected: expected.to_vec(),
-        got: got.to_vec(),
-    })
 }

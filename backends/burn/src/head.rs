@@ -1,9 +1,9 @@
 //! The output layer that shares an embedding's table.
 
 use burn::tensor::Tensor;
-use trainable_tokens_core::EmbeddingSource;
+use trainable_tokens_core::{EmbeddingSource, Error as CoreError};
 
-use crate::convert::{shape_error, unflatten};
+use crate::convert::unflatten;
 use crate::ops::{check_like, project};
 use crate::{Result, TrainableTokens};
 
@@ -36,7 +36,7 @@ impl<'a> TiedHead<'a> {
         let table = self.layer.table()?;
         let (what, expected, got) = ("bias of the head", [table.vocab_size()], bias.dims());
         if expected != got {
-            return Err(shape_error(what, &expected, &got));
+            return Err(CoreError::shape(what, &expected, &got).into());
         }
         check_like(what, &bias, &table)?;
         self.bias = Some(bias.detach());
@@ -52,7 +52,7 @@ impl<'a> TiedHead<'a> {
         let table = self.layer.table()?;
         let (mut dims, dim) = (hidden.dims(), table.embedding_dim());
         let Some((last, leading)) = dims.split_last_mut().filter(|(last, _)| **last == dim) else {
-            return Err(shape_error("hidden states of the head", &[dim], &hidden.dims()));
+            return Err(CoreError::shape("hidden states of the head", &[dim], &hidden.dims()).into());
         };
         let num_ids: usize = leading.iter().product();
         *last = table.vocab_size();

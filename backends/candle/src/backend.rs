@@ -5,10 +5,10 @@ use std::sync::Arc;
 use candle_core::Tensor;
 use candle_core::backprop::GradStore;
 use trainable_tokens_core::{
-    Backend, DeltaStore, EmbeddingSource, LookupPlan, RowTransform, TokenRows, TokenSet,
+    Backend, DeltaStore, EmbeddingSource, Error as CoreError, LookupPlan, RowTransform, TokenRows, TokenSet,
 };
 
-use crate::convert::{shape_error, to_rows};
+use crate::convert::to_rows;
 use crate::ops::{Overrides, lookup_rows, project};
 use crate::{CandleDelta, CandleTable, Error, Result};
 
@@ -50,7 +50,7 @@ impl Backend for Candle {
                 let expected = [delta.num_rows(), source.vocab_size()];
                 let got = [tokens.len(), tokens.vocab_size()];
                 if expected != got {
-                    return Err(shape_error(what, &expected, &got));
+                    return Err(CoreError::shape(what, &expected, &got).into());
                 }
                 let columns = Tensor::from_vec(tokens.to_vec(), tokens.len(), source.tensor().device())?;
                 Some(Overrides::new(source.tensor(), delta.var(), columns)?)

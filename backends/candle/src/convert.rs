@@ -1,7 +1,7 @@
 //! Between candle's tensors and rows on the host.
 
 use candle_core::{CpuStorage, Device, Tensor, Var, WithDType};
-use trainable_tokens_core::{DType, Element, Error as CoreError, ErrorKind, RowData, RowRef, TokenRows};
+use trainable_tokens_core::{DType, Element, ErrorKind, RowData, RowRef, TokenRows};
 
 use crate::{Error, Result};
 
@@ -91,13 +91,4 @@ pub(crate) fn unsupported() -> Error {
         kind: ErrorKind::Unsupported,
         source: "an element type that is not F64, F32, F16 or BF16".into(),
     }
-}
-
-/// The error for a shape that does not fit.
-pub(crate) fn shape_error(what: &'static str, expected: &[usize], got: &[usize]) -> Error {
-    Error::Core(CoreError::Shape {
-        what,
-        expected: expected.to_vec(),
-        got: got.to_vec(),
-    })
 }

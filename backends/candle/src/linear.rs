@@ -3,7 +3,9 @@
 use candle_core::Tensor;
 use candle_nn::Module;
 
-use crate::convert::{core_dtype, shape_error};
+use trainable_tokens_core::Error as CoreError;
+
+use crate::convert::core_dtype;
 use crate::ops::project;
 use crate::{Error, Result};
 
@@ -67,7 +69,7 @@ impl Module for FrozenLinear {
 pub(crate) fn check_bias(bias: &Tensor, weight: &Tensor) -> Result<Tensor> {
     let what = "bias";
     if bias.dims() != &weight.dims()[..1] {
-        return Err(shape_error(what, &weight.dims()[..1], bias.dims()));
+        return Err(CoreError::shape(what, &weight.dims()[..1], bias.dims()).into());
     }
     let (expected, got) = (
         core_dtype("weight", weight.dtype())?,

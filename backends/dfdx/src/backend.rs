@@ -4,10 +4,9 @@ use std::marker::PhantomData;
 
 use dfdx::tensor::{Cpu, Gradients, OwnedTape, Tensor};
 use trainable_tokens_core::{
-    Backend, DeltaStore, EmbeddingSource, LookupPlan, RowTransform, TokenRows, TokenSet,
+    Backend, DeltaStore, EmbeddingSource, Error as CoreError, LookupPlan, RowTransform, TokenRows, TokenSet,
 };
 
-use crate::error::shape_error;
 use crate::ops::{Head, Lookup, project};
 use crate::{DfdxDelta, DfdxDevice, DfdxElement, DfdxTable, Error, Result};
 
@@ -68,7 +67,7 @@ pub(crate) fn head<'a, E: DfdxElement, D: DfdxDevice<E>>(
         let expected = [delta.num_rows(), source.vocab_size()];
         let got = [tokens.len(), tokens.vocab_size()];
         if expected != got {
-            return Err(shape_error("token set of the head", &expected, &got).into());
+            return Err(CoreError::shape("token set of the head", &expected, &got).into());
         }
     }
     let delta = delta.filter(|_| !tokens.is_empty());

@@ -6,7 +6,6 @@ use dfdx::tensor::{NoneTape, Storage, Tape, Tensor, TensorFromVec};
 use dfdx::tensor_ops::RealizeTo;
 use trainable_tokens_core::{Error as CoreError, TokenRows};
 
-use crate::error::shape_error;
 use crate::{DfdxElement, Error, Result};
 
 /// A matrix whose sizes are known at runtime.
@@ -27,7 +26,7 @@ where
 {
     let got = tensor.shape().concrete();
     let realized = tensor.try_realize::<(usize, usize)>();
-    realized.map_err(|_| shape_error("tensor", &[0, 0], &got).into())
+    realized.map_err(|_| CoreError::shape("tensor", &[0, 0], &got).into())
 }
 
 /// Makes a matrix of values, row-major.

@@ -47,12 +47,3 @@ impl Error {
         Self::Dfdx { message }
     }
 }
-
-/// The error for a shape that does not fit.
-pub(crate) fn shape_error(what: &'static str, expected: &[usize], got: &[usize]) -> CoreError {
-    CoreError::Shape {
-        what,
-        expected: expected.to_vec(),
-        got: got.to_vec(),
-    }
-}

@@ -4,11 +4,10 @@ use dfdx::nn::{Module, NonMutableModule};
 use dfdx::shapes::{Dim, HasShape, RealizeShapeTo, Shape};
 use dfdx::tensor::{Cpu, Tape, Tensor};
 use dfdx::tensor_ops::ReshapeTo;
-use trainable_tokens_core::{EmbeddingSource, TrainableTokens as CoreLayer};
+use trainable_tokens_core::{EmbeddingSource, Error as CoreError, TrainableTokens as CoreLayer};
 
 use crate::backend::head;
 use crate::convert::{at_runtime, dims};
-use crate::error::shape_error;
 use crate::ops::project;
 use crate::{Dfdx, DfdxDevice, DfdxElement, Error, Result};
 
@@ -45,7 +44,7 @@ impl<'a, E: DfdxElement, D: DfdxDevice<E>> TiedHead<'a, E, D> {
         let expected = self.layer.source().vocab_size();
         let [got] = bias.shape().concrete();
         if expected != got {
-            return Err(shape_error("bias of the head", &[expected], &[got]).into());
+            return Err(CoreError::shape("bias of the head", &[expected], &[got]).into());
         }
         self.bias = Some(bias.try_reshape_like(&(got,)).map_err(Error::dfdx)?);
         Ok(self)

@@ -11,7 +11,6 @@ use trainable_tokens_core::{
 };
 
 use crate::convert::{at_runtime, dims, ids_of, to_rows};
-use crate::error::shape_error;
 use crate::ops::Lookup;
 use crate::{Dfdx, DfdxDelta, DfdxDevice, DfdxElement, DfdxTable, Error, Result, TiedHead};
 
@@ -273,7 +272,7 @@ impl<E: DfdxElement, D: DfdxDevice<E>> TrainableTokens<E, D> {
         let got = dims(&table);
         match table.try_realize::<Rank2<V, M>>() {
             Ok(weight) => Ok(Embedding { weight }),
-            Err(_) => Err(shape_error("embedding table", &[V, M], &got).into()),
+            Err(_) => Err(CoreError::shape("embedding table", &[V, M], &got).into()),
         }
     }
 }

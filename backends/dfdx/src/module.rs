@@ -5,10 +5,9 @@ use dfdx::nn::{Module, ModuleVisitor, NonMutableModule, TensorCollection, Tensor
 use dfdx::shapes::{Const, Dim, Dtype, HasShape, Rank2};
 use dfdx::tensor::{Cpu, SplitTape, Storage, Tape, Tensor};
 use dfdx::tensor_ops::{Device, RealizeTo, ReshapeTo};
-use trainable_tokens_core::{LayerOptions, LookupPlan, TokenRows, TokenSet};
+use trainable_tokens_core::{Error as CoreError, LayerOptions, LookupPlan, TokenRows, TokenSet};
 
 use crate::convert::{Matrix, at_runtime, ids_of, matrix, to_rows};
-use crate::error::shape_error;
 use crate::ops::{Head, Leaf, Lookup, project};
 use crate::{DfdxDevice, DfdxElement, Error, Result};
 
@@ -66,7 +65,7 @@ where
         let rows = matrix(weight.device(), rows, K, M)?.try_realize();
         Ok(Self {
             weight,
-            trainable_tokens_delta: rows.map_err(|_| shape_error("trained rows", &[K, M], &[]))?,
+            trainable_tokens_delta: rows.map_err(|_| CoreError::shape("trained rows", &[K, M], &[]))?,
             tokens: Some(tokens),
             options: LayerOptions::default(),
         })
@@ -157,14 +156,14 @@ where
         D::write_rows(&mut weight, &ids, &rows)?;
         match weight.try_realize() {
             Ok(weight) => Ok(Embedding { weight }),
-            Err(_) => Err(shape_error("embedding table", &[V, M], &[]).into()),
+            Err(_) => Err(CoreError::shape("embedding table", &[V, M], &[]).into()),
         }
     }
 }
 
 fn token_set<const V: usize, const K: usize>(token_ids: &[u32]) -> Result<TokenSet> {
     if token_ids.len() != K {
-        return Err(shape_error("trainable tokens", &[K], &[token_ids.len()]).into());
+        return Err(CoreError::shape("trainable tokens", &[K], &[token_ids.len()]).into());
     }
     Ok(TokenSet::new(token_ids.iter().copied(), V)?)
 }

@@ -16,12 +16,11 @@ mod tests;
 use dfdx::shapes::{Axes2, Dtype, Rank1, Shape};
 use dfdx::tensor::{Gradients, Storage, Tape, Tensor};
 use dfdx::tensor_ops::{Device, GatherTo, PermuteTo};
-use trainable_tokens_core::{Error as CoreError, LookupPlan, RowTransform, TokenId};
+use trainable_tokens_core::{LookupPlan, RowTransform, TokenId};
 
 pub(crate) use head::{Head, project};
 
 use crate::convert::{Matrix, dims};
-use crate::error::shape_error;
 use crate::{DfdxElement, Result};
 
 /// A device that tables can lie on: dfdx's `Cpu`, and its `Cuda` with the feature `cuda`.
@@ -79,22 +78,8 @@ impl<E: DfdxElement, D: Kernels<E>> Lookup<'_, E, D> {
     ///
     /// For a plan that was made for another table or for other rows, and when dfdx fails.
     pub(crate) fn forward<T: Tape<E, D>>(&self, tape: T) -> Result<Matrix<E, D, T>> {
-        let [vocab_size, _] = dims(self.base);
-        if let Some(id) = self
-            .plan
-            .input_ids()
-            .iter()
-            .find(|id| **id as usize >= vocab_size)
-        {
-            let id = i64::from(*id);
-            return Err(CoreError::TokenOutOfRange { id, vocab_size }.into());
-        }
-        if let Some(leaf) = self.leaf {
-            let (expected, got) = (dims(&leaf.rows)[0], self.plan.num_slots());
-            if expected != got {
-                return Err(shape_error("slots of the plan", &[expected], &[got]).into());
-            }
-        }
+        let num_rows = self.leaf.map(|leaf| dims(&leaf.rows)[0]);
+        self.plan.expect_fits(dims(self.base)[0], num_rows)?;
         D::lookup(self, tape)
     }
 }

@@ -4,10 +4,9 @@ use dfdx::optim::{Optimizer, OptimizerUpdateError, Sgd, SgdConfig, UnusedTensors
 use dfdx::shapes::{HasShape, Rank2, Shape};
 use dfdx::tensor::{Cpu, Gradients, Tensor};
 use dfdx::tensor_ops::RealizeTo;
-use trainable_tokens_core::{DType, DeltaStore, TokenRows};
+use trainable_tokens_core::{DType, DeltaStore, Error as CoreError, TokenRows};
 
 use crate::convert::{dims, matrix, to_elements, to_rows, to_vec};
-use crate::error::shape_error;
 use crate::ops::{Flag, Leaf, zero_gradient};
 use crate::{DfdxDevice, DfdxElement, Error, Result};
 
@@ -65,7 +64,7 @@ impl<E: DfdxElement, D: DfdxDevice<E>> DfdxDelta<E, D> {
     pub fn to_const<const K: usize, const M: usize>(&self) -> Result<Tensor<Rank2<K, M>, E, D>> {
         let got = dims(&self.leaf.rows);
         let leaf = self.leaf.rows.clone().try_realize::<Rank2<K, M>>();
-        leaf.map_err(|_| shape_error("trained rows", &[K, M], &got).into())
+        leaf.map_err(|_| CoreError::shape("trained rows", &[K, M], &got).into())
     }
 
     /// Gradients for a tape, in which those of the rows outlive a backward pass and all others do not: dfdx's

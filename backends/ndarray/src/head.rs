@@ -4,8 +4,6 @@ use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, linalg::general_mat_mul, 
 use num_traits::{One, Zero};
 use trainable_tokens_core::{Element, Error, HostTable, Result, TokenId, TokenRows, TokenSet};
 
-use crate::layer::shape_error;
-
 /// Elements of the table that are decoded at a time: 256 KiB of `f32`, which stays in a core's cache.
 const BLOCK_ELEMENTS: usize = 1 << 16;
 
@@ -39,7 +37,7 @@ pub(crate) fn logits_backward<S: HostTable, O: Element>(
     let (vocab_size, dim) = (source.vocab_size(), source.embedding_dim());
     check_hidden(hidden.shape(), dim)?;
     if upstream.shape() != [hidden.nrows(), vocab_size] {
-        return Err(shape_error(
+        return Err(Error::shape(
             "gradient of the logits",
             &[hidden.nrows(), vocab_size],
             upstream.shape(),
@@ -64,7 +62,7 @@ fn check_hidden(shape: &[usize], dim: usize) -> Result<()> {
     if shape[1] == dim {
         return Ok(());
     }
-    Err(shape_error("hidden states of the head", &[shape[0], dim], shape))
+    Err(Error::shape("hidden states of the head", &[shape[0], dim], shape))
 }
 
 /// Adds `upstream[:, ids]ᵀ · hidden`.
@@ -83,7 +81,7 @@ fn add_row_gradient<O: Element>(
     let values = gradient
         .as_mut_slice::<O::Compute>()
         .ok_or(Error::DType { what, expected, got })?;
-    let sums = ArrayViewMut2::from_shape(shape, values).map_err(|_| shape_error(what, &shape, &[]))?;
+    let sums = ArrayViewMut2::from_shape(shape, values).map_err(|_| Error::shape(what, &shape, &[]))?;
     multiply(&columns.t(), &hidden.view(), One::one(), sums);
     Ok(())
 }

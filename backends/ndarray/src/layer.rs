@@ -70,7 +70,7 @@ impl<S: HostTable, O: Element> TrainableTokensExt<O> for TrainableTokens<S, O> {
         let (source, dim) = (self.source(), self.source().embedding_dim());
         let expected = [plan.len(), dim];
         if out.shape() != expected {
-            return Err(shape_error("output of the lookup", &expected, out.shape()).into());
+            return Err(Error::shape("output of the lookup", &expected, out.shape()).into());
         }
         plan.expect_tokens(self.tokens())?;
         let (delta, transform) = (self.active().map(NdRows::rows), self.transform());
@@ -109,7 +109,7 @@ impl<S: HostTable, O: Element> TrainableTokensExt<O> for TrainableTokens<S, O> {
         gradient.expect_shape("gradient of the trained rows", self.tokens().len(), dim)?;
         let expected = [plan.len(), dim];
         if upstream.shape() != expected {
-            return Err(shape_error("gradient of the lookup", &expected, upstream.shape()).into());
+            return Err(Error::shape("gradient of the lookup", &expected, upstream.shape()).into());
         }
         let upstream = upstream.as_standard_layout();
         plan.accumulate(
@@ -234,13 +234,5 @@ impl<'a, S: HostTable> RowCursor<'a, S> {
         }
         self.position += 1;
         Ok(())
-    }
-}
-
-pub(crate) fn shape_error(what: &'static str, expected: &[usize], got: &[usize]) -> Error {
-    Error::Shape {
-        what,
-        expected: expected.to_vec(),
-        got: got.to_vec(),
     }
 }

@@ -110,6 +110,17 @@ pub enum Error {
     },
 }
 
+impl Error {
+    /// [`Shape`](Self::Shape), from shapes that are borrowed.
+    pub fn shape(what: &'static str, expected: &[usize], got: &[usize]) -> Self {
+        Self::Shape {
+            what,
+            expected: expected.to_vec(),
+            got: got.to_vec(),
+        }
+    }
+}
+
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

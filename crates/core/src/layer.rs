@@ -45,11 +45,11 @@ impl<B: Backend> TrainableTokens<B> {
     /// [`Error::Shape`] if the rows or the vocabulary do not fit the table; the backend's errors.
     pub fn with_rows(source: B::Source, tokens: TokenSet, rows: &TokenRows) -> Result<Self, B::Error> {
         if tokens.vocab_size() != source.vocab_size() {
-            return Err(Error::Shape {
-                what: "vocabulary of the token set",
-                expected: vec![source.vocab_size()],
-                got: vec![tokens.vocab_size()],
-            }
+            return Err(Error::shape(
+                "vocabulary of the token set",
+                &[source.vocab_size()],
+                &[tokens.vocab_size()],
+            )
             .into());
         }
         rows.expect_shape("trained rows", tokens.len(), source.embedding_dim())?;

@@ -79,9 +79,16 @@ pub fn step_rows(
     let step = optimizer.steps_taken().saturating_add(1);
     // What an error goes back to; without hooks nothing but the update changes rows, and it does so last.
     let mut kept = (!hooks.is_empty()).then(|| rows.clone());
-    let result = hooked_step(optimizer, hooks, tokens, rows, gradient, &mut kept);
+    let mut context = StepContext {
+        step,
+        tokens,
+        rows,
+        gradient,
+        learning_rate: optimizer.learning_rate(),
+    };
+    let result = hooked_step(optimizer, hooks, &mut context, &mut kept);
     if let (Err(_), Some(kept)) = (&result, kept) {
-        *rows = kept;
+        *context.rows = kept;
     }
     Ok(StepReport {
         step,
@@ -94,12 +101,11 @@ pub fn step_rows(
 fn hooked_step(
     optimizer: &mut dyn RowOptimizer,
     hooks: &mut [&mut dyn OptimizerHook],
-    tokens: &TokenSet,
-    rows: &mut TokenRows,
-    gradient: &mut TokenRows,
+    context: &mut StepContext<'_>,
     kept: &mut Option<TokenRows>,
 ) -> Result<f64> {
-    let (shape, dtype, gradient_dtype) = (rows.shape(), rows.dtype(), gradient.dtype());
+    let shape = context.rows.shape();
+    let (dtype, gradient_dtype) = (context.rows.dtype(), context.gradient.dtype());
     let unchanged = |context: &StepContext<'_>| {
         let parts = [
             ("rows", &*context.rows, dtype),
@@ -111,17 +117,9 @@ fn hooked_step(
         }
         Ok::<(), Error>(())
     };
-    let step = optimizer.steps_taken().saturating_add(1);
-    let mut context = StepContext {
-        step,
-        tokens,
-        rows,
-        gradient,
-        learning_rate: optimizer.learning_rate(),
-    };
     for hook in &mut *hooks {
-        hook.before_step(&mut context)?;
-        unchanged(&context)?;
+        hook.before_step(context)?;
+        unchanged(context)?;
     }
     let learning_rate = context.learning_rate;
     optimizer.step(context.rows, context.gradient, learning_rate)?;
@@ -129,8 +127,8 @@ fn hooked_step(
         if let Some(kept) = kept {
             kept.clone_from(context.rows);
         }
-        hook.after_step(&mut context)?;
-        unchanged(&context)?;
+        hook.after_step(context)?;
+        unchanged(context)?;
     }
     Ok(learning_rate)
 }

@@ -16,6 +16,7 @@ pub struct LookupPlan {
     grad_positions: Option<(Vec<u32>, Vec<u32>)>,
     grad_factors: Option<Vec<f64>>,
     num_slots: usize,
+    vocab_size: usize,
     token_set: u64,
 }
 
@@ -43,13 +44,14 @@ impl LookupPlan {
     pub fn rebuild(&mut self, tokens: &TokenSet, options: LayerOptions, input_ids: &[u32]) -> Result<()> {
         self.clear();
         if u32::try_from(input_ids.len()).is_err() {
-            return Err(Error::Shape {
-                what: "input_ids",
-                expected: vec![u32::MAX as usize],
-                got: vec![input_ids.len()],
-            });
+            return Err(Error::shape(
+                "input_ids",
+                &[u32::MAX as usize],
+                &[input_ids.len()],
+            ));
         }
         self.num_slots = tokens.len();
+        self.vocab_size = tokens.vocab_size();
         self.token_set = tokens.fingerprint();
         if let Some(padding) = options.padding {
             tokens.slot_index(padding.token.0)?;
@@ -128,6 +130,28 @@ impl LookupPlan {
         Err(Error::ForeignPlan)
     }
 
+    /// Refuses a plan that a table of `vocab_size` rows and, if there are any, `num_rows` trained ones cannot serve: for
+    /// backends to call first. It costs nothing but for a plan that was made for a larger vocabulary.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::TokenOutOfRange`] naming the first id that is not below `vocab_size`, [`Error::Shape`] for another
+    /// number of slots.
+    pub fn expect_fits(&self, vocab_size: usize, num_rows: Option<usize>) -> Result<()> {
+        if self.vocab_size > vocab_size
+            && let Some(id) = self.token_ids().find(|id| id.row() >= vocab_size)
+        {
+            let id = i64::from(id.0);
+            return Err(Error::TokenOutOfRange { id, vocab_size });
+        }
+        match num_rows {
+            Some(rows) if rows != self.num_slots => {
+                Err(Error::shape("slots of the plan", &[rows], &[self.num_slots]))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// The flattened `input_ids`, all below the vocabulary size.
     pub fn input_ids(&self) -> &[u32] {
         &self.ids
@@ -195,11 +219,11 @@ impl LookupPlan {
         let dim = gradient.embedding_dim();
         gradient.expect_shape("gradient of the trained rows", self.num_slots, dim)?;
         if output_gradient.len() != self.len() * dim {
-            return Err(Error::Shape {
-                what: "gradient of the lookup",
-                expected: vec![self.len(), dim],
-                got: vec![output_gradient.len()],
-            });
+            return Err(Error::shape(
+                "gradient of the lookup",
+                &[self.len(), dim],
+                &[output_gradient.len()],
+            ));
         }
         let (expected, got) = (T::Compute::DTYPE, gradient.dtype());
         let what = "gradient of the trained rows";
@@ -306,6 +330,18 @@ mod tests {
             let other = TokenSet::new(ids, vocab_size).unwrap();
             assert_eq!(plan.expect_tokens(&other), Err(Error::ForeignPlan));
         }
+    }
+
+    #[test]
+    fn a_plan_fits_tables_that_have_its_rows() {
+        let plan = LookupPlan::new(&tokens(), LayerOptions::default(), &[5, 0, 7]).unwrap();
+        for (vocab_size, num_rows) in [(9, None), (9, Some(3)), (12, Some(3)), (8, Some(3))] {
+            plan.expect_fits(vocab_size, num_rows).unwrap();
+        }
+        let error = plan.expect_fits(7, Some(3)).unwrap_err();
+        assert_eq!(error, Error::TokenOutOfRange { id: 7, vocab_size: 7 });
+        let error = plan.expect_fits(9, Some(2)).unwrap_err();
+        assert_eq!(error, Error::shape("slots of the plan", &[2], &[3]));
     }
 
     #[test]

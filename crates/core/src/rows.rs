@@ -74,11 +74,7 @@ impl TokenRows {
     /// [`Error::Shape`] if there are not `num_rows * embedding_dim` of them.
     pub fn new<T: Element>(values: Vec<T>, num_rows: usize, embedding_dim: usize) -> Result<Self> {
         if Some(values.len()) != num_rows.checked_mul(embedding_dim) {
-            return Err(Error::Shape {
-                what: "rows",
-                expected: vec![num_rows, embedding_dim],
-                got: vec![values.len()],
-            });
+            return Err(Error::shape("rows", &[num_rows, embedding_dim], &[values.len()]));
         }
         Ok(Self {
             data: T::into_data(values),
@@ -117,11 +113,11 @@ impl TokenRows {
             TokenRows::new::<T>(values, shape[0], shape[1])
         }
         if !bytes.len().is_multiple_of(dtype.size_in_bytes()) {
-            return Err(Error::Shape {
-                what: "bytes of rows",
-                expected: vec![num_rows, embedding_dim, dtype.size_in_bytes()],
-                got: vec![bytes.len()],
-            });
+            return Err(Error::shape(
+                "bytes of rows",
+                &[num_rows, embedding_dim, dtype.size_in_bytes()],
+                &[bytes.len()],
+            ));
         }
         let shape = [num_rows, embedding_dim];
         match dtype {
@@ -304,9 +300,7 @@ impl TokenRows {
             got: self.shape().to_vec(),
         })
     }
-}
 
-impl TokenRows {
     /// Checks that the element type is `expected`.
     ///
     /// # Errors

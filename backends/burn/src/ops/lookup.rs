@@ -1,10 +1,10 @@
 //! The lookup of a batch with some rows overridden.
 
 use burn::tensor::{Bool, DType, IndexingUpdateOp, Tensor};
-use trainable_tokens_core::{EmbeddingSource, Error as CoreError, LookupPlan, MaxNorm, RowTransform};
+use trainable_tokens_core::{EmbeddingSource, LookupPlan, MaxNorm, RowTransform};
 
 use super::gradient::{Factor, zero_with_gradient};
-use crate::convert::{compute_dtype, shape_error, to_indices};
+use crate::convert::{compute_dtype, to_indices};
 use crate::{BurnTable, Result};
 
 /// The rows `[N, D]` of a planned batch, in the table's element type, transformed. With a delta `[k, D]` the
@@ -19,7 +19,8 @@ pub(crate) fn lookup_rows(
     plan: &LookupPlan,
     transform: RowTransform,
 ) -> Result<Tensor<2>> {
-    check_plan(table, delta, plan)?;
+    // On a GPU an id out of range is undefined or fatal.
+    plan.expect_fits(table.vocab_size(), delta.map(|delta| delta.dims()[0]))?;
     let device = table.tensor().device();
     let rows = table
         .tensor()
@@ -47,21 +48,6 @@ pub(crate) fn lookup_rows(
     let term = zero_with_gradient(trained, factor).cast(rows.dtype());
     let positions = to_indices(plan.grad_positions(), &device);
     Ok(rows.select_assign(0, positions, term, IndexingUpdateOp::Add))
-}
-
-/// Refuses what no device may be asked: on a GPU an id out of range is undefined or fatal.
-fn check_plan(table: &BurnTable, delta: Option<&Tensor<2>>, plan: &LookupPlan) -> Result<()> {
-    let vocab_size = table.vocab_size();
-    if let Some(id) = plan.token_ids().find(|id| id.row() >= vocab_size) {
-        let id = i64::from(id.0);
-        return Err(CoreError::TokenOutOfRange { id, vocab_size }.into());
-    }
-    match delta.map(Tensor::dims) {
-        Some([rows, _]) if rows != plan.num_slots() => {
-            Err(shape_error("slots of the plan", &[rows], &[plan.num_slots()]))
-        }
-        _ => Ok(()),
-    }
 }
 
 /// Puts the trained rows into those of a batch, with their gradient. Rows of a padding token get none.

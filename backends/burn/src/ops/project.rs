@@ -4,7 +4,7 @@ use burn::tensor::{DType, Device, IndexingUpdateOp, Tensor};
 use trainable_tokens_core::{EmbeddingSource, Error as CoreError, TokenSet};
 
 use super::gradient::{Factor, zero_with_gradient};
-use crate::convert::{compute_dtype, core_dtype, shape_error, to_indices};
+use crate::convert::{compute_dtype, core_dtype, to_indices};
 use crate::{BurnTable, Error, Result};
 
 /// The trained rows of a head and the columns that they override.
@@ -37,7 +37,7 @@ pub(crate) fn project(
     let ([num_ids, width], dim) = (hidden.dims(), table.embedding_dim());
     let what = "hidden states of the head";
     if width != dim {
-        return Err(shape_error(what, &[num_ids, dim], &[num_ids, width]));
+        return Err(CoreError::shape(what, &[num_ids, dim], &[num_ids, width]).into());
     }
     check_like(what, &hidden, table)?;
     let weight = table.tensor();

@@ -11,10 +11,9 @@ use candle_core::op::BackpropOp;
 use candle_core::{
     CpuStorage, CudaStorage, CustomOp1, Device, Layout, MetalStorage, Result, Shape, Storage, Tensor,
 };
-use trainable_tokens_core::{DeltaStore, EmbeddingSource, Error as CoreError, LookupPlan, RowTransform};
+use trainable_tokens_core::{DeltaStore, EmbeddingSource, LookupPlan, RowTransform};
 
 use self::device::Uploaded;
-use crate::convert::shape_error;
 use crate::{CandleDelta, CandleTable};
 
 /// The rows `[N, D]` of a planned batch, in the table's element type, transformed. With a delta the
@@ -29,7 +28,8 @@ pub(crate) fn lookup_rows(
     plan: &Arc<LookupPlan>,
     transform: RowTransform,
 ) -> crate::Result<Tensor> {
-    check_plan(table, delta, plan)?;
+    // On a GPU an id out of range is undefined or fatal.
+    plan.expect_fits(table.vocab_size(), delta.map(DeltaStore::num_rows))?;
     let base = table.tensor();
     let uploaded = match base.device() {
         Device::Cpu => None,
@@ -52,21 +52,6 @@ pub(crate) fn lookup_rows(
         _ => return Err(not_sent().into()),
     };
     Ok(Tensor::from_storage(rows, shape, BackpropOp::none(), false))
-}
-
-/// Refuses what no device may be asked: on a GPU an id out of range is fatal.
-fn check_plan(table: &CandleTable, delta: Option<&CandleDelta>, plan: &LookupPlan) -> crate::Result<()> {
-    let vocab_size = table.vocab_size();
-    if let Some(id) = plan.token_ids().find(|id| id.row() >= vocab_size) {
-        let id = i64::from(id.0);
-        return Err(CoreError::TokenOutOfRange { id, vocab_size }.into());
-    }
-    match delta.map(DeltaStore::num_rows) {
-        Some(rows) if rows != plan.num_slots() => {
-            Err(shape_error("slots of the plan", &[rows], &[plan.num_slots()]))
-        }
-        _ => Ok(()),
-    }
 }
 
 fn not_sent() -> candle_core::Error {

@@ -10,7 +10,7 @@ use trainable_tokens_core::Error as CoreError;
 
 use self::overridden::ProjectOverridden;
 use self::plain::Project;
-use crate::convert::{core_dtype, shape_error};
+use crate::convert::core_dtype;
 use crate::{Error, Result};
 
 /// Trained rows in the place of some rows of a weight, as they are at the time of the call.
@@ -57,7 +57,7 @@ pub(crate) fn project(
         return Err(Error::Rank { what, expected, got });
     };
     if last != d {
-        return Err(shape_error(what, &[leading, &[d]].concat(), x.dims()));
+        return Err(CoreError::shape(what, &[leading, &[d]].concat(), x.dims()).into());
     }
     if x.dtype() != weight.dtype() {
         let expected = core_dtype("weight", weight.dtype())?;

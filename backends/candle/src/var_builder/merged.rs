@@ -5,7 +5,7 @@ use std::sync::{Mutex, PoisonError};
 use candle_core::{DType, Device, Result, Shape, Tensor};
 use candle_nn::var_builder::SimpleBackend;
 use candle_nn::{Init, VarBuilder};
-use trainable_tokens_core::{EmbeddingSource, TokenRows, TokenSet, WriteRows};
+use trainable_tokens_core::{EmbeddingSource, Error as CoreError, TokenRows, TokenSet, WriteRows};
 
 use super::wrapped::Wrapped;
 use crate::CandleTable;
@@ -107,7 +107,9 @@ impl SimpleBackend for MergedBackend<'_> {
         let load = || self.inner.get(shape.clone(), &self.name, init, dtype, device);
         let tensor = self.merged(dtype, device, load)?;
         if tensor.shape() != &shape {
-            return Err(crate::convert::shape_error("merged weight", shape.dims(), tensor.dims()).into());
+            return Err(
+                crate::Error::from(CoreError::shape("merged weight", shape.dims(), tensor.dims())).into(),
+            );
         }
         Ok(tensor)
     }

@@ -3,11 +3,10 @@
 use dfdx::shapes::Axis;
 use dfdx::tensor::{PutTape, SplitTape, Tape, Tensor};
 use dfdx::tensor_ops::{BroadcastTo, ReshapeTo, TryAdd, TryMatMul, TrySub};
-use trainable_tokens_core::TokenId;
+use trainable_tokens_core::{Error as CoreError, TokenId};
 
 use super::{Kernels, Leaf, select, transpose};
 use crate::convert::{Matrix, dims, matrix, to_vec};
-use crate::error::shape_error;
 use crate::{DfdxElement, Error, Result};
 
 /// What a head computes with.
@@ -38,7 +37,9 @@ where
     let [_, dim] = dims(head.base);
     let [num_rows, width] = dims(&hidden);
     if width != dim {
-        return Err(shape_error("hidden states of the head", &[num_rows, dim], &[num_rows, width]).into());
+        return Err(
+            CoreError::shape("hidden states of the head", &[num_rows, dim], &[num_rows, width]).into(),
+        );
     }
     let base_rows = match &head.overrides {
         None => Vec::new(),

@@ -4,7 +4,9 @@ use candle_core::{DType, Device, Result, Shape, Tensor};
 use candle_nn::Init;
 use candle_nn::var_builder::SimpleBackend;
 
-use crate::convert::{core_dtype, shape_error};
+use trainable_tokens_core::Error as CoreError;
+
+use crate::convert::core_dtype;
 use crate::var_builder::wrapped::Wrapped;
 
 /// Serves a compact table under one name and passes all other requests on.
@@ -48,7 +50,7 @@ impl SimpleBackend for Served<'_> {
         }
         let whole = [self.vocab_size, self.table.dims()[1]];
         if shape.dims() != whole {
-            return Err(shape_error("embedding table", &whole, shape.dims()).into());
+            return Err(crate::Error::from(CoreError::shape("embedding table", &whole, shape.dims())).into());
         }
         self.serve(dtype, device)
     }
