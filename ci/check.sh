@@ -5,8 +5,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 BACKENDS=(ndarray candle burn dfdx)
-FEATURES=ndarray,candle,burn,dfdx
-TEST_COMMAND='cargo test --workspace --features ndarray,candle,burn,dfdx'
+FEATURES=$(IFS=,; echo "${BACKENDS[*]}")
+TEST_COMMAND="cargo test --workspace --features $FEATURES"
 DEMO_COMMAND='cargo run --release -p trainable-tokens-cli -- demo'
 export CARGO_TERM_COLOR=never
 log=$(mktemp)

@@ -2,7 +2,7 @@
 //!
 //! `cargo run --example generic --features ndarray,candle,burn,dfdx`
 
-use trainable_tokens::{Adam, AdamConfig, Backend, DType, LookupPlan, TokenRows, TokenSet, TrainableTokens};
+use trainable_tokens::{Adam, AdamConfig, Backend, LookupPlan, TokenRows, TokenSet, TrainableTokens};
 
 const VOCAB_SIZE: usize = 1000;
 const DIM: usize = 16;
@@ -99,7 +99,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         println!(
             "{name}: {} rows of {}, at most {largest:.4} off the target",
             rows.num_rows(),
-            DType::F32
+            rows.dtype()
         );
     }
     if tokens.is_empty() || results.is_empty() {

@@ -13,6 +13,8 @@ mod candle;
 mod dfdx;
 #[path = "equivalence/ndarray.rs"]
 mod ndarray;
+#[path = "support/noise.rs"]
+mod noise;
 #[path = "equivalence/run.rs"]
 mod run;
 

@@ -9,11 +9,14 @@ mod candle;
 mod dfdx;
 #[path = "../backends/ndarray/tests/support/harness.rs"]
 mod nd;
+#[path = "support/noise.rs"]
+mod noise;
 
 use candle_core::{Device, Tensor, WithDType};
 use candle_nn::Module;
 use half::{bf16, f16};
 use ndarray::Array2;
+use noise::noise;
 use proptest::prelude::*;
 use trainable_tokens::candle::TrainableTokens as CandleLayer;
 use trainable_tokens::format::{Adapter, Checkpoint, Overwrite, TrainingState, digest};
@@ -24,17 +27,6 @@ use trainable_tokens::{
 use trainable_tokens_testkit::{Harness, Layer};
 
 const MODULE: &str = "model.embed_tokens";
-
-fn noise(seed: u64, len: usize) -> Vec<f32> {
-    let mut state = seed | 1;
-    let mut next = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        f32::from(u16::try_from(state >> 48).unwrap()) / 32768.0 - 1.0
-    };
-    (0..len).map(|_| next()).collect()
-}
 
 #[derive(Clone, Debug)]
 struct Case {
@@ -54,7 +46,7 @@ fn case() -> impl Strategy<Value = Case> {
 
 impl Case {
     fn table(&self) -> TokenRows {
-        TokenRows::new(noise(self.seed, self.v * self.d), self.v, self.d).unwrap()
+        noise(self.seed, DType::F32, self.v, self.d)
     }
 
     fn tokens(&self) -> TokenSet {
@@ -63,7 +55,7 @@ impl Case {
 
     fn rows(&self) -> TokenRows {
         let k = self.tokens.len();
-        TokenRows::new(noise(self.seed ^ 9, k * self.d), k, self.d).unwrap()
+        noise(self.seed ^ 9, DType::F32, k, self.d)
     }
 }
 
@@ -113,8 +105,7 @@ fn saved_and_loaded<W: Harness, R: Harness>(case: &Case) {
 /// A run that is saved in one backend goes on in the other, bit for bit.
 fn resumed<W: Harness, R: Harness>(case: &Case) {
     let k = case.tokens.len();
-    let gradient =
-        |step: u64| TokenRows::new(noise(case.seed ^ (100 + step), k * case.d), k, case.d).unwrap();
+    let gradient = |step: u64| noise(case.seed ^ (100 + step), DType::F32, k, case.d);
     let config = AdamConfig {
         lr: 0.1,
         weight_decay: 0.1,
@@ -161,11 +152,8 @@ proptest! {
 /// The ndarray layer over a memory-mapped table gives what candle's gives over the loaded one.
 fn mapped<T: Element + WithDType>(file_type: safetensors::Dtype) {
     let (v, d) = (50, 6);
-    let values: Vec<T> = noise(3, v * d)
-        .into_iter()
-        .map(<T as Element>::from_f32)
-        .collect();
-    let bytes = TokenRows::new(values.clone(), v, d).unwrap().to_le_bytes();
+    let rows = noise(3, <T as Element>::DTYPE, v, d);
+    let (values, bytes) = (rows.as_slice::<T>().unwrap().to_vec(), rows.to_le_bytes());
     let view = safetensors::tensor::TensorView::new(file_type, vec![v, d], &bytes).unwrap();
     let dir = tempfile::tempdir().unwrap();
     let name = "model.embed_tokens.weight";
@@ -175,7 +163,7 @@ fn mapped<T: Element + WithDType>(file_type: safetensors::Dtype) {
 
     let ids = [4u32, 49, 0, 4, 7];
     let tokens = TokenSet::new([49, 4], v).unwrap();
-    let rows = TokenRows::new(noise(5, 2 * d), 2, d).unwrap();
+    let rows = noise(5, DType::F32, 2, d);
     let nd: TrainableTokens<_, T> = TrainableTokens::with_rows(table, tokens, &rows).unwrap();
     let loaded = Tensor::from_vec(values, (v, d), &Device::Cpu).unwrap();
     let candle = CandleLayer::with_rows(loaded, &[49, 4], &rows).unwrap();

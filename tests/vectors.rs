@@ -12,6 +12,8 @@ mod candle;
 mod dfdx;
 #[path = "vectors/generate.rs"]
 mod generate;
+#[path = "support/noise.rs"]
+mod noise;
 #[path = "../backends/ndarray/tests/support/harness.rs"]
 mod reference;
 

@@ -8,6 +8,8 @@ use trainable_tokens::{
 };
 use trainable_tokens_testkit::{Gradients, Harness, Layer};
 
+use super::noise::noise;
+
 /// Steps of a run.
 pub(crate) const STEPS: usize = 50;
 const VOCABULARY: usize = 40;
@@ -111,17 +113,6 @@ pub(crate) fn optimizers() -> [(&'static str, NewOptimizer); 5] {
     ]
 }
 
-fn noise(seed: u64, rows: usize, columns: usize) -> TokenRows {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let mut next = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        f32::from(u16::try_from(state >> 48).unwrap()) / 32_768.0 - 1.0
-    };
-    TokenRows::new((0..rows * columns).map(|_| next()).collect(), rows, columns).unwrap()
-}
-
 /// Ids and targets of a step: trainable tokens among both.
 fn batch(step: usize) -> (Vec<u32>, Vec<u32>) {
     let at = |i: usize, factor: usize| {
@@ -135,7 +126,7 @@ fn batch(step: usize) -> (Vec<u32>, Vec<u32>) {
 }
 
 fn layer<M: Model>(start: &Start) -> Layer<M> {
-    let source = M::source(&noise(1, VOCABULARY, DIM)).unwrap();
+    let source = M::source(&noise(1, DType::F32, VOCABULARY, DIM)).unwrap();
     let tokens = TokenSet::new(start.tokens.iter().copied(), VOCABULARY).unwrap();
     match &start.rows {
         None => Layer::<M>::new(source, tokens).unwrap(),
@@ -144,7 +135,7 @@ fn layer<M: Model>(start: &Start) -> Layer<M> {
 }
 
 fn steps<M: Model>(layer: &mut Layer<M>, optimizer: &mut dyn RowOptimizer, from: usize, to: usize) -> Run {
-    let projection = noise(2, DIM, DIM);
+    let projection = noise(2, DType::F32, DIM, DIM);
     let before = digest(layer.source()).unwrap();
     let mut run = Run::default();
     for step in from..to {

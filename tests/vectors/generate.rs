@@ -1,13 +1,21 @@
 //! Which vectors there are: inputs of each case, from a fixed generator of numbers or from PEFT's fixtures.
 
-use std::path::{Path, PathBuf};
+#[path = "generate/optimizers.rs"]
+mod optimizers;
+#[path = "generate/peft.rs"]
+mod peft;
+
+use std::path::Path;
 
 use serde_json::{Value, json};
-use trainable_tokens::format::{SafetensorsFile, TrainingState, digest};
+use trainable_tokens::format::{TrainingState, digest};
 use trainable_tokens::{Adam, AdamConfig, DType, RowOptimizer, TokenRows};
 use trainable_tokens_testkit::vectors::{Operation, Tensors, VectorCase};
 use trainable_tokens_testkit::{Harness, tolerance};
 
+use self::optimizers::optimizers;
+use self::peft::peft;
+use super::noise::noise;
 use super::reference::Nd;
 
 const DTYPES: [DType; 4] = [DType::F64, DType::F32, DType::F16, DType::BF16];
@@ -25,21 +33,6 @@ pub(crate) struct Draft {
     pub(crate) peft: Vec<(String, TokenRows, f64)>,
 }
 
-/// Numbers between -1 and 1 with few digits, in the given type.
-fn noise(seed: u64, dtype: DType, rows: usize, columns: usize) -> TokenRows {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let mut next = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        f64::from(u16::try_from(state >> 48).unwrap()) / 32_768.0 - 1.0
-    };
-    let values = (0..rows * columns).map(|_| next()).collect();
-    TokenRows::new::<f64>(values, rows, columns)
-        .unwrap()
-        .to_dtype(dtype)
-}
-
 /// As [`noise`], with values among them that copies tend to get wrong. Not NaN, of which a conversion keeps nothing
 /// for certain.
 fn odd(seed: u64, dtype: DType, rows: usize, columns: usize) -> TokenRows {
@@ -51,6 +44,13 @@ fn odd(seed: u64, dtype: DType, rows: usize, columns: usize) -> TokenRows {
         .zip(odd.iter().cycle())
         .for_each(|(value, odd)| *value = *odd);
     TokenRows::new(values, rows, columns).unwrap().to_dtype(dtype)
+}
+
+impl Draft {
+    /// Says what PEFT has for an output.
+    fn expect(&mut self, name: &str, rows: TokenRows, tolerance: f64) {
+        self.peft.push((name.to_owned(), rows, tolerance));
+    }
 }
 
 /// NaNs that differ in their payload.
@@ -116,9 +116,9 @@ pub(crate) fn drafts() -> Vec<Draft> {
         drafts.extend(optimizers(dtype));
     }
     drafts.extend(files());
-    drafts.extend(peft("standalone_f32", DType::F32));
-    drafts.extend(peft("standalone_f16", DType::F16));
-    drafts.extend(peft("standalone_bf16", DType::BF16));
+    for name in ["standalone_f32", "standalone_f16", "standalone_bf16"] {
+        drafts.extend(peft(name));
+    }
     drafts
 }
 
@@ -312,144 +312,6 @@ fn merges(dtype: DType) -> Vec<Draft> {
     )]
 }
 
-/// `dtype` is that of the rows.
-fn optimizers(dtype: DType) -> Vec<Draft> {
-    let adam = |more: Value| {
-        let mut spec = json!({"type": "adam", "lr": 0.05, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8});
-        spec.as_object_mut()
-            .unwrap()
-            .extend(more.as_object().unwrap().clone());
-        spec
-    };
-    let rules = [
-        (
-            "sgd",
-            "O6",
-            json!({"type": "sgd", "lr": 0.1, "weight_decay": 0.01}),
-            json!([]),
-        ),
-        (
-            "sgd_momentum",
-            "O7",
-            json!({"type": "sgd", "lr": 0.1, "momentum": 0.9, "dampening": 0.3}),
-            json!([]),
-        ),
-        (
-            "sgd_nesterov",
-            "O7",
-            json!({"type": "sgd", "lr": 0.1, "momentum": 0.8, "nesterov": true, "weight_decay": 0.1}),
-            json!([]),
-        ),
-        ("adam", "O8", adam(json!({})), json!([])),
-        ("adam_l2", "O8", adam(json!({"weight_decay": 0.1})), json!([])),
-        (
-            "amsgrad",
-            "O8",
-            adam(json!({"amsgrad": true, "beta1": 0.3})),
-            json!([]),
-        ),
-        (
-            "adamw",
-            "O8",
-            adam(json!({"weight_decay": 0.1, "decoupled": true})),
-            json!([]),
-        ),
-        (
-            "clipped",
-            "K8",
-            json!({"type": "sgd", "lr": 0.1}),
-            json!([{"type": "clip_grad_norm", "max_norm": 0.5}]),
-        ),
-        (
-            "decayed",
-            "K9",
-            json!({"type": "sgd", "lr": 0.1}),
-            json!([{"type": "decay_toward_original", "weight_decay": 0.5}]),
-        ),
-    ];
-    let steps = 6;
-    let mut drafts = Vec::new();
-    for (name, clause, optimizer, hooks) in rules {
-        let operation =
-            json!({"operation": "optimizer", "optimizer": optimizer, "hooks": hooks, "steps": steps});
-        let mut inputs = vec![
-            ("rows", noise(2, dtype, 3, D)),
-            ("gradients", noise(50, dtype, steps * 3, D)),
-        ];
-        if name == "decayed" {
-            inputs.push(("original", noise(51, dtype, 3, D)));
-        }
-        let clauses = ["O2", "O5", "O9", "O10", "O14", clause];
-        drafts.push(draft(
-            &format!("optimizer_{name}"),
-            Some(dtype),
-            &clauses,
-            0.0,
-            operation,
-            inputs,
-        ));
-    }
-    drafts.extend(odd_optimizers(dtype, &adam(json!({"amsgrad": true}))));
-    drafts
-}
-
-/// Gradients of another type and with NaN among them, and settings out of range.
-fn odd_optimizers(dtype: DType, amsgrad: &Value) -> Vec<Draft> {
-    let sgd = |lr: f64| json!({"type": "sgd", "lr": lr});
-    let run = |name: &str, clauses: &[&str], tolerance: f64, optimizer: &Value, gradients: TokenRows| {
-        let operation = json!({"operation": "optimizer", "optimizer": optimizer, "steps": 2});
-        let inputs = vec![("rows", noise(2, dtype, 3, D)), ("gradients", gradients)];
-        draft(name, Some(dtype), clauses, tolerance, operation, inputs)
-    };
-    let other = if dtype == DType::F64 {
-        DType::F32
-    } else {
-        DType::F64
-    };
-    let other = noise(52, other, 6, D);
-    let mut nan = noise(53, DType::F64, 6, D).to_f64_vec();
-    nan[1] = f64::NAN;
-    let nan = TokenRows::new::<f64>(nan, 6, D).unwrap().to_dtype(dtype);
-    let mut drafts = vec![
-        run(
-            "optimizer_gradients_of_another_type",
-            &["O1", "R7"],
-            0.0,
-            &sgd(0.1),
-            other,
-        ),
-        // A tolerance, for the bits of a NaN that is computed are open.
-        run(
-            "optimizer_amsgrad_nan",
-            &["O8", "N2"],
-            tolerance(dtype),
-            amsgrad,
-            nan,
-        ),
-    ];
-    let gradients = noise(50, dtype, 6, D);
-    for (name, optimizer, hooks) in [
-        ("optimizer_negative_rate", sgd(-0.1), json!([])),
-        (
-            "optimizer_nesterov_without_momentum",
-            json!({"type": "sgd", "lr": 0.1, "nesterov": true}),
-            json!([]),
-        ),
-        (
-            "optimizer_no_limit",
-            sgd(0.1),
-            json!([{"type": "clip_grad_norm", "max_norm": 0.0}]),
-        ),
-    ] {
-        let mut draft = run(name, &["O12", "K8"], 0.0, &optimizer, gradients.clone());
-        let operation = json!({"operation": "optimizer", "optimizer": optimizer, "hooks": hooks, "steps": 2});
-        draft.case.operation = serde_json::from_value(operation).unwrap();
-        draft.case.expect_error = Some("Hyperparameter".to_owned());
-        drafts.push(draft);
-    }
-    drafts
-}
-
 fn files() -> Vec<Draft> {
     let (table, rows) = (noise(1, DType::F32, V, D), noise(2, DType::F32, 4, D));
     let source = Nd::<f32>::source(&table).unwrap();
@@ -513,119 +375,4 @@ pub(crate) fn training_state(dir: &Path) {
     };
     std::fs::create_dir_all(dir.join("training_state")).unwrap();
     state.write_into(dir.join("training_state")).unwrap();
-}
-
-/// The operations of one of PEFT's cases, with PEFT's inputs.
-fn peft(name: &str, dtype: DType) -> Vec<Draft> {
-    let dir = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/peft")).join(name);
-    let json: Value = serde_json::from_slice(&std::fs::read(dir.join("case.json")).unwrap()).unwrap();
-    let file = SafetensorsFile::open(dir.join("expected.safetensors")).unwrap();
-    let tokens = &json["token_indices"];
-    let (table, trained) = (flat(&file, "base.weight"), flat(&file, "delta.trained"));
-    let upstream = flat(&file, "upstream");
-    let ids: Vec<u32> = integers(&file, "input_ids");
-
-    let operation = json!({"operation": "lookup", "token_indices": tokens, "input_ids": ids, "options": {}});
-    let inputs = vec![
-        ("table", table.clone()),
-        ("rows", trained.clone()),
-        ("upstream", upstream),
-    ];
-    let mut lookup = draft(
-        "peft_lookup",
-        Some(dtype),
-        &["L3", "L4", "G1"],
-        0.0,
-        operation,
-        inputs,
-    );
-    lookup
-        .peft
-        .push(("output".to_owned(), flat(&file, "embed.trained"), 0.0));
-    // PEFT sums the gradient in the table's type.
-    let gradient = if dtype == DType::F32 {
-        1e-6
-    } else {
-        tolerance(dtype)
-    };
-    lookup
-        .peft
-        .push(("gradient".to_owned(), flat(&file, "delta.grad"), gradient));
-
-    let operation = json!({"operation": "merge", "token_indices": tokens});
-    let inputs = vec![("table", table), ("rows", trained)];
-    let mut merge = draft("peft_merge", Some(dtype), &["M2"], 0.0, operation, inputs);
-    merge
-        .peft
-        .push(("merged".to_owned(), flat(&file, "merged.weight"), 0.0));
-
-    let mut drafts = vec![lookup, merge];
-    for trajectory in json["operations"].as_array().unwrap() {
-        if trajectory["op"] == "trajectory" {
-            drafts.push(peft_trajectory(&file, dtype, trajectory));
-        }
-    }
-    drafts
-}
-
-/// PEFT's recorded gradients into the same optimizer: its recorded rows must come out.
-fn peft_trajectory(file: &SafetensorsFile, dtype: DType, trajectory: &Value) -> Draft {
-    let name = trajectory["name"].as_str().unwrap();
-    let spec = &trajectory["optimizer"];
-    let number = |name: &str, default: f64| spec[name].as_f64().unwrap_or(default);
-    let kind = spec["type"].as_str().unwrap();
-    let optimizer = if kind == "SGD" {
-        json!({
-            "type": "sgd",
-            "lr": number("lr", 1e-3),
-            "momentum": number("momentum", 0.0),
-            "dampening": number("dampening", 0.0),
-            "nesterov": spec["nesterov"].as_bool().unwrap_or(false),
-            "weight_decay": number("weight_decay", 0.0),
-        })
-    } else {
-        let adamw = kind == "AdamW";
-        json!({
-            "type": "adam",
-            "lr": number("lr", 1e-3),
-            "beta1": spec["betas"][0].as_f64().unwrap_or(0.9),
-            "beta2": spec["betas"][1].as_f64().unwrap_or(0.999),
-            "eps": number("eps", 1e-8),
-            "weight_decay": number("weight_decay", if adamw { 0.01 } else { 0.0 }),
-            "decoupled": adamw,
-            "amsgrad": spec["amsgrad"].as_bool().unwrap_or(false),
-        })
-    };
-    let steps = trajectory["steps"].as_u64().unwrap();
-    let operation = json!({"operation": "optimizer", "optimizer": optimizer, "steps": steps});
-    let deltas = flat(file, trajectory["expect"]["deltas"].as_str().unwrap());
-    let k = deltas.num_rows() / (usize::try_from(steps).unwrap() + 1);
-    let part = |from: usize, rows: usize| {
-        let size = deltas.embedding_dim() * deltas.dtype().size_in_bytes();
-        let bytes = &deltas.to_le_bytes()[from * size..(from + rows) * size];
-        TokenRows::from_le_bytes(deltas.dtype(), rows, deltas.embedding_dim(), bytes).unwrap()
-    };
-    let gradients = flat(file, trajectory["expect"]["grads"].as_str().unwrap());
-    let inputs = vec![("rows", part(0, k)), ("gradients", gradients)];
-    let name = format!("peft_optimizer_{name}");
-    // The rows train in f32 also over the bf16 table.
-    let mut draft = draft(&name, Some(dtype), &["O2", "O9"], 0.0, operation, inputs);
-    draft
-        .peft
-        .push(("rows_after".to_owned(), part(k, deltas.num_rows() - k), 2e-6));
-    draft
-}
-
-/// A float tensor of any rank, its leading dimensions flattened.
-fn flat(file: &SafetensorsFile, name: &str) -> TokenRows {
-    let tensor = file.tensor(name).unwrap();
-    let dim = *tensor.shape.last().unwrap();
-    let rows = tensor.shape.iter().product::<usize>() / dim;
-    TokenRows::from_le_bytes(tensor.float_dtype().unwrap(), rows, dim, tensor.bytes).unwrap()
-}
-
-fn integers(file: &SafetensorsFile, name: &str) -> Vec<u32> {
-    let bytes = file.tensor(name).unwrap().bytes.chunks_exact(8);
-    let id = |bytes: &[u8]| u32::try_from(i64::from_le_bytes(bytes.try_into().unwrap())).unwrap();
-    bytes.map(id).collect()
 }

@@ -37,6 +37,7 @@ mod trajectory;
 use std::path::{Path, PathBuf};
 
 pub use fixture::Fixture;
+pub use optimizer::optimizer;
 use trainable_tokens_core::DType;
 
 use crate::Harness;

@@ -31,16 +31,7 @@ fn dense<H: Harness>(world: &World, weight: impl Fn(u32) -> f64) -> Exact {
 
 /// The gradient has one row per slot, in slot order: the sum over the positions of its token.
 pub fn repeats_are_summed_by_slot<H: Harness>() -> Outcome {
-    for_all(|world| {
-        let layer = world.trained::<H>()?;
-        let want = world.chosen(&dense::<H>(world, |_| 1.0));
-        close(
-            "gradient",
-            &gradient_or_none::<H>(&layer, world)?,
-            &want,
-            H::DTYPE,
-        )
-    })
+    for_all(|world| weighted_by::<H>(world, LayerOptions::default(), |_| 1.0))
 }
 
 /// Slots whose token does not occur get zeros, not nothing.
@@ -162,15 +153,8 @@ pub fn the_padding_token_gets_no_gradient<H: Harness>() -> Outcome {
 /// If that is asked for, the padding token trains like any other.
 pub fn the_padding_token_trains_if_asked<H: Harness>() -> Outcome {
     for_all(|world| {
-        let layer = world.trained::<H>()?;
-        let layer = layer.with_options(with_padding(world, PaddingRule::Train));
-        let want = world.chosen(&dense::<H>(world, |_| 1.0));
-        close(
-            "gradient",
-            &gradient_or_none::<H>(&layer, world)?,
-            &want,
-            H::DTYPE,
-        )
+        let options = with_padding(world, PaddingRule::Train);
+        weighted_by::<H>(world, options, |_| 1.0)
     })
 }
 
@@ -182,6 +166,18 @@ fn gradient_or_none<H: Harness>(layer: &Layer<H>, world: &World) -> Result<Token
     gradient::<H>(layer, world)
 }
 
+/// With these options the gradient of the rows is the dense one, each position weighted by its id.
+fn weighted_by<H: Harness>(world: &World, options: LayerOptions, weight: impl Fn(u32) -> f64) -> Outcome {
+    let layer = world.trained::<H>()?.with_options(options);
+    let want = world.chosen(&dense::<H>(world, weight));
+    close(
+        "gradient",
+        &gradient_or_none::<H>(&layer, world)?,
+        &want,
+        H::DTYPE,
+    )
+}
+
 /// The embedding's factor multiplies the gradient, too.
 pub fn a_scale_multiplies_the_gradient<H: Harness>() -> Outcome {
     for_all(|world| {
@@ -190,14 +186,7 @@ pub fn a_scale_multiplies_the_gradient<H: Harness>() -> Outcome {
             scale: Some(scale),
             ..LayerOptions::default()
         };
-        let layer = world.trained::<H>()?.with_options(options);
-        let want = world.chosen(&dense::<H>(world, |_| 2.5));
-        close(
-            "gradient",
-            &gradient_or_none::<H>(&layer, world)?,
-            &want,
-            H::DTYPE,
-        )
+        weighted_by::<H>(world, options, |_| 2.5)
     })
 }
 
@@ -208,15 +197,8 @@ pub fn frequent_ids_count_less_if_asked<H: Harness>() -> Outcome {
             scale_grad_by_freq: true,
             ..LayerOptions::default()
         };
-        let layer = world.trained::<H>()?.with_options(options);
         let count = |id| world.ids.iter().filter(|other| **other == id).count();
-        let want = world.chosen(&dense::<H>(world, |id| 1.0 / count(id) as f64));
-        close(
-            "gradient",
-            &gradient_or_none::<H>(&layer, world)?,
-            &want,
-            H::DTYPE,
-        )
+        weighted_by::<H>(world, options, |id| 1.0 / count(id) as f64)
     })
 }
 
@@ -227,14 +209,7 @@ pub fn max_norm_leaves_the_gradient<H: Harness>() -> Outcome {
             max_norm: Some(MaxNorm::new(0.5)?),
             ..LayerOptions::default()
         };
-        let layer = world.trained::<H>()?.with_options(options);
-        let want = world.chosen(&dense::<H>(world, |_| 1.0));
-        close(
-            "gradient",
-            &gradient_or_none::<H>(&layer, world)?,
-            &want,
-            H::DTYPE,
-        )
+        weighted_by::<H>(world, options, |_| 1.0)
     })
 }
 
@@ -247,7 +222,6 @@ pub fn options_combine<H: Harness>() -> Outcome {
             max_norm: Some(MaxNorm::new(0.5)?),
             ..with_padding(world, PaddingRule::NoLookupGradient)
         };
-        let layer = world.trained::<H>()?.with_options(options);
         let count = |id| world.ids.iter().filter(|other| **other == id).count();
         let weight = |id| {
             if id == world.ids[0] {
@@ -256,13 +230,7 @@ pub fn options_combine<H: Harness>() -> Outcome {
                 0.5 / count(id) as f64
             }
         };
-        let want = world.chosen(&dense::<H>(world, weight));
-        close(
-            "gradient",
-            &gradient_or_none::<H>(&layer, world)?,
-            &want,
-            H::DTYPE,
-        )
+        weighted_by::<H>(world, options, weight)
     })
 }
 

@@ -1,13 +1,18 @@
 //! The optimizers that PEFT's cases train with.
 
 use serde_json::Value;
-use trainable_tokens_core::{Adam, AdamConfig, RowOptimizer, Sgd, SgdConfig};
+use trainable_tokens_core::{AdamConfig, Decay, SgdConfig};
 
 use super::fixture::{flag, number, text};
 use crate::Failure;
+use crate::vectors::OptimizerSpec;
 
-/// Makes the optimizer of a trajectory: what is not named has the default of `torch.optim`.
-pub(super) fn optimizer(spec: &Value) -> Result<Box<dyn RowOptimizer>, Failure> {
+/// Reads the optimizer of a trajectory: what is not named has the default of `torch.optim`.
+///
+/// # Errors
+///
+/// For an optimizer or a setting that is not known.
+pub fn optimizer(spec: &Value) -> Result<OptimizerSpec, Failure> {
     match text(spec, "type")? {
         "SGD" => sgd(spec),
         "Adam" => adam(spec, AdamConfig::ADAM),
@@ -23,7 +28,7 @@ pub(super) fn optimizer(spec: &Value) -> Result<Box<dyn RowOptimizer>, Failure> 
     }
 }
 
-fn sgd(spec: &Value) -> Result<Box<dyn RowOptimizer>, Failure> {
+fn sgd(spec: &Value) -> Result<OptimizerSpec, Failure> {
     let mut config = SgdConfig::default();
     for name in names(spec)? {
         match name {
@@ -35,10 +40,16 @@ fn sgd(spec: &Value) -> Result<Box<dyn RowOptimizer>, Failure> {
             _ => return Err(unknown(name)),
         }
     }
-    Ok(Box::new(Sgd::new(config)?))
+    Ok(OptimizerSpec::Sgd {
+        lr: config.lr,
+        momentum: config.momentum,
+        dampening: config.dampening,
+        nesterov: config.nesterov,
+        weight_decay: config.weight_decay,
+    })
 }
 
-fn adam(spec: &Value, mut config: AdamConfig) -> Result<Box<dyn RowOptimizer>, Failure> {
+fn adam(spec: &Value, mut config: AdamConfig) -> Result<OptimizerSpec, Failure> {
     for name in names(spec)? {
         match name {
             "lr" => config.lr = number(spec, name)?,
@@ -52,7 +63,15 @@ fn adam(spec: &Value, mut config: AdamConfig) -> Result<Box<dyn RowOptimizer>, F
             _ => return Err(unknown(name)),
         }
     }
-    Ok(Box::new(Adam::new(config)?))
+    Ok(OptimizerSpec::Adam {
+        lr: config.lr,
+        beta1: config.beta1,
+        beta2: config.beta2,
+        eps: config.eps,
+        weight_decay: config.weight_decay,
+        decoupled: config.decay == Decay::Decoupled,
+        amsgrad: config.amsgrad,
+    })
 }
 
 /// The names of all settings.

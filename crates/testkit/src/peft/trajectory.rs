@@ -31,8 +31,8 @@ pub(super) fn run<H: Harness>(fixture: &Fixture, operation: &Value) -> Outcome {
 
     let mut alone = fixture.initial_rows()?;
     let (mut first, mut second) = (
-        optimizer(&operation["optimizer"])?,
-        optimizer(&operation["optimizer"])?,
+        optimizer(&operation["optimizer"])?.build()?,
+        optimizer(&operation["optimizer"])?.build()?,
     );
     let mut layer = layer::<H>(fixture, &alone)?;
     let start = output::<H>(fixture, layer.rows()?, &deltas);

@@ -222,7 +222,7 @@ impl Options {
 }
 
 impl OptimizerSpec {
-    pub(super) fn build(self) -> trainable_tokens_core::Result<Box<dyn RowOptimizer>> {
+    pub(crate) fn build(self) -> trainable_tokens_core::Result<Box<dyn RowOptimizer>> {
         Ok(match self {
             Self::Sgd {
                 lr,
