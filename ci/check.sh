@@ -75,7 +75,10 @@ step burn on wgpu, type-checked
 CARGO_TARGET_DIR=target/cuda-check cargo check --locked -p trainable-tokens-burn --features wgpu
 
 step packages
-cargo package --locked --workspace --allow-dirty --exclude trainable-tokens-demo-model --exclude trainable-tokens-nested-vec
+# Cargo unpacks and builds a package of the same version once, whatever has changed in it since.
+rm -rf "${CARGO_HOME:-$HOME/.cargo}"/registry/src/*/trainable-tokens-* target/packages/debug/.fingerprint/trainable-tokens-*
+CARGO_TARGET_DIR=target/packages \
+    cargo package --locked --workspace --allow-dirty --exclude trainable-tokens-demo-model --exclude trainable-tokens-nested-vec
 
 step the demo
 rm -rf target/ci-demo
