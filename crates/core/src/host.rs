@@ -106,8 +106,11 @@ impl RowGradients {
 
     /// Sets every gradient to zero, for the next step; nothing is allocated or freed.
     pub fn zero(&mut self) {
+        fn fill<T: Element>(values: &mut [T]) {
+            values.fill(T::default());
+        }
         for (_, gradient) in &mut self.0 {
-            with_data!(gradient.data_mut(), values => values.fill(Default::default()));
+            with_data!(gradient.data_mut(), values => fill(values));
         }
     }
 
