@@ -364,8 +364,11 @@ fn a_step_of_one_adapter_leaves_the_other_alone() {
     let mut sgd = Sgd::new(config).unwrap();
     let gradients = loss(&layer).backward().unwrap();
     let mut hook = UsesTheHead(layer.tied_head(), 0);
-    let mut adapter = layer.adapter_mut("a").unwrap();
-    adapter.step(&gradients, &mut sgd, &mut [&mut hook]).unwrap();
+    let step = layer
+        .adapter_mut("a")
+        .unwrap()
+        .step(&gradients, &mut sgd, &mut [&mut hook]);
+    step.unwrap();
     assert_eq!(hook.1, 1);
     assert!(loss(&layer).to_scalar::<f32>().unwrap() < candled);
     assert!(layer.adapter("b").unwrap().rows().unwrap().bits_eq(&before));
@@ -512,10 +515,11 @@ fn gradients_of_a_mixed_batch_are_those_of_its_examples() {
         loss = ((loss + lookup).unwrap() + logits).unwrap();
     }
     let alone = loss.backward().unwrap();
-    for name in ["a", "c"] {
+    // Each leaf sums in its own type.
+    for (name, tolerance) in [("a", 2e-7), ("c", 1e-12)] {
         let adapter = layer.adapter(name).unwrap();
         let [got, want] = [&mixed, &alone].map(|gradients| adapter.gradient(gradients).unwrap().to_f64_vec());
-        assert_close(name, &got, &want, 1e-12);
+        assert_close(name, &got, &want, tolerance);
         assert!(want.iter().any(|x| *x != 0.0));
     }
     let [got, want] = [&mixed, &alone].map(|gradients| values(gradients.get(&hidden).unwrap()));
