@@ -352,10 +352,10 @@ fn a_step_of_one_adapter_leaves_the_other_alone() {
     };
     let start = loss(&layer).to_scalar::<f32>().unwrap();
     let var = layer.adapter("a").unwrap().delta().var().unwrap().clone();
-    let mut candles = candle_nn::AdamW::new_lr(vec![var], 0.05).unwrap();
-    candles.backward_step(&loss(&layer)).unwrap();
-    let candled = loss(&layer).to_scalar::<f32>().unwrap();
-    assert!(candled < start);
+    let mut adamw = candle_nn::AdamW::new_lr(vec![var], 0.05).unwrap();
+    adamw.backward_step(&loss(&layer)).unwrap();
+    let after_adamw = loss(&layer).to_scalar::<f32>().unwrap();
+    assert!(after_adamw < start);
 
     let config = SgdConfig {
         lr: 0.1,
@@ -370,7 +370,7 @@ fn a_step_of_one_adapter_leaves_the_other_alone() {
         .step(&gradients, &mut sgd, &mut [&mut hook]);
     step.unwrap();
     assert_eq!(hook.1, 1);
-    assert!(loss(&layer).to_scalar::<f32>().unwrap() < candled);
+    assert!(loss(&layer).to_scalar::<f32>().unwrap() < after_adamw);
     assert!(layer.adapter("b").unwrap().rows().unwrap().bits_eq(&before));
 }
 
