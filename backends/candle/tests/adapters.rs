@@ -602,3 +602,32 @@ fn an_adapter_of_the_bases_own_rows_is_a_no_op() {
         assert_eq!(bytes(&got), bytes(&want));
     }
 }
+
+#[test]
+fn no_head_sees_half_a_merge() {
+    let mut layer = layer(DType::F32);
+    let head = layer.tied_head();
+    let hidden = noise(&[1, DIM], DType::F32, 3);
+    let whole = bytes(&head.forward(&hidden).unwrap());
+    layer
+        .merge_adapters(&["c"], &Overlap::Refuse, MergeCheck::Unchecked)
+        .unwrap();
+    let merged = bytes(&head.forward(&hidden).unwrap());
+    layer.unmerge().unwrap();
+    assert_ne!(whole, merged);
+    std::thread::scope(|scope| {
+        let reader = scope.spawn(|| {
+            for _ in 0..500 {
+                let got = bytes(&head.forward(&hidden).unwrap());
+                assert!(got == whole || got == merged);
+            }
+        });
+        while !reader.is_finished() {
+            layer
+                .merge_adapters(&["c"], &Overlap::Refuse, MergeCheck::Unchecked)
+                .unwrap();
+            layer.unmerge().unwrap();
+        }
+        reader.join().unwrap();
+    });
+}
