@@ -8,8 +8,8 @@ use ndarray::Array2;
 use trainable_tokens::format::SafetensorsFile;
 use trainable_tokens::ndarray::{NdTable, TrainableTokens, TrainableTokensExt};
 use trainable_tokens::{
-    Adam, AdamConfig, DType, DecayTowardOriginal, Element, EmbedScale, Error, HostTable, Int8Table,
-    LayerOptions, Padding, PaddingRule, TokenId, TokenRows, TokenSet,
+    Adam, AdamConfig, DType, DecayTowardOriginal, Element, EmbedScale, Error, LayerOptions, Padding,
+    PaddingRule, TokenId, TokenRows, TokenSet,
 };
 
 /// The directory of PEFT's cases.
@@ -62,11 +62,15 @@ pub(crate) fn bits<T: Element>(values: &Array2<T>) -> Vec<u8> {
 #[cfg(feature = "candle")]
 #[test]
 fn f02_a_tied_head_keeps_its_bias() {
-    use candle_core::{Device, Tensor};
+    use candle_core::{Device, Module, Tensor};
     let base = SafetensorsFile::open(fixtures().join("bert_mlm/base/model.safetensors")).unwrap();
     let read = |name: &str| {
         let tensor = base.tensor(name).unwrap();
-        let values: Vec<f32> = tensor.bytes.chunks_exact(4).map(f32::from_le_bytes).collect();
+        let values: Vec<f32> = tensor
+            .bytes
+            .chunks_exact(4)
+            .map(<f32 as Element>::from_le_bytes)
+            .collect();
         Tensor::from_vec(values, tensor.shape, &Device::Cpu).unwrap()
     };
     let (table, bias) = (
