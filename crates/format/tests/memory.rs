@@ -86,8 +86,17 @@ fn the_largest_files_that_are_read_stay_below_the_limit() {
         }
         text + "0]}"
     };
+    let mut keys = "{\"peft_type\":\"LORA\",\"x\":{".to_owned();
+    for key in 0.. {
+        if keys.len() + 20 > CONFIG {
+            break;
+        }
+        let _ = write!(keys, "\"{key:x}\":0,");
+    }
+    keys.push_str("\"\":0}}");
     let base = fixtures().join("malformed/_base/base");
     for config in [
+        keys,
         ids(""),
         filled(
             "{\"peft_type\":\"TRAINABLE_TOKENS\",\"token_indices\":[1],\"x\":[",
