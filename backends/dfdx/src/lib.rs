@@ -58,6 +58,7 @@ mod module;
 mod ops;
 mod rows;
 mod table;
+mod tape;
 
 pub use backend::Dfdx;
 pub use element::DfdxElement;
@@ -68,6 +69,7 @@ pub use module::TrainableEmbedding;
 pub use ops::DfdxDevice;
 pub use rows::DfdxDelta;
 pub use table::DfdxTable;
+pub use tape::DfdxTape;
 
 /// Compiles the front page.
 #[cfg(doctest)]
