@@ -9,6 +9,7 @@ use std::ops::Deref;
 use std::sync::Arc;
 
 pub use merge::MergeCheck;
+pub use mixed::MixedPart;
 
 use crate::active::{ActiveSet, NamedTokens};
 use crate::adapter::{DEFAULT, TokenAdapter};

@@ -1,5 +1,7 @@
 //! Batches whose examples use different adapters.
 
+use std::ops::Range;
+
 use super::{ActiveRows, TrainableTokens};
 use crate::adapter::TokenAdapter;
 use crate::plan::example_len;
@@ -12,6 +14,9 @@ struct Chosen<'a, B: Backend> {
     /// The place of each example's among them.
     choice: Vec<Option<usize>>,
 }
+
+/// Rows of a mixed batch and the adapter whose rows they see.
+pub type MixedPart<'a, B> = (Range<usize>, Option<&'a TokenAdapter<B>>);
 
 impl<B: Backend> TrainableTokens<B> {
     /// Plans a batch of `adapters.len()` equally long examples, flattened, each of which sees the rows of the adapter of
@@ -46,32 +51,38 @@ impl<B: Backend> TrainableTokens<B> {
     /// [`Error::UnknownAdapter`], [`Error::AlreadyMerged`], [`Error::Disabled`]; [`Error::Shape`] if the rows are not
     /// equally long examples; the backend's errors.
     pub fn logits_mixed(&self, hidden: B::Tensor, adapters: &[Option<&str>]) -> Result<B::Tensor, B::Error> {
-        self.expect_mixable()?;
-        let Chosen { used, choice } = self.choose(adapters)?;
-        let length = example_len(B::num_rows(&hidden), adapters.len())?;
+        let parts = self.mixed_parts(B::num_rows(&hidden), adapters)?;
         let none = TokenSet::new([], self.source.vocab_size())?;
-        // Neighbours that use the same adapter go through the head together.
-        let runs: Vec<_> = choice.chunk_by(PartialEq::eq).collect();
-        let mut parts = Vec::with_capacity(runs.len());
-        let mut start = 0;
-        for run in &runs {
-            let end = start + run.len() * length;
-            parts.push(start..end);
-            start = end;
-        }
         if parts.is_empty() {
             return B::logits(hidden, &self.source, None, &none);
         }
-        let hidden = B::split_rows(hidden, &parts)?;
-        let logits = hidden.into_iter().zip(runs).map(|(hidden, run)| {
-            let adapter = run[0].map(|at| used[at]);
-            let delta = adapter
-                .filter(|adapter| !adapter.tokens().is_empty())
-                .map(TokenAdapter::delta);
+        let (ranges, adapters): (Vec<_>, Vec<_>) = parts.into_iter().unzip();
+        let hidden = B::split_rows(hidden, &ranges)?;
+        let logits = hidden.into_iter().zip(adapters).map(|(hidden, adapter)| {
             let tokens = adapter.map_or(&none, TokenAdapter::tokens);
+            let delta = adapter.filter(|_| !tokens.is_empty()).map(TokenAdapter::delta);
             B::logits(hidden, &self.source, delta, tokens)
         });
         B::join_rows(logits.collect::<Result<_, _>>()?)
+    }
+
+    /// The rows of a mixed batch of `num_rows` rows, in runs that use the same adapter, without gaps: for a head's own
+    /// passes, forward or backward.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`logits_mixed`](Self::logits_mixed), but the backend's.
+    pub fn mixed_parts(&self, num_rows: usize, adapters: &[Option<&str>]) -> Result<Vec<MixedPart<'_, B>>> {
+        self.expect_mixable()?;
+        let Chosen { used, choice } = self.choose(adapters)?;
+        let length = example_len(num_rows, adapters.len())?;
+        let mut start = 0;
+        let runs = choice.chunk_by(PartialEq::eq).map(|run| {
+            let rows = start..start + run.len() * length;
+            start = rows.end;
+            (rows, run[0].map(|at| used[at]))
+        });
+        Ok(runs.collect())
     }
 
     /// The rows that a plan's slots count through; none if the lookup is the table's own.
