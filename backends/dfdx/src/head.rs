@@ -1,15 +1,17 @@
 //! The output layer that shares an embedding's table.
 
 use dfdx::nn::{Module, NonMutableModule};
-use dfdx::shapes::{Axis, Dim, HasShape, RealizeShapeTo, Shape};
-use dfdx::tensor::{Cpu, PutTape, SplitTape, Tape, Tensor};
-use dfdx::tensor_ops::{BroadcastTo, ReshapeTo, TryAdd};
-use trainable_tokens_core::{EmbeddingSource, Error as CoreError, TrainableTokens as CoreLayer};
+use dfdx::shapes::{Dim, HasShape, RealizeShapeTo, Shape};
+use dfdx::tensor::{Cpu, Tape, Tensor};
+use dfdx::tensor_ops::ReshapeTo;
+use trainable_tokens_core::{
+    EmbeddingSource, Error as CoreError, TokenAdapter, TokenSet, TrainableTokens as CoreLayer,
+};
 
 use crate::backend::head;
 use crate::convert::{Matrix, at_runtime, dims};
-use crate::ops::project;
-use crate::{Dfdx, DfdxDevice, DfdxElement, DfdxTape, Error, Result};
+use crate::ops::{join_rows, project, split_rows};
+use crate::{Dfdx, DfdxDelta, DfdxDevice, DfdxElement, Error, Result};
 
 /// The output layer of a model with tied embeddings: `hidden · Wᵀ`, with the columns of trainable tokens computed
 /// from the trained rows.
@@ -64,9 +66,7 @@ impl<'a, E: DfdxElement, D: DfdxDevice<E>> TiedHead<'a, E, D> {
         let num_rows = hidden.shape().0;
         let layer = self.layer;
         let rows = layer.active()?;
-        let mut head = head(layer.source(), rows.as_deref(), layer.tokens())?;
-        head.bias = self.bias.as_ref();
-        let logits = project(at_runtime(hidden)?, &head)?;
+        let logits = self.logits_of(at_runtime(hidden)?, rows.as_deref(), layer.tokens())?;
         let vocab_size = dims(&logits)[1];
         logits
             .try_reshape_like(&(num_rows, vocab_size))
@@ -81,23 +81,43 @@ impl<E: DfdxElement, D: DfdxDevice<E>> TiedHead<'_, E, D> {
     /// # Errors
     ///
     /// Those of [`logits`](Self::logits) and of core's [`logits_mixed`](CoreLayer::logits_mixed).
-    pub fn logits_mixed<N: Dim, M: Dim, T: DfdxTape<E, D>>(
+    pub fn logits_mixed<N: Dim, M: Dim, T: Tape<E, D>>(
         &self,
         hidden: Tensor<(N, M), E, D, T>,
         adapters: &[Option<&str>],
     ) -> Result<Tensor<(N, usize), E, D, T>> {
         let num_rows = hidden.shape().0;
-        let (hidden, tape) = at_runtime(hidden)?.split_tape();
-        let hidden = hidden.put_tape(tape.into_owned());
-        let mut logits = self.layer.logits_mixed(hidden, adapters)?;
-        let shape = *logits.shape();
-        if let Some(bias) = &self.bias {
-            let bias = bias.clone().try_broadcast_like::<_, Axis<0>>(&shape);
-            logits = bias.and_then(|bias| logits.try_add(bias)).map_err(Error::dfdx)?;
-        }
-        let (logits, tape) = logits.split_tape();
-        let logits = logits.put_tape(T::from_owned(tape));
-        logits.try_reshape_like(&(num_rows, shape.1)).map_err(Error::dfdx)
+        let parts = self.layer.mixed_parts(num_rows.size(), adapters)?;
+        let (ranges, adapters): (Vec<_>, Vec<_>) = parts.into_iter().unzip();
+        let (hidden, none) = (
+            at_runtime(hidden)?,
+            TokenSet::new([], self.layer.source().vocab_size())?,
+        );
+        let logits = if ranges.is_empty() {
+            self.logits_of(hidden, None, &none)?
+        } else {
+            let hidden = split_rows(hidden, &ranges)?.into_iter();
+            let logits = hidden.zip(adapters).map(|(hidden, adapter)| {
+                let tokens = adapter.map_or(&none, TokenAdapter::tokens);
+                self.logits_of(hidden, adapter.map(TokenAdapter::delta), tokens)
+            });
+            join_rows(logits.collect::<Result<_>>()?)?
+        };
+        let vocab_size = dims(&logits)[1];
+        logits
+            .try_reshape_like(&(num_rows, vocab_size))
+            .map_err(Error::dfdx)
+    }
+
+    fn logits_of<T: Tape<E, D>>(
+        &self,
+        hidden: Matrix<E, D, T>,
+        rows: Option<&DfdxDelta<E, D>>,
+        tokens: &TokenSet,
+    ) -> Result<Matrix<E, D, T>> {
+        let mut head = head(self.layer.source(), rows, tokens)?;
+        head.bias = self.bias.as_ref();
+        project(hidden, &head)
     }
 }
 
@@ -136,7 +156,7 @@ impl<B: Dim, N: Dim, M: Dim, E, D, T> Module<(Tensor<(B, N, M), E, D, T>, &[Opti
 where
     E: DfdxElement,
     D: DfdxDevice<E>,
-    T: DfdxTape<E, D>,
+    T: Tape<E, D>,
 {
     type Output = Tensor<(B, N, usize), E, D, T>;
     type Error = Error;

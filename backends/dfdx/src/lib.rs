@@ -22,7 +22,8 @@
 //! # }
 //! ```
 //!
-//! - [`TrainableTokens`] is the embedding, [`TiedHead`] the output layer that shares its table.
+//! - [`TrainableTokens`] is the embedding, with any number of adapters by name; [`TiedHead`] is the output layer that
+//!   shares its table.
 //! - [`TrainableEmbedding`] is the embedding as a collection of tensors of const sizes, for dfdx's own optimizers.
 //! - [`Dfdx`], [`DfdxTable`] and [`DfdxDelta`] implement the traits of `trainable-tokens-core`.
 //!
@@ -33,6 +34,7 @@
 //! | tables of `f32`, `f64`, `f16` | yes | yes |
 //! | lookup, all options of core's layer | one pass over the rows | composed of dfdx's operations |
 //! | head, gradients | yes | composed of dfdx's operations |
+//! | several adapters at once | combined on the host | the same; their gradient is divided on the device |
 //! | merge, unmerge | in place | refused: dfdx writes a tensor there as a whole or not at all |
 //!
 //! - **bfloat16** does not exist in dfdx. [`DfdxTable::load`] widens such a table to `f32`, which is exact.
@@ -58,7 +60,6 @@ mod module;
 mod ops;
 mod rows;
 mod table;
-mod tape;
 
 pub use backend::Dfdx;
 pub use element::DfdxElement;
@@ -69,7 +70,6 @@ pub use module::TrainableEmbedding;
 pub use ops::DfdxDevice;
 pub use rows::DfdxDelta;
 pub use table::DfdxTable;
-pub use tape::DfdxTape;
 
 /// Compiles the front page.
 #[cfg(doctest)]

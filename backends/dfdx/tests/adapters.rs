@@ -12,7 +12,8 @@ use dfdx::tensor::{Cpu, Gradients, NoneTape, OwnedTape, Tensor, TensorFrom, Tens
 use dfdx::tensor_ops::{Backward, Device, PermuteTo, ReshapeTo, SumTo, TryAdd, TryMul};
 use half::f16;
 use trainable_tokens_core::{
-    Backend, BackendError, DType, DeltaStore, Element, ErrorKind, MergeCheck, Overlap, RowMix, TokenRows, TokenSet,
+    Backend, BackendError, DType, DeltaStore, Element, ErrorKind, MergeCheck, Overlap, RowMix, TokenRows,
+    TokenSet,
 };
 use trainable_tokens_dfdx::{Dfdx, DfdxDevice, DfdxElement, TrainableTokens};
 
@@ -40,9 +41,7 @@ where
     embed
         .add_adapter_with_rows("b", set(&B), &rows::<f32>(3))
         .unwrap();
-    embed
-        .add_adapter_with_rows("c", set(&C), &rows::<E>(4))
-        .unwrap();
+    embed.add_adapter_with_rows("c", set(&C), &rows::<E>(4)).unwrap();
     embed
 }
 
@@ -66,11 +65,7 @@ fn tolerance<E: Element>() -> f64 {
     }
 }
 
-fn gradient<E: DfdxElement>(
-    embed: &TrainableTokens<E>,
-    name: &str,
-    gradients: &Gradients<E, Cpu>,
-) -> Vec<f64>
+fn gradient<E: DfdxElement>(embed: &TrainableTokens<E>, name: &str, gradients: &Gradients<E, Cpu>) -> Vec<f64>
 where
     Cpu: DfdxDevice<E>,
 {
@@ -235,10 +230,7 @@ fn inactive_and_merged_adapters_get_no_gradient() {
     };
     let gradients = backward(&embed);
     assert_eq!(kind(&embed, "b", &gradients), ErrorKind::NoGradient);
-    assert_eq!(
-        embed.gradient(&gradients).unwrap_err().kind(),
-        ErrorKind::State
-    );
+    assert_eq!(embed.gradient(&gradients).unwrap_err().kind(), ErrorKind::State);
     embed
         .merge_adapters(&["c"], &Overlap::Refuse, MergeCheck::Unchecked)
         .unwrap();
@@ -334,7 +326,10 @@ fn a_mixed_batch_has_the_gradients_of_its_examples() {
     }
     // Hidden states with strides of their own, without a lookup.
     let leaf = noise::<f64>(DIM, 15, 3).permute::<(usize, usize), _>();
-    let logits = embed.tied_head().logits_mixed(leaf.leaky_trace(), &MIXED).unwrap();
+    let logits = embed
+        .tied_head()
+        .logits_mixed(leaf.leaky_trace(), &MIXED)
+        .unwrap();
     let loss = (logits * weights.clone()).sum::<(), _>();
     let got = values(&loss.backward().get(&leaf));
     for (at, name) in MIXED.into_iter().enumerate() {
@@ -453,10 +448,7 @@ fn rows_of_different_types_train_in_their_own() {
     let mut embed = layer::<f16>();
     embed.activate(&["b", "default"]).unwrap_err();
     embed
-        .activate_overlapping(
-            &["default", "b", "c"],
-            Overlap::WeightedMean(vec![1.0, 1.0, 1.0]),
-        )
+        .activate_overlapping(&["default", "b", "c"], Overlap::WeightedMean(vec![1.0, 1.0, 1.0]))
         .unwrap();
     let combined = embed.layer_rows();
     assert_eq!(combined.to_f32_vec().len(), 4 * DIM);
@@ -466,7 +458,11 @@ fn rows_of_different_types_train_in_their_own() {
         [DType::F32, DType::F32, DType::F16]
     );
     let mean = |a: f32, b: f32| a * 0.5 + b * 0.5;
-    let (default, b, c) = (parts[0].to_f32_vec(), parts[1].to_f32_vec(), parts[2].to_f32_vec());
+    let (default, b, c) = (
+        parts[0].to_f32_vec(),
+        parts[1].to_f32_vec(),
+        parts[2].to_f32_vec(),
+    );
     let want: Vec<f32> = (0..DIM).map(|at| mean(default[DIM + at], b[at])).collect();
     assert_eq!(combined.to_f32_vec()[..DIM], want);
     let want: Vec<f32> = (0..DIM).map(|at| mean(b[DIM + at], c[DIM + at])).collect();
@@ -533,10 +529,7 @@ fn dfdxs_optimizer_trains_the_adapter_that_is_named() {
         let out = embed.lookup(&[7, 9, 5, 2], OwnedTape::default()).unwrap();
         let gradients = out.square().sum::<(), _>().backward();
         let update = |rows: &mut Tensor<_, _, _>| adam.update(rows, &gradients);
-        embed
-            .change_rows_of::<2, DIM, _>("c", update)
-            .unwrap()
-            .unwrap();
+        embed.change_rows_of::<2, DIM, _>("c", update).unwrap().unwrap();
     }
     let changed = ["default", "b", "c"].map(|name| rows_of(&embed, name));
     assert_eq!(changed[..2], before[..2]);

@@ -3,15 +3,13 @@
 use std::ops::Range;
 
 use dfdx::shapes::Axis;
-use dfdx::tensor::{OwnedTape, PutTape, SplitTape, Tape};
+use dfdx::tensor::{PutTape, SplitTape, Tape};
 use dfdx::tensor_ops::{Device, GatherTo, TryConcatAlong};
 use trainable_tokens_core::Error as CoreError;
 
 use super::indices;
 use crate::convert::{Matrix, dims, matrix};
 use crate::{DfdxElement, Error, Result};
-
-type Taped<E, D> = Matrix<E, D, OwnedTape<E, D>>;
 
 /// Cuts the rows of a value. The first part goes on with its tape and the others begin tapes of their own; where parts
 /// meet again dfdx merges these and orders their operations by time.
@@ -21,10 +19,10 @@ type Taped<E, D> = Matrix<E, D, OwnedTape<E, D>>;
 /// # Errors
 ///
 /// When dfdx fails.
-pub(crate) fn split_rows<E: DfdxElement, D: Device<E>>(
-    value: Taped<E, D>,
+pub(crate) fn split_rows<E: DfdxElement, D: Device<E>, T: Tape<E, D>>(
+    value: Matrix<E, D, T>,
     parts: &[Range<usize>],
-) -> Result<Vec<Taped<E, D>>> {
+) -> Result<Vec<Matrix<E, D, T>>> {
     if parts.len() == 1 {
         return Ok(vec![value]);
     }
@@ -51,16 +49,16 @@ pub(crate) fn split_rows<E: DfdxElement, D: Device<E>>(
 /// # Errors
 ///
 /// Without any value, and when dfdx fails.
-pub(crate) fn join_rows<E: DfdxElement, D: Device<E>>(mut parts: Vec<Taped<E, D>>) -> Result<Taped<E, D>> {
+pub(crate) fn join_rows<E: DfdxElement, D: Device<E>, T: Tape<E, D>>(
+    mut parts: Vec<Matrix<E, D, T>>,
+) -> Result<Matrix<E, D, T>> {
     while parts.len() > 1 {
         let mut pairs = Vec::with_capacity(parts.len().div_ceil(2));
         let mut rest = parts.into_iter();
         while let Some(first) = rest.next() {
             pairs.push(match rest.next() {
                 None => first,
-                Some(second) => (first, second)
-                    .try_concat_along(Axis::<0>)
-                    .map_err(Error::dfdx)?,
+                Some(second) => (first, second).try_concat_along(Axis::<0>).map_err(Error::dfdx)?,
             });
         }
         parts = pairs;
