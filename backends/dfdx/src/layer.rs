@@ -254,6 +254,11 @@ impl<E: DfdxElement, D: DfdxDevice<E>> TrainableTokens<E, D> {
         self.layer.step(gradients, optimizer, hooks)
     }
 
+    /// Gives up dfdx's habit for core's layer.
+    pub fn into_layer(self) -> CoreLayer<Dfdx<E, D>> {
+        self.layer
+    }
+
     /// Gives the table back as it is now (merged or not).
     pub fn into_table(self) -> DfdxTable<E, D> {
         self.layer.into_source()

@@ -45,7 +45,7 @@
 //! - **dfdx's own optimizers** take tensors of sizes known at compile time only: through
 //!   [`TrainableEmbedding`], or [`TrainableTokens::change_rows`].
 //! - **A tape from `alloc_grads()`** drops the gradients of all but the leaves it was made for. Call
-//!   [`DfdxDelta::zero_grads`] on it, so that those of the rows stay, too.
+//!   [`TrainableTokens::zero_grads`] on it, so that those of the rows stay, too.
 //! - **Tensors without elements**: dfdx panics when it reduces or reads one. Lookup and head return them for an empty
 //!   batch.
 //! - A tensor that is cloned is **copied on write**: keep no clone of the table when merging in place.

@@ -12,8 +12,8 @@ use dfdx::tensor::{Cpu, Gradients, NoneTape, OwnedTape, Tensor, TensorFrom, Tens
 use dfdx::tensor_ops::{Backward, Device, PermuteTo, ReshapeTo, SumTo, TryAdd, TryMul};
 use half::f16;
 use trainable_tokens_core::{
-    Backend, BackendError, DType, DeltaStore, Element, ErrorKind, MergeCheck, Overlap, RowMix, TokenRows,
-    TokenSet,
+    Backend, BackendError, DType, DeltaStore, Element, ErrorKind, LayerParts, MergeCheck, Overlap, RowMix,
+    TokenAdapter, TokenRows, TokenSet, TrainableTokens as CoreLayer,
 };
 use trainable_tokens_dfdx::{Dfdx, DfdxDevice, DfdxElement, TrainableTokens};
 
@@ -555,4 +555,76 @@ fn a_tape_with_leaves_keeps_the_gradients_of_all_adapters() {
     let fresh = embed.alloc_grads().unwrap();
     let error = embed.adapter("b").unwrap().gradient(&fresh).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NoGradient);
+}
+
+#[test]
+fn a_layer_is_its_parts() {
+    let mut embed = layer::<f32>();
+    embed
+        .merge_adapters(&["c"], &Overlap::Refuse, MergeCheck::Unchecked)
+        .unwrap();
+    let choice = Overlap::WeightedMean(vec![1.0, 3.0]);
+    embed.activate_overlapping(&["default", "b"], choice).unwrap_err();
+    embed
+        .activate_overlapping(&["default", "b"], Overlap::LastWins)
+        .unwrap();
+    let ids: Vec<u32> = (0..10).collect();
+    let (live, table) = (
+        bits(&embed.lookup(&ids, NoneTape).unwrap()),
+        bits(embed.table().tensor()),
+    );
+    let before = bits(layer::<f32>().table().tensor());
+    let mut again: TrainableTokens<f32> = CoreLayer::from_parts(embed.into_layer().into_parts())
+        .unwrap()
+        .into();
+    assert_eq!(bits(&again.lookup(&ids, NoneTape).unwrap()), live);
+    assert_eq!(again.active_names().collect::<Vec<_>>(), ["default", "b"]);
+    assert_eq!(bits(again.table().tensor()), table);
+    again.unmerge().unwrap();
+    assert_eq!(bits(again.table().tensor()), before);
+
+    let kind = |change: fn(&mut LayerParts<Dfdx<f32>>)| {
+        let mut embed = layer::<f32>();
+        embed.merge().unwrap();
+        let mut parts = embed.into_layer().into_parts();
+        change(&mut parts);
+        CoreLayer::from_parts(parts).unwrap_err().kind()
+    };
+    assert_eq!(kind(|parts| parts.enabled = false), ErrorKind::State);
+    assert_eq!(kind(|parts| parts.active.push("d".into())), ErrorKind::Adapter);
+    assert_eq!(
+        kind(|parts| parts.active = vec!["b".into(), "b".into()]),
+        ErrorKind::Adapter
+    );
+    assert_eq!(
+        kind(|parts| parts.active = vec!["b".into(), "c".into()]),
+        ErrorKind::Overlap
+    );
+    assert_eq!(
+        kind(|parts| parts.merges[0].adapters.push("default".into())),
+        ErrorKind::State
+    );
+    assert_eq!(
+        kind(|parts| parts.merges[0].tokens[0].0 = 10),
+        ErrorKind::TokenOutOfRange
+    );
+    assert_eq!(kind(|parts| parts.merges[0].tokens.truncate(1)), ErrorKind::Shape);
+    assert_eq!(
+        kind(|parts| {
+            let (tokens, delta) = parts.adapters.remove(1).into_parts();
+            parts
+                .adapters
+                .push(TokenAdapter::new("c", tokens, delta).unwrap());
+        }),
+        ErrorKind::Adapter
+    );
+    assert_eq!(
+        kind(|parts| {
+            let (_, delta) = parts.adapters.remove(1).into_parts();
+            parts
+                .adapters
+                .push(TokenAdapter::new("d", set(&[1, 2, 3]), delta).unwrap());
+        }),
+        ErrorKind::Shape
+    );
 }
