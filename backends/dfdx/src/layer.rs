@@ -1,19 +1,19 @@
 //! The embedding layer, at sizes known at runtime.
 
+mod forward;
+
 use std::ops::{Deref, DerefMut};
 
 use dfdx::nn::modules::Embedding;
-use dfdx::nn::{Module, NonMutableModule};
-use dfdx::shapes::{Dim, HasShape, Rank2, RealizeShapeTo, Shape};
-use dfdx::tensor::{Cpu, Gradients, SplitTape, Tape, Tensor};
-use dfdx::tensor_ops::{RealizeTo, ReshapeTo};
+use dfdx::shapes::{Rank2, RealizeShapeTo, Shape};
+use dfdx::tensor::{Cpu, Gradients, Tape, Tensor};
+use dfdx::tensor_ops::RealizeTo;
 use trainable_tokens_core::{
     DeltaStore, EmbeddingSource, Error as CoreError, HostTable, LayerOptions, LookupPlan, OptimizerHook,
     RowOptimizer, StepReport, TokenAdapter, TokenRows, TokenSet, TrainableTokens as CoreLayer,
 };
 
-use crate::convert::{at_runtime, dims, ids_of, to_rows};
-use crate::head::check_adapters;
+use crate::convert::{at_runtime, dims, to_rows};
 use crate::ops::Lookup;
 use crate::{Dfdx, DfdxDelta, DfdxDevice, DfdxElement, DfdxTable, Error, Result, TiedHead};
 
@@ -317,64 +317,4 @@ fn change_adapter<E: DfdxElement, D: DfdxDevice<E>, const K: usize, const M: usi
     let result = change(&mut rows);
     adapter.set_rows(&to_rows(&at_runtime(rows)?)?)?;
     Ok(result)
-}
-
-impl<E: DfdxElement, D: DfdxDevice<E>> NonMutableModule for TrainableTokens<E, D> {}
-
-impl<N: Dim, E, D, T> Module<Tensor<(N,), usize, D, T>> for TrainableTokens<E, D>
-where
-    E: DfdxElement,
-    D: DfdxDevice<E>,
-    T: Tape<E, D>,
-{
-    type Output = Tensor<(N, usize), E, D, T>;
-    type Error = Error;
-
-    fn try_forward(&self, ids: Tensor<(N,), usize, D, T>) -> Result<Self::Output> {
-        let (ids, tape) = ids.split_tape();
-        let ids_on_host = ids_of(&ids, self.table().vocab_size())?;
-        let rows = self.lookup(&ids_on_host, tape)?;
-        let shape = (ids.shape().0, dims(&rows)[1]);
-        rows.try_reshape_like(&shape).map_err(Error::dfdx)
-    }
-}
-
-impl<B: Dim, N: Dim, E, D, T> Module<Tensor<(B, N), usize, D, T>> for TrainableTokens<E, D>
-where
-    E: DfdxElement,
-    D: DfdxDevice<E>,
-    T: Tape<E, D>,
-{
-    type Output = Tensor<(B, N, usize), E, D, T>;
-    type Error = Error;
-
-    fn try_forward(&self, ids: Tensor<(B, N), usize, D, T>) -> Result<Self::Output> {
-        let (ids, tape) = ids.split_tape();
-        let ids_on_host = ids_of(&ids, self.table().vocab_size())?;
-        let rows = self.lookup(&ids_on_host, tape)?;
-        let shape = (ids.shape().0, ids.shape().1, dims(&rows)[1]);
-        rows.try_reshape_like(&shape).map_err(Error::dfdx)
-    }
-}
-
-impl<B: Dim, N: Dim, E, D, T> Module<(Tensor<(B, N), usize, D, T>, &[Option<&str>])> for TrainableTokens<E, D>
-where
-    E: DfdxElement,
-    D: DfdxDevice<E>,
-    T: Tape<E, D>,
-{
-    type Output = Tensor<(B, N, usize), E, D, T>;
-    type Error = Error;
-
-    fn try_forward(
-        &self,
-        (ids, adapters): (Tensor<(B, N), usize, D, T>, &[Option<&str>]),
-    ) -> Result<Self::Output> {
-        check_adapters(ids.shape().0, adapters)?;
-        let (ids, tape) = ids.split_tape();
-        let ids_on_host = ids_of(&ids, self.table().vocab_size())?;
-        let rows = self.lookup_mixed(&ids_on_host, adapters, tape)?;
-        let shape = (ids.shape().0, ids.shape().1, dims(&rows)[1]);
-        rows.try_reshape_like(&shape).map_err(Error::dfdx)
-    }
 }
