@@ -94,9 +94,10 @@ fn saved_and_loaded<W: Harness, R: Harness>(case: &Case) {
     let adapter = Adapter::read(dir.path().join("adapter")).unwrap();
     let source = R::source(&case.table()).unwrap();
     assert_eq!(adapter.metadata().base_digest, Some(digest(&source).unwrap()));
-    let rows = adapter.rows(MODULE).unwrap();
+    let module = adapter.module(MODULE).unwrap();
+    let rows = module.rows();
     assert!(rows.bits_eq(&case.rows()));
-    let loaded = Layer::<R>::with_rows(source, adapter.token_set(case.v).unwrap(), rows).unwrap();
+    let loaded = Layer::<R>::with_rows(source, module.token_set(case.v).unwrap(), rows).unwrap();
     let all: Vec<u32> = (0..u32::try_from(case.v).unwrap()).collect();
     let written = W::read(&layer.lookup(&all).unwrap()).unwrap();
     assert!(R::read(&loaded.lookup(&all).unwrap()).unwrap().bits_eq(&written));

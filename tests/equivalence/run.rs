@@ -72,7 +72,7 @@ impl Start {
         let state = TrainingState::read(dir.join(TrainingState::FILE_NAME)).unwrap();
         optimizer.load_state(state.optimizer).unwrap();
         Self {
-            tokens: adapter.config().token_indices().to_vec(),
+            tokens: adapter.modules()[0].token_indices().to_vec(),
             rows: adapter.rows(MODULE).cloned(),
         }
     }

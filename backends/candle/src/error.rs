@@ -55,12 +55,20 @@ pub enum Error {
         /// Where it lies.
         got: DeviceLocation,
     },
+    /// Rows that were put together from several adapters cannot be written, and no optimizer can hold them.
+    #[error("rows put together from several adapters are no variable; write and step the adapters' own")]
+    Combination,
     /// A token id is not among the ids that a compact table was built for.
     #[error("token id {id} is not among the ids that the compact table was built for")]
     NotInDataSet {
         /// The offending id.
         id: u32,
     },
+    /// A compact table holds the rows of adapters, and no means of them.
+    #[error(
+        "a compact table has no place for means of rows; let the last adapter win, or activate disjoint ones"
+    )]
+    NoPlaceForMean,
     /// The table that rows were read from failed.
     #[error("cannot read the embedding table: {source}")]
     Source {
@@ -78,7 +86,9 @@ impl BackendError for Error {
             Self::Candle(_) => ErrorKind::Framework,
             Self::ElementType { .. } => ErrorKind::DType,
             Self::Rank { .. } => ErrorKind::Shape,
-            Self::NotContiguous { .. } | Self::Device { .. } => ErrorKind::Unsupported,
+            Self::NotContiguous { .. } | Self::Device { .. } | Self::Combination | Self::NoPlaceForMean => {
+                ErrorKind::Unsupported
+            }
             Self::NotInDataSet { .. } => ErrorKind::TokenOutOfRange,
             Self::Source { kind, .. } => *kind,
         }

@@ -9,7 +9,7 @@ use candle_nn::{Embedding, Module};
 use common::{DTYPES, assert_close, bytes, noise, tolerance, values};
 use proptest::prelude::*;
 use trainable_tokens_candle::TrainableTokens;
-use trainable_tokens_core::{Adam, AdamConfig, EmbedScale, LayerOptions};
+use trainable_tokens_core::{Adam, AdamConfig, EmbedScale, LayerOptions, Overlap};
 
 /// A table's size and type, its trainable tokens, and a batch.
 #[derive(Clone, Debug)]
@@ -47,7 +47,7 @@ impl Setup {
     /// The table with the layer's rows written into it, in `f64`, as a variable with a dense gradient.
     fn dense(&self, layer: &TrainableTokens) -> Var {
         let mut table = values(&self.base());
-        let rows = layer.var().to_dtype(self.dtype).unwrap();
+        let rows = layer.var().unwrap().to_dtype(self.dtype).unwrap();
         for (row, id) in values(&rows).chunks(self.dim).zip(&self.tokens) {
             table[*id as usize * self.dim..][..self.dim].copy_from_slice(row);
         }
@@ -101,7 +101,7 @@ proptest! {
         let got = layer.forward(&ids).unwrap();
         prop_assert_eq!(bytes(&got), bytes(&candle.forward(&ids).unwrap()));
         let hidden = noise(&[3, setup.dim], setup.dtype, 5);
-        let logits = layer.tied_head().unwrap().forward(&hidden).unwrap();
+        let logits = layer.tied_head().forward(&hidden).unwrap();
         prop_assert_eq!(bytes(&logits), bytes(&hidden.matmul(&base.t().unwrap()).unwrap()));
     }
 
@@ -112,7 +112,7 @@ proptest! {
         let (before, ids) = (bytes(&base), setup.batch());
         let width = setup.dim * setup.dtype.size_in_bytes();
         let (plain, got) = (bytes(&base), bytes(&layer.forward(&ids).unwrap()));
-        let trained = bytes(&layer.var().to_dtype(setup.dtype).unwrap());
+        let trained = bytes(&layer.var().unwrap().to_dtype(setup.dtype).unwrap());
         for (row, id) in got.chunks(width).zip(&setup.ids) {
             let want = match setup.tokens.iter().position(|token| token == id) {
                 Some(slot) => &trained[slot * width..][..width],
@@ -128,7 +128,7 @@ proptest! {
         let base = setup.base();
         let before = bytes(&base);
         let mut layer = setup.layer(&base);
-        let head = layer.tied_head().unwrap();
+        let head = layer.tied_head();
         let mut adam = Adam::new(AdamConfig::ADAMW).unwrap();
         for _ in 0..2 {
             let logits = head.forward(&layer.forward(&setup.batch()).unwrap()).unwrap();
@@ -160,7 +160,7 @@ proptest! {
     #[test]
     fn the_tied_heads_gradients_are_the_dense_ones(setup in setup(), rows in 0..5usize) {
         let layer = setup.trained(&setup.base());
-        let head = layer.tied_head().unwrap();
+        let head = layer.tied_head();
         let hidden = Var::from_tensor(&noise(&[rows, setup.dim], setup.dtype, 3)).unwrap();
         let upstream = noise(&[rows, setup.vocab], setup.dtype, 4);
         let logits = head.forward(&hidden).unwrap();
@@ -190,5 +190,42 @@ proptest! {
         layer.unmerge().unwrap();
         prop_assert_eq!(bytes(&base), before);
         prop_assert_eq!(&bytes(&layer.forward(&setup.batch()).unwrap()), &live);
+    }
+
+    #[test]
+    fn several_adapters_are_what_merging_them_makes(
+        setup in setup(),
+        shift in 1..24u32,
+        weights in prop::option::of([0.01..9.0f64, 0.01..9.0f64]),
+    ) {
+        let base = setup.base();
+        let mut layer = setup.trained(&base);
+        let last = u32::try_from(setup.vocab).unwrap();
+        let others: Vec<u32> = setup.tokens.iter().rev().map(|id| (id + shift) % last).collect();
+        let rows = values(&noise(&[others.len(), setup.dim], DType::F64, setup.seed + 9));
+        let rows = trainable_tokens_core::TokenRows::new(rows, others.len(), setup.dim).unwrap();
+        layer.add_adapter_with_rows("other", &others, &rows).unwrap();
+        let head = layer.tied_head();
+        let hidden = noise(&[2, setup.dim], setup.dtype, 5);
+        let overlap = weights.map_or(Overlap::LastWins, |weights| Overlap::WeightedMean(weights.to_vec()));
+        layer.activate_overlapping(&["default", "other"], overlap).unwrap();
+        let live = bytes(&layer.forward(&setup.batch()).unwrap());
+        let logits = values(&head.forward(&hidden).unwrap());
+        layer.merge().unwrap();
+        prop_assert_eq!(&bytes(&layer.forward(&setup.batch()).unwrap()), &live);
+        let merged = values(&head.forward(&hidden).unwrap());
+        assert_close("logits", &logits, &merged, tolerance(setup.dtype));
+        layer.unmerge().unwrap();
+        prop_assert_eq!(bytes(&base), bytes(&setup.base()));
+        prop_assert_eq!(&bytes(&layer.forward(&setup.batch()).unwrap()), &live);
+
+        // Each half of a mixed batch sees one adapter alone.
+        let both = Tensor::stack(&[setup.batch(), setup.batch()], 0).unwrap();
+        let mixed = layer.lookup_mixed(&both, &[Some("other"), None]).unwrap();
+        layer.activate(&["other"]).unwrap();
+        let other = layer.forward(&setup.batch()).unwrap();
+        layer.activate(&[]).unwrap();
+        let none = layer.forward(&setup.batch()).unwrap();
+        prop_assert_eq!(bytes(&mixed), [bytes(&other), bytes(&none)].concat());
     }
 }

@@ -82,7 +82,7 @@ impl Model {
     pub(crate) fn adapter_rows(&self, dir: &Path) -> Result<(Vec<u32>, TokenRows)> {
         let adapter = Adapter::read(dir)?;
         adapter.check_against(&self.checkpoint, BaseCheck::SameTable)?;
-        let Some(rows) = adapter.rows(EMBEDDING_MODULE) else {
+        let Some(module) = adapter.module(EMBEDDING_MODULE) else {
             bail!(
                 "adapter {} trains {}, not the input embedding {EMBEDDING_MODULE}",
                 dir.display(),
@@ -94,7 +94,7 @@ impl Model {
                     .join(", ")
             );
         };
-        Ok((adapter.config().token_indices().to_vec(), rows.clone()))
+        Ok((module.token_indices().to_vec(), module.rows().clone()))
     }
 
     /// Starts the adapter of rows of this model, with all that makes it tell its own story.

@@ -8,16 +8,18 @@ mod parts;
 mod read;
 mod write;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 pub use builder::AdapterBuilder;
 pub use check::BaseCheck;
-pub use metadata::AdapterMetadata;
+use key::key_of;
+pub use metadata::{AdapterMetadata, ModuleMetadata};
 use trainable_tokens_core::{TokenId, TokenRows, TokenSet};
 
-use crate::config::AdapterConfig;
-use crate::error::Result;
-use crate::file::SafetensorsFile;
+use crate::config::{AdapterConfig, TokenIndices};
+use crate::error::{Error, Result};
+use crate::file::{SafetensorsFile, TensorRef};
 
 /// The file that holds the rows.
 pub(crate) const ROWS_FILE: &str = "adapter_model.safetensors";
@@ -27,6 +29,7 @@ pub(crate) const ROWS_FILE: &str = "adapter_model.safetensors";
 pub struct AdapterModule {
     path: String,
     tied_paths: Vec<String>,
+    token_indices: Vec<u32>,
     rows: TokenRows,
 }
 
@@ -36,9 +39,29 @@ impl AdapterModule {
         &self.path
     }
 
-    /// Paths of modules that share the table, such as `lm_head`: the file holds a copy of the rows for each.
+    /// Paths of modules that share the table and for which the file holds a copy of the rows, such as `lm_head`.
+    /// PEFT writes these copies for a `TrainableTokensConfig`, but none with LoRA.
     pub fn tied_paths(&self) -> &[String] {
         &self.tied_paths
+    }
+
+    /// The ids of the trained tokens, in slot order.
+    pub fn token_indices(&self) -> &[u32] {
+        &self.token_indices
+    }
+
+    /// The ids of the trained tokens, in slot order.
+    pub fn token_ids(&self) -> Vec<TokenId> {
+        self.token_indices.iter().copied().map(TokenId).collect()
+    }
+
+    /// The ids, validated against a table of `vocab_size` rows.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`TokenSet::new`].
+    pub fn token_set(&self, vocab_size: usize) -> Result<TokenSet> {
+        Ok(TokenSet::new(self.token_indices.iter().copied(), vocab_size)?)
     }
 
     /// The rows, `[k, D]`, in slot order.
@@ -89,47 +112,56 @@ impl Adapter {
         &self.metadata
     }
 
-    /// The targeted modules with their rows; at least one.
+    /// The modules with rows of their own, in the order of the file: at least one, unless it is a LoRA adapter that
+    /// trains no tokens.
     pub fn modules(&self) -> &[AdapterModule] {
         &self.modules
     }
 
+    /// The module at `path`, or the one that it is tied to in the file.
+    pub fn module(&self, path: &str) -> Option<&AdapterModule> {
+        self.modules
+            .iter()
+            .find(|module| module.all_paths().any(|at| at == path))
+    }
+
     /// The rows for the module at `path`, itself targeted or tied to one that is.
     pub fn rows(&self, path: &str) -> Option<&TokenRows> {
-        let module = self
-            .modules
-            .iter()
-            .find(|module| module.all_paths().any(|at| at == path));
-        module.map(AdapterModule::rows)
+        self.module(path).map(AdapterModule::rows)
     }
 
-    /// The ids of the trained tokens, in slot order.
-    pub fn token_ids(&self) -> Vec<TokenId> {
-        self.config.token_indices().iter().copied().map(TokenId).collect()
+    /// What the file says about the module at `path` (its own path): the metadata that hold for all modules, and its
+    /// own.
+    pub fn module_metadata(&self, path: &str) -> ModuleMetadata {
+        self.metadata.of(path, self.first_module() == Some(path))
     }
 
-    /// The ids, validated against a table of `vocab_size` rows.
+    /// Names of the tensors of the file that are no trained rows, such as LoRA's weights, sorted.
+    pub fn extra_tensors(&self) -> impl Iterator<Item = &str> {
+        self.extra.iter().map(|extra| extra.name.as_str())
+    }
+
+    /// One of the [`extra_tensors`](Self::extra_tensors).
     ///
     /// # Errors
     ///
-    /// Those of [`TokenSet::new`].
-    pub fn token_set(&self, vocab_size: usize) -> Result<TokenSet> {
-        Ok(TokenSet::new(
-            self.config.token_indices().iter().copied(),
-            vocab_size,
-        )?)
-    }
-
-    /// Names of the tensors of the file that are no trained rows.
-    pub fn extra_tensors(&self) -> impl Iterator<Item = &str> {
-        self.extra.iter().map(|extra| extra.name.as_str())
+    /// [`Error::TensorMissing`] if there is none of that name.
+    pub fn extra_tensor(&self, name: &str) -> Result<TensorRef<'_>> {
+        match self.extra.iter().find(|extra| extra.name == name) {
+            Some(extra) => extra.file.tensor(&extra.name),
+            None => Err(Error::TensorMissing {
+                path: self.origin.clone(),
+                tensor: name.to_owned(),
+                hint: String::new(),
+            }),
+        }
     }
 
     /// The first value that is not finite: the module's path, the token, and the column.
     pub fn first_non_finite(&self) -> Option<(&str, TokenId, usize)> {
         self.modules.iter().find_map(|module| {
             let (row, column) = module.rows.first_non_finite()?;
-            let id = self.config.token_indices().get(row)?;
+            let id = module.token_indices.get(row)?;
             Some((module.path(), TokenId(*id), column))
         })
     }
@@ -144,7 +176,7 @@ impl Adapter {
             let copies = module.all_paths();
             copies.map(|path| (path.to_owned(), module.rows.clone()))
         });
-        let modules = parts::group(stored.collect(), config.target_modules(), self.origin())?;
+        let modules = parts::group(stored.collect(), &config, self.origin())?;
         Self {
             config,
             modules,
@@ -160,6 +192,28 @@ impl Adapter {
     /// Those of reading: the metadata must fit the config and the rows.
     pub fn with_metadata(self, metadata: AdapterMetadata) -> Result<Self> {
         Self { metadata, ..self }.checked()
+    }
+
+    /// A LoRA adapter without its rows: what PEFT saves of a `LoraConfig` that trains no tokens.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Field`] unless it is a LoRA adapter.
+    pub fn without_tokens(self) -> Result<Self> {
+        Ok(Self {
+            config: self
+                .config
+                .with_token_indices(&TokenIndices::ByModule(BTreeMap::new()))?,
+            modules: Vec::new(),
+            metadata: AdapterMetadata::none(),
+            ..self
+        })
+    }
+
+    /// The module whose table the single digest of the metadata belongs to: the first by name, as in the file.
+    fn first_module(&self) -> Option<&str> {
+        let paths = self.modules.iter().map(AdapterModule::path);
+        paths.min_by_key(|path| key_of(self.config.peft_type(), path))
     }
 
     /// Where the rows were read from, or where they would go.

@@ -1,57 +1,64 @@
-//! `adapter_config.json` of PEFT's `TrainableTokensConfig`.
+//! `adapter_config.json` of PEFT's `TrainableTokensConfig`, and of its `LoraConfig` with token ids.
 
+mod defaults;
 mod parse;
+mod peft_type;
 mod target;
 mod task_type;
+mod tokens;
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
+pub use peft_type::PeftType;
 pub use target::TargetModules;
+pub(crate) use target::is_path_or_suffix;
 pub use task_type::TaskType;
+pub use tokens::TokenIndices;
 
 use crate::error::{Error, Result};
 use crate::json::{Json, MAX_CONFIG_BYTES, read_text, text_of};
 
 /// The file's name in an adapter directory.
 pub(crate) const CONFIG_FILE: &str = "adapter_config.json";
-/// The one kind of adapter that is read.
-pub(crate) const PEFT_TYPE: &str = "TRAINABLE_TOKENS";
-/// The release of PEFT whose format is written.
-const PEFT_VERSION: &str = "0.21.2";
 
 /// The config of a trainable-tokens adapter: the fields that this library knows, checked, and every other field
 /// as it was read.
 #[derive(Clone, Debug, PartialEq)]
 pub struct AdapterConfig {
     fields: BTreeMap<String, Json>,
-    token_indices: Vec<u32>,
+    kind: PeftType,
+    token_indices: TokenIndices,
     target_modules: TargetModules,
     task_type: Option<TaskType>,
 }
 
 impl AdapterConfig {
-    /// A config as PEFT writes it, with `task_type` [`TaskType::CausalLm`].
+    /// A `TrainableTokensConfig` as PEFT writes it, with `task_type` [`TaskType::CausalLm`].
     ///
     /// # Errors
     ///
     /// [`Error::Field`] if an id is given twice, or `target_modules` names nothing.
     pub fn new(token_indices: &[u32], target_modules: &TargetModules) -> Result<Self> {
-        let ids = token_indices.iter().map(|id| Json::Number(id.to_string()));
-        let fields = [
-            ("auto_mapping", Json::Null),
-            ("base_model_name_or_path", Json::Null),
-            ("inference_mode", Json::Bool(true)),
-            ("init_weights", Json::Bool(true)),
-            ("peft_type", PEFT_TYPE.into()),
-            ("peft_version", PEFT_VERSION.into()),
-            ("revision", Json::Null),
-            ("target_modules", target_modules.to_json()),
-            ("task_type", TaskType::CausalLm.as_str().into()),
-            ("token_indices", Json::Array(ids.collect())),
-        ];
-        let fields = fields.map(|(name, value)| (name.to_owned(), value));
-        parse::config(fields.into(), Path::new(CONFIG_FILE))
+        let mut fields = defaults::fields(PeftType::TrainableTokens);
+        let ids = TokenIndices::List(token_indices.to_vec());
+        fields.insert("token_indices".to_owned(), ids.to_json());
+        fields.insert("target_modules".to_owned(), target_modules.to_json());
+        fields.insert("task_type".to_owned(), TaskType::CausalLm.as_str().into());
+        parse::config(fields, Path::new(CONFIG_FILE))
+    }
+
+    /// A `LoraConfig` as PEFT writes it, with the given ids and else with PEFT's defaults (`r` and `lora_alpha` 8, no
+    /// target modules), and `task_type` [`TaskType::CausalLm`]. [`with_field`](Self::with_field) sets the others.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Field`] if an id is given twice for one module, or a module's name is empty.
+    pub fn lora(token_indices: &TokenIndices) -> Result<Self> {
+        let mut fields = defaults::fields(PeftType::Lora);
+        fields.insert("trainable_token_indices".to_owned(), token_indices.to_json());
+        fields.insert("task_type".to_owned(), TaskType::CausalLm.as_str().into());
+        parse::config(fields, Path::new(CONFIG_FILE))
     }
 
     /// Reads `adapter_config.json` at `path`.
@@ -85,12 +92,17 @@ impl AdapterConfig {
         Json::Object(self.fields.clone()).to_python()
     }
 
-    /// The ids of the trained tokens, in slot order.
-    pub fn token_indices(&self) -> &[u32] {
+    /// The kind of adapter.
+    pub fn peft_type(&self) -> PeftType {
+        self.kind
+    }
+
+    /// The ids of the trained tokens: `token_indices`, with LoRA `trainable_token_indices`.
+    pub fn token_indices(&self) -> &TokenIndices {
         &self.token_indices
     }
 
-    /// Which modules the rows belong to.
+    /// The modules that are targeted: those of the rows, but with LoRA those of its own weights.
     pub fn target_modules(&self) -> &TargetModules {
         &self.target_modules
     }
@@ -110,9 +122,9 @@ impl AdapterConfig {
         self.fields.get("inference_mode") == Some(&Json::Bool(true))
     }
 
-    /// Always `TRAINABLE_TOKENS`.
-    pub fn peft_type(&self) -> &'static str {
-        PEFT_TYPE
+    /// Whether tied modules of several token lists must have the same one (LoRA).
+    pub fn ensure_weight_tying(&self) -> bool {
+        self.fields.get("ensure_weight_tying") == Some(&Json::Bool(true))
     }
 
     /// The release of PEFT that wrote the file.
@@ -155,10 +167,37 @@ impl AdapterConfig {
         parse::config(fields, path)
     }
 
+    /// Sets the token ids.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Field`] if an id is given twice for one module, if a module's name is empty, or if ids by module are
+    /// given to a kind of adapter that has one list.
+    pub fn with_token_indices(&self, token_indices: &TokenIndices) -> Result<Self> {
+        let mut fields = self.fields.clone();
+        fields.insert(self.kind.tokens_field().to_owned(), token_indices.to_json());
+        parse::config(fields, Path::new(CONFIG_FILE))
+    }
+
+    /// Sets `target_modules`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Field`] if it names nothing.
+    pub fn with_target_modules(&self, target: &TargetModules) -> Result<Self> {
+        let mut fields = self.fields.clone();
+        fields.insert("target_modules".to_owned(), target.to_json());
+        parse::config(fields, Path::new(CONFIG_FILE))
+    }
+
     fn text(&self, name: &str) -> Option<&str> {
         match self.fields.get(name) {
             Some(Json::String(text)) => Some(text),
             _ => None,
         }
     }
+}
+
+fn expected(what: &str, got: &Json) -> String {
+    format!("expected {what}, got {}", got.brief())
 }

@@ -118,6 +118,20 @@ pub enum Error {
         /// The first row that differs.
         row: usize,
     },
+    /// Two modules of the adapter are one table in the model, but train different tokens.
+    #[error(
+        "modules {first:?} and {second:?} share one table in {}, but train different tokens; give both the same token \
+         ids",
+        shown(path)
+    )]
+    TiedTokens {
+        /// The model.
+        path: PathBuf,
+        /// One module.
+        first: String,
+        /// The other module.
+        second: String,
+    },
     /// A file is not the JSON it should be.
     #[error("{} is not valid JSON: {reason}", shown(path))]
     Json {
@@ -187,6 +201,7 @@ impl BackendError for Error {
         match self {
             Self::Core(error) => error.kind(),
             Self::Base { kind, .. } => *kind,
+            Self::TiedTokens { .. } => ErrorKind::TokenSet,
             Self::TensorShape { .. } => ErrorKind::Shape,
             Self::TensorDType { .. } => ErrorKind::DType,
             Self::Unsupported { .. } => ErrorKind::Unsupported,

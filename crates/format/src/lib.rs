@@ -24,7 +24,7 @@
 //! adapter.write(&dir, Overwrite::Refuse)?;
 //!
 //! let adapter = Adapter::read(&dir)?;
-//! assert_eq!(adapter.config().token_indices(), [277, 5]);
+//! assert_eq!(adapter.modules()[0].token_indices(), [277, 5]);
 //! assert_eq!(adapter.rows("lm_head"), adapter.rows("model.embed_tokens"));
 //! # Ok(())
 //! # }
@@ -45,10 +45,10 @@ mod merge;
 mod state;
 mod table;
 
-pub use adapter::{Adapter, AdapterBuilder, AdapterMetadata, AdapterModule, BaseCheck};
+pub use adapter::{Adapter, AdapterBuilder, AdapterMetadata, AdapterModule, BaseCheck, ModuleMetadata};
 pub use atomic::{Overwrite, write_dir_atomically, write_file_atomically};
 pub use checkpoint::Checkpoint;
-pub use config::{AdapterConfig, TargetModules, TaskType};
+pub use config::{AdapterConfig, PeftType, TargetModules, TaskType, TokenIndices};
 pub use digest::{InvalidDigest, TableDigest, digest};
 pub use error::{Error, Result};
 pub use file::{SafetensorsFile, TensorRef};

@@ -54,14 +54,14 @@ impl Adapter {
         self.check_against(base, crate::BaseCheck::Fits)?;
         let tables = self.modules().iter().flat_map(|module| {
             let names = module.all_paths().map(|path| format!("{path}.weight"));
-            names.map(move |name| (name, module.rows()))
+            names.map(move |name| (name, module))
         });
         let replacements = tables
             .filter(|(name, _)| base.contains(name))
-            .map(|(tensor, rows)| RowReplacement {
+            .map(|(tensor, module)| RowReplacement {
                 tensor,
-                ids: self.token_ids(),
-                rows: rows.clone(),
+                ids: module.token_ids(),
+                rows: module.rows().clone(),
             });
         Ok(replacements.collect())
     }

@@ -129,7 +129,10 @@ fn messages_name_the_culprit() {
         ("index_out_of_range", &["token_indices[", "21"]),
         ("index_above_i64", &["18446744073709551616"]),
         ("missing_token_indices", &["token_indices", "missing"]),
-        ("lora_peft_type", &["LoRA adapters are not supported yet"]),
+        (
+            "lora_peft_type",
+            &["base_model.model.emb.token_adapter.trainable_tokens_delta"],
+        ),
         (
             "lowercase_peft_type",
             &["\"trainable_tokens\"", "TRAINABLE_TOKENS"],

@@ -106,7 +106,6 @@ fn adapter(dir: &Path, base: Option<&Path>) -> Result<AdapterOutput> {
     }
     let config = adapter.config();
     let metadata = adapter.metadata();
-    let ids = adapter.token_ids();
     let module = |module: &trainable_tokens_format::AdapterModule| -> Result<ModuleOutput> {
         let table = match &base {
             Some(base) => module
@@ -114,6 +113,7 @@ fn adapter(dir: &Path, base: Option<&Path>) -> Result<AdapterOutput> {
                 .find_map(|path| base.table(&format!("{path}.weight")).ok()),
             None => None,
         };
+        let ids = module.token_ids();
         let drift = table
             .map(|table| drift(module.rows(), &table.read_rows(&ids)?))
             .transpose()?;

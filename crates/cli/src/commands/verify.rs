@@ -3,7 +3,7 @@
 use anyhow::{Result, bail};
 use serde::Serialize;
 use trainable_tokens_core::EmbeddingSource;
-use trainable_tokens_format::{Adapter, BaseCheck};
+use trainable_tokens_format::{Adapter, AdapterModule, BaseCheck};
 
 use crate::args::{Cli, VerifyArgs};
 use crate::model::Model;
@@ -71,7 +71,7 @@ pub(super) fn run(args: &VerifyArgs, cli: &Cli) -> Result<()> {
 fn checks(model: &Model, adapter: &Adapter) -> Result<Vec<Check>> {
     let table = model.table()?;
     let metadata = adapter.metadata();
-    let ids = adapter.config().token_indices();
+    let ids = adapter.modules().first().map_or(&[][..], AdapterModule::token_indices);
     let mut checks = vec![Check::of(
         "vocabulary and dimensions",
         adapter

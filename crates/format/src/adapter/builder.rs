@@ -1,115 +1,174 @@
 //! Making a new adapter.
 
+use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use safetensors::Dtype;
 use trainable_tokens_core::{DType, TokenRows, TokenSet};
 
-use super::metadata::AdapterMetadata;
-use super::{Adapter, AdapterModule, ROWS_FILE};
-use crate::config::{AdapterConfig, TargetModules, TaskType};
+use super::key::{self, Key, key_of};
+use super::metadata::{AdapterMetadata, ModuleMetadata};
+use super::parts::Targets;
+use super::{Adapter, AdapterModule, ExtraTensor, ROWS_FILE};
+use crate::config::{AdapterConfig, PeftType, TargetModules, TaskType, TokenIndices};
 use crate::digest::TableDigest;
 use crate::error::{Error, Result};
+use crate::file::SafetensorsFile;
+use crate::header::{TensorData, write_safetensors};
 
 /// Collects what an adapter needs; [`build`](Self::build) checks it. Made by [`Adapter::builder`].
 #[derive(Clone, Debug)]
 pub struct AdapterBuilder {
-    token_indices: Vec<u32>,
-    modules: Vec<AdapterModule>,
+    modules: Vec<(AdapterModule, ModuleMetadata)>,
+    lora: Option<AdapterConfig>,
     target_modules: Option<TargetModules>,
-    task_type: Option<TaskType>,
+    /// The field's value, if it was given.
+    task_type: Option<serde_json::Value>,
     base_model: Option<String>,
-    init_weights: bool,
-    metadata: AdapterMetadata,
+    init_weights: Option<bool>,
+    extra: Vec<(String, Dtype, Vec<usize>, Vec<u8>)>,
+    init: Option<String>,
+    metadata: bool,
 }
 
 impl AdapterBuilder {
     pub(super) fn new(path: String, tokens: &TokenSet, rows: TokenRows) -> Self {
-        let mut metadata = AdapterMetadata::none();
-        metadata.vocab_size = Some(tokens.vocab_size());
-        metadata.embedding_dim = Some(rows.embedding_dim());
-        metadata.token_indices = Some(tokens.to_vec());
-        metadata.library_version = Some(env!("CARGO_PKG_VERSION").to_owned());
-        let module = AdapterModule {
-            path,
-            tied_paths: Vec::new(),
-            rows,
-        };
-        Self {
-            token_indices: tokens.to_vec(),
-            modules: vec![module],
+        let builder = Self {
+            modules: Vec::new(),
+            lora: None,
             target_modules: None,
-            task_type: Some(TaskType::CausalLm),
+            task_type: None,
             base_model: None,
-            init_weights: true,
-            metadata,
-        }
+            init_weights: None,
+            extra: Vec::new(),
+            init: None,
+            metadata: true,
+        };
+        builder.module_of(path, tokens, rows)
     }
 
     /// Adds a module that shares the table of the last one, such as `lm_head`: the file gets a copy of the rows
-    /// for it, without which PEFT warns of a missing key.
+    /// for it, without which PEFT warns of a missing key. With LoRA it gets none, for PEFT expects none.
     pub fn tied(mut self, path: impl Into<String>) -> Self {
-        if let Some(module) = self.modules.last_mut() {
+        if let Some((module, _)) = self.modules.last_mut() {
             module.tied_paths.push(path.into());
         }
         self
     }
 
-    /// Adds another targeted module with rows of its own, for the same tokens.
+    /// Adds another targeted module with rows of its own, for the same tokens as the last one.
     pub fn module(mut self, path: impl Into<String>, rows: TokenRows) -> Self {
-        self.modules.push(AdapterModule {
-            path: path.into(),
-            tied_paths: Vec::new(),
-            rows,
-        });
+        if let Some((last, facts)) = self.modules.last() {
+            let module = AdapterModule {
+                path: path.into(),
+                tied_paths: Vec::new(),
+                token_indices: last.token_indices.clone(),
+                rows,
+            };
+            let mut facts = facts.clone();
+            facts.embedding_dim = Some(module.rows.embedding_dim());
+            facts.base_digest = None;
+            facts.base_dtype = None;
+            self.modules.push((module, facts));
+        }
         self
     }
 
-    /// `target_modules` of the config. By default, the last part of each module's path (`embed_tokens`).
+    /// Adds another targeted module with rows of its own, for tokens of its own. Only LoRA's config can tell several
+    /// sets of tokens.
+    pub fn module_of(mut self, path: impl Into<String>, tokens: &TokenSet, rows: TokenRows) -> Self {
+        let mut facts = ModuleMetadata::default();
+        facts.vocab_size = Some(tokens.vocab_size());
+        facts.embedding_dim = Some(rows.embedding_dim());
+        facts.token_indices = Some(tokens.to_vec());
+        let module = AdapterModule {
+            path: path.into(),
+            tied_paths: Vec::new(),
+            token_indices: tokens.to_vec(),
+            rows,
+        };
+        self.modules.push((module, facts));
+        self
+    }
+
+    /// Makes it a LoRA adapter with this config, such as one by [`AdapterConfig::lora`]. If the config has no token
+    /// ids, it gets them: for one module a list, for several a list for each, by the last part of its path.
+    pub fn lora(mut self, config: AdapterConfig) -> Self {
+        self.lora = Some(config);
+        self
+    }
+
+    /// Adds a tensor that is no rows, such as LoRA's weights: its name in the file, its shape, and its little-endian
+    /// elements in row-major order.
+    pub fn extra_tensor(
+        mut self,
+        name: impl Into<String>,
+        dtype: Dtype,
+        shape: impl Into<Vec<usize>>,
+        bytes: Vec<u8>,
+    ) -> Self {
+        self.extra.push((name.into(), dtype, shape.into(), bytes));
+        self
+    }
+
+    /// `target_modules` of the config. By default, the last part of each module's path (`embed_tokens`); with LoRA,
+    /// those of its config.
     pub fn target_modules(mut self, target: impl Into<TargetModules>) -> Self {
         self.target_modules = Some(target.into());
         self
     }
 
-    /// `task_type` of the config; [`TaskType::CausalLm`] by default.
+    /// `task_type` of the config; [`TaskType::CausalLm`] by default, with LoRA that of its config.
     pub fn task_type(mut self, task: Option<TaskType>) -> Self {
-        self.task_type = task;
+        self.task_type = Some(task.map(TaskType::as_str).into());
         self
     }
 
-    /// `base_model_name_or_path` of the config; `null` by default.
+    /// `base_model_name_or_path` of the config; `null` by default, with LoRA that of its config.
     pub fn base_model_name_or_path(mut self, name: impl Into<String>) -> Self {
         self.base_model = Some(name.into());
         self
     }
 
-    /// `init_weights` of the config: whether rows started as copies of the base's; true by default.
+    /// `init_weights` of the config: whether rows started as copies of the base's; true by default. LoRA's config has
+    /// no such field.
     pub fn init_weights(mut self, keep: bool) -> Self {
-        self.init_weights = keep;
+        self.init_weights = Some(keep);
         self
     }
 
-    /// The tokens' strings, in slot order, for the metadata.
+    /// The strings of the last module's tokens, in slot order, for the metadata; modules with the same tokens share
+    /// them.
     pub fn tokens(mut self, tokens: Vec<String>) -> Self {
-        self.metadata.tokens = Some(tokens);
+        if let Some(((last, facts), others)) = self.modules.split_last_mut() {
+            let same = others
+                .iter_mut()
+                .filter(|(module, _)| module.token_indices == last.token_indices);
+            same.for_each(|(_, facts)| facts.tokens = Some(tokens.clone()));
+            facts.tokens = Some(tokens);
+        }
         self
     }
 
-    /// What the base table was, for the metadata; of several targeted modules, that of the first by name.
+    /// What the base table of the last module was, for the metadata.
     pub fn base(mut self, digest: TableDigest, dtype: DType) -> Self {
-        self.metadata.base_digest = Some(digest);
-        self.metadata.base_dtype = Some(dtype);
+        if let Some((_, facts)) = self.modules.last_mut() {
+            facts.base_digest = Some(digest);
+            facts.base_dtype = Some(dtype);
+        }
         self
     }
 
     /// How the rows were initialised, for the metadata.
     pub fn init(mut self, how: impl Into<String>) -> Self {
-        self.metadata.init = Some(how.into());
+        self.init = Some(how.into());
         self
     }
 
     /// Leaves all metadata out: the file is PEFT's own, byte for byte.
     pub fn without_metadata(mut self) -> Self {
-        self.metadata = AdapterMetadata::none();
+        self.metadata = false;
         self
     }
 
@@ -118,37 +177,107 @@ impl AdapterBuilder {
     /// # Errors
     ///
     /// [`Error::TensorShape`] if rows are not `[k, D]`, [`Error::Metadata`] if the metadata do not fit,
-    /// [`Error::Field`] if `target_modules` does not fit the modules, or a path occurs twice.
-    pub fn build(self) -> Result<Adapter> {
-        let target = self.target_modules.unwrap_or_else(|| {
-            let mut names = Vec::new();
-            for name in self.modules.iter().map(|module| last_part(&module.path)) {
-                if !names.contains(&name) {
-                    names.push(name);
-                }
-            }
-            TargetModules::List(names)
-        });
-        check_paths(&self.modules, &target)?;
-        let task = serde_json::json!(self.task_type.map(TaskType::as_str));
-        let config = AdapterConfig::new(&self.token_indices, &target)?
-            .with_field("task_type", &task)?
-            .with_field("base_model_name_or_path", &self.base_model.into())?
-            .with_field("init_weights", &self.init_weights.into())?;
-        let mut metadata = self.metadata;
-        let mut dims = self.modules.iter().map(|module| module.rows.embedding_dim());
-        if dims.any(|dim| Some(dim) != metadata.embedding_dim) {
-            // Rows of several lengths: none of them is the adapter's.
-            metadata.embedding_dim = None;
+    /// [`Error::Field`] if the config does not fit the modules, or a path occurs twice; [`Error::TensorKey`] if an
+    /// extra tensor is named as rows are, [`Error::Safetensors`] if its shape is not that of its bytes.
+    pub fn build(mut self) -> Result<Adapter> {
+        let config = self.config()?;
+        let kind = config.peft_type();
+        // Checked before they are left out: they must be no module's own path.
+        check_paths(self.modules.iter().map(|(module, _)| module), &config)?;
+        if kind == PeftType::Lora {
+            self.modules
+                .iter_mut()
+                .for_each(|(module, _)| module.tied_paths.clear());
+        }
+        let mut metadata = AdapterMetadata::none();
+        self.modules
+            .sort_by_cached_key(|(module, _)| key_of(kind, &module.path));
+        if self.metadata {
+            metadata.library_version = Some(env!("CARGO_PKG_VERSION").to_owned());
+            metadata.init = self.init;
+            let facts = self
+                .modules
+                .iter()
+                .map(|(module, facts)| (module.path.clone(), facts.clone()));
+            metadata.set_modules(facts.collect());
         }
         let adapter = Adapter {
+            extra: extra_tensors(kind, &self.extra)?,
             config,
-            modules: self.modules,
+            modules: self.modules.into_iter().map(|(module, _)| module).collect(),
             metadata,
-            extra: Vec::new(),
             origin: PathBuf::from(ROWS_FILE),
         };
         adapter.checked()
+    }
+
+    /// The config: PEFT's defaults, and what was given.
+    fn config(&self) -> Result<AdapterConfig> {
+        let mut config = match &self.lora {
+            None => {
+                let target = self.target_modules.clone();
+                let target = target.unwrap_or_else(|| TargetModules::List(self.last_parts()));
+                let ids = self
+                    .modules
+                    .first()
+                    .map_or(&[][..], |(module, _)| module.token_indices());
+                AdapterConfig::new(ids, &target)?
+            }
+            Some(config) => self.lora_config(config)?,
+        };
+        if let Some(task) = &self.task_type {
+            config = config.with_field("task_type", task)?;
+        }
+        if let Some(base) = &self.base_model {
+            config = config.with_field("base_model_name_or_path", &base.as_str().into())?;
+        }
+        match self.init_weights {
+            Some(keep) if self.lora.is_none() => config.with_field("init_weights", &keep.into()),
+            _ => Ok(config),
+        }
+    }
+
+    fn lora_config(&self, config: &AdapterConfig) -> Result<AdapterConfig> {
+        let path = PathBuf::from(ROWS_FILE);
+        if config.peft_type() != PeftType::Lora {
+            let reason = format!("expected that of a LoRA adapter, got {}", config.peft_type());
+            return Err(Error::field(&path, "peft_type", reason));
+        }
+        let mut config = config.clone();
+        if let Some(target) = &self.target_modules {
+            config = config.with_target_modules(target)?;
+        }
+        if config.token_indices().lists().next().is_some() {
+            return Ok(config);
+        }
+        let names = self.last_parts();
+        let unique = names.len() == self.modules.len();
+        let ids = match self.modules.as_slice() {
+            [(module, _)] => TokenIndices::List(module.token_indices.clone()),
+            modules => {
+                let modules = modules.iter().map(|(module, _)| {
+                    let name = if unique {
+                        last_part(&module.path)
+                    } else {
+                        module.path.clone()
+                    };
+                    (name, module.token_indices.clone())
+                });
+                TokenIndices::ByModule(modules.collect::<BTreeMap<_, _>>())
+            }
+        };
+        config.with_token_indices(&ids)
+    }
+
+    /// The last parts of the modules' paths, each once.
+    fn last_parts(&self) -> Vec<String> {
+        let mut names = Vec::new();
+        for name in self.modules.iter().map(|(module, _)| last_part(&module.path)) {
+            if !names.contains(&name) {
+                names.push(name);
+            }
+        }
+        names
     }
 }
 
@@ -156,21 +285,78 @@ fn last_part(path: &str) -> String {
     path.rsplit('.').next().unwrap_or(path).to_owned()
 }
 
-/// Every module must be targeted, and no path may occur twice: else the file would be read as something else.
-fn check_paths(modules: &[AdapterModule], target: &TargetModules) -> Result<()> {
+/// Every module must be targeted with its tokens, and no path may occur twice: else the file would be read as
+/// something else.
+fn check_paths<'a>(
+    modules: impl Iterator<Item = &'a AdapterModule> + Clone,
+    config: &AdapterConfig,
+) -> Result<()> {
     let path = PathBuf::from(ROWS_FILE);
-    let refuse = |reason: String| Error::field(&path, "target_modules", reason);
+    let kind = config.peft_type();
+    let field = |name: &str, reason: String| Error::field(&path, name, reason);
+    let targets = Targets::of(config, modules.clone().map(AdapterModule::path));
+    let target_field = match targets {
+        Targets::Modules(_) => "target_modules",
+        _ => kind.tokens_field(),
+    };
     let mut seen = Vec::new();
     for module in modules {
         for at in module.all_paths() {
             if seen.contains(&at) {
-                return Err(refuse(format!("module {at:?} is given twice")));
+                return Err(field(target_field, format!("module {at:?} is given twice")));
             }
             seen.push(at);
         }
-        if !target.matches(&module.path).map_err(refuse)? {
-            return Err(refuse(format!("module {:?} is not among them", module.path)));
+        let contained = targets
+            .contain(&module.path)
+            .map_err(|reason| field(target_field, reason))?;
+        if !contained {
+            return Err(field(
+                target_field,
+                format!("module {:?} is not among them", module.path),
+            ));
+        }
+        if config.token_indices().of(&module.path) != Some(module.token_indices()) {
+            let reason = format!("it is not the token ids of module {:?}", module.path);
+            return Err(field(kind.tokens_field(), reason));
         }
     }
     Ok(())
+}
+
+/// Puts tensors into a file of their own, in memory.
+fn extra_tensors(
+    kind: PeftType,
+    tensors: &[(String, Dtype, Vec<usize>, Vec<u8>)],
+) -> Result<Vec<ExtraTensor>> {
+    let path = PathBuf::from(ROWS_FILE);
+    for (name, ..) in tensors {
+        let expected = match key::parse(kind, name) {
+            Key::Other => continue,
+            Key::Rows(_) => "the name of another tensor; rows belong to modules".to_owned(),
+            Key::Misnamed(expected) => expected,
+        };
+        return Err(Error::TensorKey {
+            path,
+            tensor: name.clone(),
+            expected,
+        });
+    }
+    if tensors.is_empty() {
+        return Ok(Vec::new());
+    }
+    let data = tensors.iter().map(|(name, dtype, shape, bytes)| TensorData {
+        name: name.clone(),
+        dtype: *dtype,
+        shape: shape.clone(),
+        bytes: Cow::Borrowed(bytes),
+    });
+    let mut bytes = Vec::new();
+    write_safetensors(&mut bytes, &BTreeMap::new(), data.collect()).map_err(Error::io("write", &path))?;
+    let file = SafetensorsFile::from_bytes(path, bytes)?;
+    let extra = file.names().map(|name| ExtraTensor {
+        file: file.clone(),
+        name: name.to_owned(),
+    });
+    Ok(extra.collect())
 }

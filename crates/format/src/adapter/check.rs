@@ -2,10 +2,10 @@
 
 use trainable_tokens_core::{EmbeddingSource, ErrorKind};
 
-use super::key::key_of;
 use super::{Adapter, AdapterModule, parts};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
+use crate::table::MappedTable;
 
 /// How closely the base must be the one that the adapter was trained on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,11 +18,13 @@ pub enum BaseCheck {
 
 impl Adapter {
     /// Checks that the adapter can be used with `base`: each module has a table `<module>.weight` there, or is
-    /// tied to one that has; ids are below its rows; rows are as long as its rows; copies for tied modules agree.
+    /// tied to one that has; ids are below its rows; rows are as long as its rows; modules that share a table have
+    /// the same tokens and rows.
     ///
     /// # Errors
     ///
-    /// [`Error::Base`] naming what does not fit, [`Error::TiedCopies`], and those of [`Checkpoint::table`].
+    /// [`Error::Base`] naming what does not fit, [`Error::TiedTokens`], [`Error::TiedCopies`], and those of
+    /// [`Checkpoint::table`].
     pub fn check_against(&self, base: &Checkpoint, check: BaseCheck) -> Result<()> {
         for module in &self.modules {
             let mut found = false;
@@ -30,7 +32,7 @@ impl Adapter {
                 let name = weight_name(path);
                 if base.contains(&name) {
                     found = true;
-                    self.check_table(path, &base.table(&name)?, base, check)?;
+                    self.check_table(module, path, &base.table(&name)?, base, check)?;
                 }
             }
             if !found {
@@ -40,15 +42,15 @@ impl Adapter {
         Ok(())
     }
 
-    /// Checks ids and row length against a table of `vocab_size x embedding_dim`.
+    /// Checks ids and row length of every module against a table of `vocab_size x embedding_dim`.
     ///
     /// # Errors
     ///
     /// Core's errors, naming the id or the shapes.
     pub fn check_sizes(&self, vocab_size: usize, embedding_dim: usize) -> Result<()> {
-        self.token_set(vocab_size)?;
         for module in &self.modules {
-            let num_rows = self.config.token_indices().len();
+            module.token_set(vocab_size)?;
+            let num_rows = module.token_indices.len();
             module
                 .rows
                 .expect_shape("adapter rows", num_rows, embedding_dim)?;
@@ -56,30 +58,24 @@ impl Adapter {
         Ok(())
     }
 
-    /// The module whose table has the recorded digest: the first by name, as in the file.
-    fn first_module(&self) -> Option<&str> {
-        let paths = self.modules.iter().map(AdapterModule::path);
-        paths.min_by_key(|path| key_of(path))
-    }
-
     fn check_table(
         &self,
+        module: &AdapterModule,
         path: &str,
-        table: &crate::MappedTable,
+        table: &MappedTable,
         base: &Checkpoint,
         check: BaseCheck,
     ) -> Result<()> {
         let misfit = |kind, reason| misfit(base, kind, reason);
         let (vocab_size, dim) = (table.vocab_size(), table.embedding_dim());
         let name = table.name();
-        let mut ids = self.config.token_indices().iter().enumerate();
+        let mut ids = module.token_indices.iter().enumerate();
         if let Some((slot, id)) = ids.find(|(_, id)| **id as usize >= vocab_size) {
-            let reason = format!("token_indices[{slot}] is {id}, but {name} has {vocab_size} rows");
+            let field = self.config.peft_type().tokens_field();
+            let reason = format!("{field}[{slot}] is {id}, but {name} has {vocab_size} rows");
             return misfit(ErrorKind::TokenOutOfRange, reason);
         }
-        let have = self
-            .rows(path)
-            .map_or(dim, trainable_tokens_core::TokenRows::embedding_dim);
+        let have = module.rows.embedding_dim();
         if have != dim {
             let reason = format!("rows for {path:?} have {have} columns, but {name} has {dim}");
             return misfit(ErrorKind::Shape, reason);
@@ -87,7 +83,7 @@ impl Adapter {
         if check == BaseCheck::Fits {
             return Ok(());
         }
-        let metadata = &self.metadata;
+        let metadata = self.module_metadata(&module.path);
         if let Some(recorded) = metadata.vocab_size
             && recorded != vocab_size
         {
@@ -101,7 +97,7 @@ impl Adapter {
             return misfit(ErrorKind::DType, reason);
         }
         if let Some(recorded) = metadata.base_digest
-            && self.first_module() == Some(path)
+            && module.path == path
         {
             let digest = table.digest();
             if digest != recorded {
@@ -112,7 +108,7 @@ impl Adapter {
         Ok(())
     }
 
-    /// A module without a table of its own must be tied to one that has: then its rows are the same.
+    /// A module without a table of its own must be tied to one that has: then its tokens and rows are the same.
     fn check_tied(&self, module: &AdapterModule, base: &Checkpoint) -> Result<()> {
         let has_table =
             |other: &AdapterModule| other.all_paths().any(|path| base.contains(&weight_name(path)));
@@ -122,21 +118,34 @@ impl Adapter {
             .filter(|other| has_table(other))
             .cloned()
             .collect();
-        if owners.is_empty() {
+        let Some(first) = owners.first() else {
             let reason = format!(
                 "module {:?} has no table {:?} there",
                 module.path,
                 weight_name(&module.path)
             );
             return misfit(base, ErrorKind::File, reason);
-        }
-        if owners.iter().any(|owner| owner.rows.bits_eq(&module.rows)) {
+        };
+        let same_tokens = |owner: &&AdapterModule| owner.token_indices == module.token_indices;
+        let Some(like) = owners.iter().find(same_tokens) else {
+            return Err(Error::TiedTokens {
+                path: base.dir().to_owned(),
+                first: first.path.clone(),
+                second: module.path.clone(),
+            });
+        };
+        if owners
+            .iter()
+            .filter(same_tokens)
+            .any(|owner| owner.rows.bits_eq(&module.rows))
+        {
             return Ok(());
         }
         Err(parts::tied_copies_differ(
-            &owners,
+            std::slice::from_ref(like),
             &module.path,
             &module.rows,
+            self.config.peft_type(),
             self.origin(),
         ))
     }

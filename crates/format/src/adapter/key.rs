@@ -1,5 +1,7 @@
 //! The names of trained rows in a file.
 
+use crate::config::PeftType;
+
 const PREFIX: &str = "base_model.model.";
 const DELTA: &str = ".trainable_tokens_delta";
 const LORA_WRAPPER: &str = ".token_adapter";
@@ -16,31 +18,47 @@ pub(super) enum Key<'a> {
 }
 
 /// The name of the rows of the module at `path`.
-pub(super) fn key_of(path: &str) -> String {
-    format!("{PREFIX}{path}{DELTA}")
+pub(super) fn key_of(kind: PeftType, path: &str) -> String {
+    format!("{PREFIX}{path}{}{DELTA}", wrapper(kind))
 }
 
-pub(super) fn parse(name: &str) -> Key<'_> {
+/// What stands between a module's path and the name of its rows.
+fn wrapper(kind: PeftType) -> &'static str {
+    match kind {
+        PeftType::TrainableTokens => "",
+        PeftType::Lora => LORA_WRAPPER,
+    }
+}
+
+pub(super) fn parse(kind: PeftType, name: &str) -> Key<'_> {
     // The last place where the name of rows ends, or goes on after another dot.
     let found = name
         .rmatch_indices(DELTA)
         .map(|(at, _)| (&name[..at], &name[at + DELTA.len()..]))
         .find(|(_, tail)| tail.is_empty() || tail.starts_with('.'));
-    let Some((head, tail)) = found else {
+    let Some((head, _)) = found else {
         return match name.strip_prefix(&DELTA[1..]) {
-            Some("") => Key::Misnamed(key_of("<module>")),
+            Some("") => Key::Misnamed(key_of(kind, "<module>")),
             _ => Key::Other,
         };
     };
-    let path = head.strip_prefix(PREFIX);
-    match path {
-        Some(path) if tail.is_empty() && !path.ends_with(LORA_WRAPPER) && !path.is_empty() => Key::Rows(path),
-        _ => {
-            let path = path.unwrap_or(head);
-            let path = path.strip_suffix(LORA_WRAPPER).unwrap_or(path);
-            let nameless = path.is_empty() || PREFIX.strip_suffix('.') == Some(path);
-            Key::Misnamed(key_of(if nameless { "<module>" } else { path }))
-        }
+    let inner = head.strip_prefix(PREFIX);
+    let path = inner
+        .unwrap_or(head)
+        .strip_suffix(LORA_WRAPPER)
+        .unwrap_or(inner.unwrap_or(head));
+    let nameless = [PREFIX, LORA_WRAPPER]
+        .map(|part| part.trim_matches('.'))
+        .contains(&path);
+    let path = if nameless || path.is_empty() {
+        "<module>"
+    } else {
+        path
+    };
+    let expected = key_of(kind, path);
+    match inner.and_then(|inner| inner.strip_suffix(wrapper(kind))) {
+        Some(path) if name == expected => Key::Rows(path),
+        _ => Key::Misnamed(expected),
     }
 }
 
@@ -48,33 +66,43 @@ pub(super) fn parse(name: &str) -> Key<'_> {
 mod tests {
     use super::*;
 
+    const BARE: &str = "base_model.model.model.embed_tokens.trainable_tokens_delta";
+    const WRAPPED: &str = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta";
+
     #[test]
     fn only_the_exact_name_is_rows() {
-        let rows = "base_model.model.model.embed_tokens.trainable_tokens_delta";
-        assert_eq!(parse(rows), Key::Rows("model.embed_tokens"));
-        assert_eq!(key_of("model.embed_tokens"), rows);
-        for misnamed in [
-            "model.embed_tokens.trainable_tokens_delta",
-            "base_model.model.model.embed_tokens.trainable_tokens_delta.default",
-            "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta",
+        for (kind, rows, other) in [
+            (PeftType::TrainableTokens, BARE, WRAPPED),
+            (PeftType::Lora, WRAPPED, BARE),
         ] {
-            assert_eq!(parse(misnamed), Key::Misnamed(rows.to_owned()));
-        }
-        for nameless in [
-            "trainable_tokens_delta",
-            "base_model.model.trainable_tokens_delta",
-        ] {
-            assert_eq!(parse(nameless), Key::Misnamed(key_of("<module>")));
-        }
-        let twice = "a.trainable_tokens_delta.trainable_tokens_deltas";
-        assert_eq!(parse(twice), Key::Misnamed(key_of("a")));
-        for other in [
-            "base_model.model.lm_head.base_layer.weight",
-            "x",
-            "",
-            "a.trainable_tokens_deltas",
-        ] {
-            assert_eq!(parse(other), Key::Other);
+            assert_eq!(parse(kind, rows), Key::Rows("model.embed_tokens"));
+            assert_eq!(key_of(kind, "model.embed_tokens"), rows);
+            for misnamed in [
+                other,
+                "model.embed_tokens.trainable_tokens_delta",
+                "model.embed_tokens.token_adapter.trainable_tokens_delta",
+                "base_model.model.model.embed_tokens.trainable_tokens_delta.default",
+                "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta.default",
+            ] {
+                assert_eq!(parse(kind, misnamed), Key::Misnamed(rows.to_owned()));
+            }
+            for nameless in [
+                "trainable_tokens_delta",
+                "base_model.model.trainable_tokens_delta",
+                "base_model.model.token_adapter.trainable_tokens_delta",
+            ] {
+                assert_eq!(parse(kind, nameless), Key::Misnamed(key_of(kind, "<module>")));
+            }
+            let twice = "a.trainable_tokens_delta.trainable_tokens_deltas";
+            assert_eq!(parse(kind, twice), Key::Misnamed(key_of(kind, "a")));
+            for other in [
+                "base_model.model.lm_head.base_layer.weight",
+                "x",
+                "",
+                "a.trainable_tokens_deltas",
+            ] {
+                assert_eq!(parse(kind, other), Key::Other);
+            }
         }
     }
 }

@@ -1,21 +1,30 @@
 //! What the header of the rows' file says beyond PEFT's format.
 
+mod module;
+
 use std::collections::BTreeMap;
 use std::fmt::Display;
 use std::path::Path;
 
+pub use module::ModuleMetadata;
 use trainable_tokens_core::DType;
 
+use super::{Adapter, AdapterModule};
+use crate::config::CONFIG_FILE;
 use crate::digest::TableDigest;
 use crate::error::{Error, Result, one_line};
 
 const PREFIX: &str = "trainable_tokens.";
 const FORMAT_VERSION: &str = "format_version";
+const MODULES: &str = "modules";
 const CURRENT_VERSION: &str = "1";
 const FRAMEWORK: (&str, &str) = ("format", "pt");
 
 /// Facts about an adapter, in the header's `__metadata__` under keys that start with `trainable_tokens.`. PEFT
 /// ignores them and files without them are read; where they are present, they must agree with the rest.
+///
+/// The facts about tables hold for every module that does not say otherwise in [`modules`](Self::modules), but for
+/// the digest: it is that of the first module by name.
 #[derive(Clone, Debug, Default, PartialEq)]
 #[non_exhaustive]
 pub struct AdapterMetadata {
@@ -35,6 +44,8 @@ pub struct AdapterMetadata {
     pub init: Option<String>,
     /// Release of this library that wrote the file.
     pub library_version: Option<String>,
+    /// What differs from module to module, by path.
+    pub modules: BTreeMap<String, ModuleMetadata>,
     /// Keys that this release does not know, as they were read.
     other: BTreeMap<String, String>,
 }
@@ -79,9 +90,10 @@ impl AdapterMetadata {
             "token_indices" => self.token_indices = Some(list(value, "token ids")?),
             "tokens" => self.tokens = Some(list(value, "strings")?),
             "base_digest" => self.base_digest = Some(value.parse().map_err(one_line)?),
-            "base_dtype" => self.base_dtype = Some(dtype(value)?),
+            "base_dtype" => self.base_dtype = Some(module::dtype(value)?),
             "init" => self.init = Some(value.to_owned()),
             "library_version" => self.library_version = Some(value.to_owned()),
+            MODULES => self.modules = module::parse(value)?,
             _ => return Ok(false),
         }
         Ok(true)
@@ -98,6 +110,7 @@ impl AdapterMetadata {
             ("base_dtype", text(self.base_dtype.as_ref())),
             ("init", self.init.clone()),
             ("library_version", self.library_version.clone()),
+            (MODULES, module::to_json(&self.modules)),
         ];
         let mut header = self.other.clone();
         header.extend(
@@ -113,56 +126,132 @@ impl AdapterMetadata {
         header
     }
 
+    /// The facts of the module at `path`. The digest of all is that of the first alone.
+    pub(super) fn of(&self, path: &str, is_first: bool) -> ModuleMetadata {
+        let mut facts = self.modules.get(path).cloned().unwrap_or_default();
+        facts.vocab_size = facts.vocab_size.or(self.vocab_size);
+        facts.embedding_dim = facts.embedding_dim.or(self.embedding_dim);
+        facts.token_indices = facts.token_indices.or_else(|| self.token_indices.clone());
+        facts.tokens = facts.tokens.or_else(|| self.tokens.clone());
+        facts.base_digest = facts.base_digest.or(self.base_digest.filter(|_| is_first));
+        facts.base_dtype = facts.base_dtype.or(self.base_dtype);
+        facts
+    }
+
+    /// Puts the facts of modules, the first by name first, where they belong: what all share in one place.
+    pub(super) fn set_modules(&mut self, mut modules: Vec<(String, ModuleMetadata)>) {
+        self.vocab_size = common(&mut modules, |facts| &mut facts.vocab_size);
+        self.embedding_dim = common(&mut modules, |facts| &mut facts.embedding_dim);
+        self.token_indices = common(&mut modules, |facts| &mut facts.token_indices);
+        self.tokens = common(&mut modules, |facts| &mut facts.tokens);
+        self.base_dtype = common(&mut modules, |facts| &mut facts.base_dtype);
+        self.base_digest = modules
+            .first_mut()
+            .and_then(|(_, facts)| facts.base_digest.take());
+        modules.retain(|(_, facts)| *facts != ModuleMetadata::default());
+        self.modules = modules.into_iter().collect();
+    }
+
     /// Checks the facts that the config and the rows also state.
-    pub(super) fn check(&self, path: &Path, token_indices: &[u32], embedding_dims: &[usize]) -> Result<()> {
-        let differ = |name: &str, metadata: String, other: String| {
+    pub(super) fn check(&self, adapter: &Adapter) -> Result<()> {
+        let strangers = self
+            .modules
+            .keys()
+            .find(|path| !adapter.modules.iter().any(|module| module.path == **path));
+        if let Some(path) = strangers {
+            return Err(Error::Metadata {
+                path: adapter.origin.clone(),
+                key: format!("{PREFIX}{MODULES}[{path:?}]"),
+                metadata: "there is such a module".to_owned(),
+                other: "the file has no rows of its own for it".to_owned(),
+            });
+        }
+        adapter
+            .modules
+            .iter()
+            .try_for_each(|module| self.check_module(adapter, module))
+    }
+
+    fn check_module(&self, adapter: &Adapter, module: &AdapterModule) -> Result<()> {
+        let own = self.modules.get(&module.path);
+        let facts = self.of(&module.path, false);
+        let differ = |name: &str, is_own: bool, metadata: String, other: String| {
+            let key = if is_own {
+                format!("{MODULES}[{:?}].{name}", module.path)
+            } else {
+                name.to_owned()
+            };
             Err(Error::Metadata {
-                path: path.to_owned(),
-                key: format!("{PREFIX}{name}"),
+                path: adapter.origin.clone(),
+                key: format!("{PREFIX}{key}"),
                 metadata,
                 other,
             })
         };
-        if let Some(ids) = &self.token_indices
-            && ids != token_indices
+        let ids = &module.token_indices;
+        if let Some(recorded) = &facts.token_indices
+            && recorded != ids
         {
-            let (have, other) = (brief(ids), brief(token_indices));
-            return differ(
-                "token_indices",
-                have,
-                format!("token_indices in adapter_config.json is {other}"),
-            );
+            let field = adapter.config.peft_type().tokens_field();
+            let other = format!("{field} in {CONFIG_FILE} is {}", brief(ids));
+            let is_own = own.is_some_and(|own| own.token_indices.is_some());
+            return differ("token_indices", is_own, brief(recorded), other);
         }
-        if let Some(dim) = self.embedding_dim
-            && let Some(other) = embedding_dims.iter().find(|other| **other != dim)
+        let columns = module.rows.embedding_dim();
+        if let Some(recorded) = facts.embedding_dim
+            && recorded != columns
         {
+            let is_own = own.is_some_and(|own| own.embedding_dim.is_some());
             return differ(
                 "embedding_dim",
-                dim.to_string(),
-                format!("rows have {other} columns"),
+                is_own,
+                recorded.to_string(),
+                format!("rows have {columns} columns"),
             );
         }
-        if let Some(tokens) = &self.tokens
-            && tokens.len() != token_indices.len()
+        if let Some(tokens) = &facts.tokens
+            && tokens.len() != ids.len()
         {
-            let (have, other) = (tokens.len(), token_indices.len());
+            let is_own = own.is_some_and(|own| own.tokens.is_some());
+            let (have, rows) = (tokens.len(), ids.len());
             return differ(
                 "tokens",
+                is_own,
                 format!("{have} tokens"),
-                format!("there are {other} rows"),
+                format!("there are {rows} rows"),
             );
         }
-        if let Some(vocab_size) = self.vocab_size
-            && let Some(id) = token_indices.iter().find(|id| **id as usize >= vocab_size)
+        if let Some(vocab_size) = facts.vocab_size
+            && let Some(id) = ids.iter().find(|id| **id as usize >= vocab_size)
         {
+            let is_own = own.is_some_and(|own| own.vocab_size.is_some());
             return differ(
                 "vocab_size",
+                is_own,
                 vocab_size.to_string(),
                 format!("token id {id} is trained"),
             );
         }
         Ok(())
     }
+}
+
+/// Takes a fact out of the modules if all have the same.
+fn common<T: Clone + PartialEq>(
+    modules: &mut [(String, ModuleMetadata)],
+    fact: impl Fn(&mut ModuleMetadata) -> &mut Option<T>,
+) -> Option<T> {
+    let shared = fact(&mut modules.first_mut()?.1).clone()?;
+    let same = modules
+        .iter_mut()
+        .all(|(_, facts)| fact(facts).as_ref() == Some(&shared));
+    if !same {
+        return None;
+    }
+    for (_, facts) in modules {
+        *fact(facts) = None;
+    }
+    Some(shared)
 }
 
 fn text(value: Option<&impl Display>) -> Option<String> {
@@ -183,13 +272,6 @@ fn number(value: &str) -> Result<usize, String> {
 fn list<T: serde::de::DeserializeOwned>(value: &str, what: &str) -> Result<Vec<T>, String> {
     serde_json::from_str(value)
         .map_err(|error| format!("expected a JSON list of {what}: {}", one_line(error)))
-}
-
-fn dtype(value: &str) -> Result<DType, String> {
-    [DType::F64, DType::F32, DType::F16, DType::BF16]
-        .into_iter()
-        .find(|dtype| dtype.to_string() == value)
-        .ok_or_else(|| format!("expected F64, F32, F16 or BF16, got {value:?}"))
 }
 
 /// A list for a message: whole if it is short.

@@ -52,12 +52,13 @@ impl Adapter {
     /// tensor, [`Error::TensorDType`] and [`Error::TensorShape`] for rows that are not `[k, D]` floats,
     /// [`Error::TiedCopies`] if copies differ, [`Error::Metadata`] if the metadata contradict the rest.
     pub fn from_parts(config: AdapterConfig, file: &SafetensorsFile) -> Result<Self> {
+        let kind = config.peft_type();
         let mut stored = Vec::new();
         let mut extra = Vec::new();
         for name in file.names() {
-            match key::parse(name) {
+            match key::parse(kind, name) {
                 Key::Rows(path) => {
-                    let rows = rows_of(file.tensor(name)?, config.token_indices().len())?;
+                    let rows = rows_of(file.tensor(name)?, path, &config)?;
                     stored.push((path.to_owned(), rows));
                 }
                 Key::Misnamed(expected) => {
@@ -74,7 +75,7 @@ impl Adapter {
             }
         }
         let adapter = Self {
-            modules: parts::group(stored, config.target_modules(), file.path())?,
+            modules: parts::group(stored, &config, file.path())?,
             metadata: AdapterMetadata::parse(file.metadata(), file.path())?,
             config,
             extra,
@@ -84,16 +85,29 @@ impl Adapter {
     }
 }
 
-/// The rows of a tensor. Their number is checked before anything is copied.
-fn rows_of(tensor: TensorRef<'_>, num_rows: usize) -> Result<TokenRows> {
+/// The rows of a tensor. Their number is checked before anything is copied: it is that of the module's ids, or for
+/// a copy that of some module's.
+fn rows_of(tensor: TensorRef<'_>, path: &str, config: &AdapterConfig) -> Result<TokenRows> {
     tensor.float_dtype()?;
+    let ids = config.token_indices();
+    let own = ids.of(path).map(<[u32]>::len);
+    let mut allowed: Vec<_> = own.map_or_else(|| ids.lists().map(<[u32]>::len).collect(), |own| vec![own]);
     match tensor.shape {
-        [rows, _] if *rows == num_rows => tensor.to_rows(),
-        _ => Err(Error::TensorShape {
-            path: tensor.file.to_owned(),
-            tensor: tensor.name.to_owned(),
-            expected: format!("[{num_rows}, D], one row for each of token_indices"),
-            got: tensor.shape.to_vec(),
-        }),
+        [rows, _] if allowed.contains(rows) => tensor.to_rows(),
+        _ => {
+            allowed.sort_unstable();
+            allowed.dedup();
+            let counts: Vec<_> = allowed.iter().map(usize::to_string).collect();
+            Err(Error::TensorShape {
+                path: tensor.file.to_owned(),
+                tensor: tensor.name.to_owned(),
+                expected: format!(
+                    "[{}, D], one row for each of {}",
+                    counts.join(" or "),
+                    config.peft_type().tokens_field()
+                ),
+                got: tensor.shape.to_vec(),
+            })
+        }
     }
 }

@@ -57,7 +57,7 @@ impl Adapter {
             let bytes = module.rows.to_le_bytes();
             for path in module.all_paths() {
                 tensors.push(TensorData {
-                    name: key_of(path),
+                    name: key_of(self.config.peft_type(), path),
                     dtype: file_dtype(module.rows.dtype()),
                     shape: module.rows.shape().to_vec(),
                     bytes: Cow::Owned(bytes.clone()),

@@ -1,9 +1,9 @@
 //! Checks the fields of a config.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::path::Path;
 
-use super::{AdapterConfig, PEFT_TYPE, TargetModules, TaskType};
+use super::{AdapterConfig, PeftType, TargetModules, TaskType, TokenIndices, expected, target, tokens};
 use crate::error::{Error, Result};
 use crate::json::Json;
 
@@ -20,7 +20,7 @@ pub(super) fn text(text: &str, path: &Path) -> Result<AdapterConfig> {
 
 pub(super) fn config(fields: BTreeMap<String, Json>, path: &Path) -> Result<AdapterConfig> {
     let field = |name: &str, reason: String| Error::field(path, name, reason);
-    check_peft_type(fields.get("peft_type"), path)?;
+    let kind = peft_type(fields.get("peft_type"), path)?;
     for name in ["peft_version", "base_model_name_or_path", "revision"] {
         if let Some(value) = fields.get(name)
             && !matches!(value, Json::String(_) | Json::Null)
@@ -28,78 +28,69 @@ pub(super) fn config(fields: BTreeMap<String, Json>, path: &Path) -> Result<Adap
             return Err(field(name, expected("a string or null", value)));
         }
     }
-    for name in ["init_weights", "inference_mode"] {
+    let own = match kind {
+        PeftType::TrainableTokens => "init_weights",
+        PeftType::Lora => "ensure_weight_tying",
+    };
+    for name in [own, "inference_mode"] {
         if let Some(value) = fields.get(name)
             && !matches!(value, Json::Bool(_))
         {
             return Err(field(name, expected("true or false", value)));
         }
     }
+    let ids = fields.get(kind.tokens_field());
+    let token_indices = match kind {
+        PeftType::TrainableTokens => tokens::required(ids, kind.tokens_field(), path)?,
+        PeftType::Lora => tokens::of_lora(ids, kind.tokens_field(), path)?,
+    };
+    if kind == PeftType::Lora {
+        check_modules_to_save(fields.get("modules_to_save"), &token_indices, path)?;
+    }
+    let target_modules = target_modules(fields.get("target_modules"), kind)
+        .map_err(|reason| field("target_modules", reason))?;
     Ok(AdapterConfig {
-        token_indices: token_indices(fields.get("token_indices"), path)?,
-        target_modules: target_modules(fields.get("target_modules"))
-            .map_err(|reason| field("target_modules", reason))?,
+        kind,
+        token_indices,
+        target_modules,
         task_type: task_type(fields.get("task_type")).map_err(|reason| field("task_type", reason))?,
         fields,
     })
 }
 
-fn expected(what: &str, got: &Json) -> String {
-    format!("expected {what}, got {}", got.brief())
-}
-
-fn check_peft_type(value: Option<&Json>, path: &Path) -> Result<()> {
-    match value {
-        Some(Json::String(kind)) if kind == PEFT_TYPE => Ok(()),
-        Some(Json::String(kind)) if kind == "LORA" => Err(Error::Unsupported {
-            path: path.to_owned(),
-            what: format!("LoRA adapters are not supported yet; only peft_type {PEFT_TYPE} is"),
-        }),
-        Some(other) => Err(Error::Unsupported {
-            path: path.to_owned(),
-            what: format!(
-                "peft_type {} is not supported; only {PEFT_TYPE:?} is",
-                other.brief()
-            ),
-        }),
-        None => Err(Error::field(
-            path,
-            "peft_type",
-            format!("it is missing; expected {PEFT_TYPE:?}"),
-        )),
-    }
-}
-
-/// A list of distinct integers that fit 32 bits, written as integers. Anything that merely converts is refused:
-/// PEFT takes `true` for 1 and lets the last of equal ids win.
-fn token_indices(value: Option<&Json>, path: &Path) -> Result<Vec<u32>> {
-    const FIELD: &str = "token_indices";
-    let items = match value {
-        Some(Json::Array(items)) => items,
-        Some(other) => return Err(Error::field(path, FIELD, expected("a list of token ids", other))),
+fn peft_type(value: Option<&Json>, path: &Path) -> Result<PeftType> {
+    let [tokens, lora] = PeftType::ALL.map(PeftType::as_str);
+    let kind = match value {
+        Some(Json::String(name)) => PeftType::from_name(name),
+        Some(_) => None,
         None => {
-            let reason = "it is missing; the rows cannot be told apart without it";
-            return Err(Error::field(path, FIELD, reason));
+            let reason = format!("it is missing; expected {tokens:?} or {lora:?}");
+            return Err(Error::field(path, "peft_type", reason));
         }
     };
-    let mut slot_of = HashMap::with_capacity(items.len());
-    let mut ids = Vec::with_capacity(items.len());
-    for (slot, item) in items.iter().enumerate() {
-        let refuse = |reason: String| Error::field(path, format!("{FIELD}[{slot}]"), reason);
-        let id = match item {
-            Json::Number(text) => text.parse::<u32>().ok(),
-            _ => None,
-        };
-        let id = id.ok_or_else(|| refuse(expected("an integer from 0 to 4294967295", item)))?;
-        if let Some(first) = slot_of.insert(id, slot) {
-            return Err(refuse(format!("token id {id} already stands at index {first}")));
-        }
-        ids.push(id);
-    }
-    Ok(ids)
+    let got = value.map(Json::brief).unwrap_or_default();
+    kind.ok_or_else(|| Error::Unsupported {
+        path: path.to_owned(),
+        what: format!("peft_type {got} is not supported; only {tokens:?} and {lora:?} are"),
+    })
 }
 
-fn target_modules(value: Option<&Json>) -> Result<TargetModules, String> {
+/// A module that is saved whole has no rows of its own to train, as in PEFT.
+fn check_modules_to_save(value: Option<&Json>, tokens: &TokenIndices, path: &Path) -> Result<()> {
+    let (Some(Json::Array(saved)), TokenIndices::ByModule(modules)) = (value, tokens) else {
+        return Ok(());
+    };
+    let twice = modules.keys().find(|name| saved.contains(&name.as_str().into()));
+    match twice {
+        None => Ok(()),
+        Some(name) => {
+            let reason = format!("{name:?} is also in modules_to_save; it trains whole or by rows, not both");
+            Err(Error::field(path, PeftType::Lora.tokens_field(), reason))
+        }
+    }
+}
+
+fn target_modules(value: Option<&Json>, kind: PeftType) -> Result<TargetModules, String> {
     let target = match value {
         None | Some(Json::Null) => TargetModules::Default,
         Some(Json::String(pattern)) => TargetModules::Pattern(pattern.clone()),
@@ -112,7 +103,10 @@ fn target_modules(value: Option<&Json>) -> Result<TargetModules, String> {
         }
         Some(other) => return Err(expected("a list, a string or null", other)),
     };
-    target.check()?;
+    // LoRA's targets are not those of the rows, and have other rules.
+    if kind == PeftType::TrainableTokens {
+        target::check(&target)?;
+    }
     Ok(target)
 }
 

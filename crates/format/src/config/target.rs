@@ -10,35 +10,22 @@ use crate::json::Json;
 pub enum TargetModules {
     /// Each entry is a module path, or the end of one after a dot.
     List(Vec<String>),
-    /// A regular expression for the whole path, as Python's `re.fullmatch`; a plain path matches itself.
+    /// A regular expression for the whole path, as Python's `re.fullmatch`.
     Pattern(String),
-    /// `null`: PEFT's default, modules named `embed_tokens`.
+    /// `null`: the model's input embedding.
     Default,
 }
 
 impl TargetModules {
-    /// Whether the module at `path` is targeted. The error says why a pattern is not a regular expression.
+    /// Whether the module at `path` is targeted; by null, if it is named as PEFT's last resort, `embed_tokens`. The
+    /// error says why a pattern is not a regular expression.
     pub(crate) fn matches(&self, path: &str) -> Result<bool, String> {
         match self {
             Self::List(entries) => Ok(entries.iter().any(|entry| is_path_or_suffix(entry, path))),
             Self::Default => Ok(is_path_or_suffix("embed_tokens", path)),
-            Self::Pattern(pattern) if is_path_or_suffix(pattern, path) => Ok(true),
             Self::Pattern(pattern) => compile(pattern)?
                 .is_match(path)
                 .map_err(|error| pattern_error(pattern, &error)),
-        }
-    }
-
-    /// Refuses what can never match.
-    pub(crate) fn check(&self) -> Result<(), String> {
-        match self {
-            Self::List(entries) if entries.is_empty() => Err("the list is empty".to_owned()),
-            Self::List(entries) => match entries.iter().position(String::is_empty) {
-                Some(at) => Err(format!("entry {at} is empty")),
-                None => Ok(()),
-            },
-            Self::Pattern(pattern) => compile(pattern).map(drop),
-            Self::Default => Ok(()),
         }
     }
 
@@ -64,7 +51,20 @@ impl<S: Into<String>, const N: usize> From<[S; N]> for TargetModules {
     }
 }
 
-fn is_path_or_suffix(entry: &str, path: &str) -> bool {
+/// Refuses what can never match.
+pub(super) fn check(target: &TargetModules) -> Result<(), String> {
+    match target {
+        TargetModules::List(entries) if entries.is_empty() => Err("the list is empty".to_owned()),
+        TargetModules::List(entries) => match entries.iter().position(String::is_empty) {
+            Some(at) => Err(format!("entry {at} is empty")),
+            None => Ok(()),
+        },
+        TargetModules::Pattern(pattern) => compile(pattern).map(drop),
+        TargetModules::Default => Ok(()),
+    }
+}
+
+pub(crate) fn is_path_or_suffix(entry: &str, path: &str) -> bool {
     path.strip_suffix(entry)
         .is_some_and(|head| head.is_empty() || head.ends_with('.'))
 }
@@ -110,8 +110,9 @@ mod tests {
         assert_eq!(matches("a|ab", "ab"), Ok(true));
         assert_eq!(matches("(?!dec).*emb", "dec.emb"), Ok(false));
         assert_eq!(matches("transformer.wte", "transformer.wte"), Ok(true));
+        assert_eq!(matches("embed_tokens", "model.embed_tokens"), Ok(false));
         for bad in ["(emb", "a)|(b", "*"] {
-            assert!(TargetModules::Pattern(bad.to_owned()).check().is_err(), "{bad}");
+            assert!(check(&TargetModules::Pattern(bad.to_owned())).is_err(), "{bad}");
         }
     }
 }

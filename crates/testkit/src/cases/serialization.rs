@@ -4,6 +4,7 @@ mod adapter;
 mod checkpoint;
 mod config;
 mod directory;
+mod lora;
 mod merged;
 mod metadata;
 mod rows;
@@ -35,6 +36,10 @@ pub use config::{
 };
 pub use directory::{
     a_directory_appears_whole_or_not_at_all, an_adapter_is_two_files, peft_files_stay_the_same,
+};
+pub use lora::{
+    a_lora_config_is_that_of_peft, ids_by_module_and_rows_must_fit, lora_keeps_the_rows_beside_its_weights,
+    lora_tells_the_tokens_of_each_module,
 };
 pub use merged::{
     a_merged_checkpoint_differs_in_the_rows_alone, files_without_rows_are_kept,

@@ -142,16 +142,15 @@ impl Fixture {
     /// If the adapter cannot be read, or if it is not the one that is recorded.
     pub fn adapter_rows(&self) -> Result<TokenRows, Failure> {
         let adapter = Adapter::read(self.dir.join("adapter"))?;
+        let module = adapter
+            .module(text(&self.json["modules"][0], "path")?)
+            .ok_or("the adapter has no rows of the module")?;
         equal(
             "the adapter's tokens",
-            &adapter.token_ids(),
+            &module.token_ids(),
             &self.tokens.ids().to_vec(),
         )?;
-        let module = text(&self.json["modules"][0], "path")?;
-        let rows = adapter
-            .rows(module)
-            .ok_or("the adapter has no rows of the module")?
-            .clone();
+        let rows = module.rows().clone();
         if self.has("delta.trained") {
             same("the adapter's rows", &rows, &self.rows("delta.trained")?)?;
         }

@@ -26,14 +26,12 @@ pub fn the_file_keeps_the_order_of_slots<H: Harness>() -> Outcome {
     for_all(|world| {
         let layer = world.trained::<H>()?;
         let adapter = round_trip::<H>(&layer)?;
-        equal(
-            "token_indices",
-            &adapter.config().token_indices().to_vec(),
-            &world.tokens,
-        )?;
-        let rows = adapter.rows(MODULE).ok_or("the file has no rows of the module")?;
+        let module = adapter
+            .module(MODULE)
+            .ok_or("the file has no rows of the module")?;
+        equal("token_indices", &module.token_indices(), &world.tokens.as_slice())?;
         let source = H::source(&world.table::<H>())?;
-        let loaded = Layer::<H>::with_rows(source, adapter.token_set(world.v)?, rows)?;
+        let loaded = Layer::<H>::with_rows(source, module.token_set(world.v)?, module.rows())?;
         let want = select(&world.dense::<H>()?, &world.ids)?;
         same("rows", &lookup::<H>(&loaded, &world.ids)?, &want)
     })

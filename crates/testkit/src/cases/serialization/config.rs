@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 use trainable_tokens_core::{ErrorKind, TokenRows};
-use trainable_tokens_format::{Adapter, AdapterConfig, TargetModules, TaskType};
+use trainable_tokens_format::{Adapter, AdapterConfig, TargetModules, TaskType, TokenIndices};
 
 use super::{HEAD, MODULE, adapter_of};
 use crate::failure::{ensure, equal, refused};
@@ -224,8 +224,8 @@ pub fn token_indices_are_distinct_integers<H: Harness>() -> Outcome {
     for ids in [&[][..], &[0], &[u32::MAX, 0, 7]] {
         equal(
             "token_indices",
-            &read(&json!(ids).to_string())?.token_indices(),
-            &ids,
+            read(&json!(ids).to_string())?.token_indices(),
+            &TokenIndices::List(ids.to_vec()),
         )?;
     }
     for bad in [
@@ -262,20 +262,14 @@ pub fn other_kinds_of_adapters_are_told_apart<H: Harness>() -> Outcome {
     let world = World::fixed(7, 3, &[5, 2], &[]);
     let rows = TokenRows::zeros(H::DTYPE, 2, 3);
     let files = super::Files::of(&super::plain_adapter(&world.tokens, rows)?)?;
-    for kind in [
-        "\"LORA\"",
-        "\"trainable_tokens\"",
-        "\"PREFIX_TUNING\"",
-        "\"\"",
-        "null",
-        "1",
-    ] {
+    for kind in ["\"trainable_tokens\"", "\"PREFIX_TUNING\"", "\"\"", "null", "1"] {
         let text = files.config.replace("\"TRAINABLE_TOKENS\"", kind);
         ensure!(text != files.config, "the case is wrong");
         refused(kind, files.with_config(text).read()?, ErrorKind::Unsupported)?;
     }
-    // LoRA's config lacks the fields of this one.
-    let lora = r#"{"peft_type": "LORA", "r": 8, "target_modules": ["q_proj"]}"#;
-    refused("LoRA", files.with_config(lora).read()?, ErrorKind::Unsupported)?;
+    // Of the other kind that is known, the rows have another name.
+    let lora =
+        r#"{"peft_type": "LORA", "r": 8, "trainable_token_indices": [5, 2], "target_modules": ["q_proj"]}"#;
+    refused("LoRA", files.with_config(lora).read()?, ErrorKind::File)?;
     files.read()?.map(drop).map_err(Failure::from)
 }
