@@ -44,7 +44,7 @@ pub use error::{BackendError, Error, ErrorKind, Result};
 pub use hook::{ClipGradNorm, DecayTowardOriginal, OptimizerHook, StepContext};
 pub use host::{HostRows, RowGradients};
 pub use journal::UndoJournal;
-pub use layer::{ActiveRows, MergeCheck, MixedPart, TrainableTokens};
+pub use layer::{ActiveRows, KnownActive, LayerParts, MergeCheck, MergeParts, MixedPart, TrainableTokens};
 pub use mix::{MixRound, RowMix};
 pub use optim::{
     Adam, AdamConfig, Decay, OptimizerState, RowOptimizer, Sgd, SgdConfig, StepReport, step_delta, step_rows,
