@@ -6,6 +6,7 @@
 //!
 //! - [`TokenSet`]: which tokens train, in slot order; [`LookupPlan`]: where a batch meets them.
 //! - [`EmbeddingSource`], [`WriteRows`], [`HostTable`]: the frozen table. [`DeltaStore`]: the trained rows.
+//! - [`RowInit`], [`initial_rows`]: how the rows start.
 //! - [`Backend`]: the few operations that only a tensor framework can know.
 //! - [`TrainableTokens`]: the layer, written once over them, with exact merge and unmerge.
 //! - [`RowOptimizer`] ([`Sgd`], [`Adam`]) and [`OptimizerHook`] ([`ClipGradNorm`], [`DecayTowardOriginal`]).
@@ -18,6 +19,7 @@ mod delta;
 mod dtype;
 mod error;
 mod hook;
+mod init;
 mod journal;
 mod layer;
 mod optim;
@@ -32,6 +34,9 @@ pub use delta::DeltaStore;
 pub use dtype::{DType, Element};
 pub use error::{BackendError, Error, ErrorKind, Result};
 pub use hook::{ClipGradNorm, DecayTowardOriginal, OptimizerHook, StepContext};
+pub use init::{
+    InitError, InitMode, InitModifier, InitText, ParseInitError, Population, RowInit, initial_rows,
+};
 pub use journal::UndoJournal;
 pub use layer::TrainableTokens;
 pub use optim::{
