@@ -25,10 +25,11 @@ pub mod prelude;
 
 pub use trainable_tokens_core::{
     Adam, AdamConfig, Backend, BackendError, ClipGradNorm, DType, Decay, DecayTowardOriginal, DeltaStore,
-    Element, EmbedScale, EmbeddingSource, Error, ErrorKind, HostTable, LayerOptions, LookupPlan, MaxNorm,
-    OptimizerHook, OptimizerState, Padding, PaddingRule, Result, RowData, RowOptimizer, RowRef, RowTransform,
-    Sgd, SgdConfig, Slot, StepContext, StepReport, TokenId, TokenRows, TokenSet, TrainableTokens,
-    UndoJournal, WriteRows, step_delta, step_rows,
+    Element, EmbedScale, EmbeddingSource, Error, ErrorKind, HostTable, InitError, InitMode, InitModifier,
+    InitText, LayerOptions, LookupPlan, MaxNorm, OptimizerHook, OptimizerState, Padding, PaddingRule,
+    ParseInitError, Population, Result, RowData, RowInit, RowOptimizer, RowRef, RowTransform, Sgd, SgdConfig,
+    Slot, StepContext, StepReport, TokenId, TokenRows, TokenSet, TrainableTokens, UndoJournal, WriteRows,
+    initial_rows, step_delta, step_rows,
 };
 
 #[cfg(feature = "burn")]

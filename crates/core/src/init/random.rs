@@ -2,7 +2,7 @@
 //!
 //! A seed is part of an adapter's description: the bits that it stands for must not change with a crate's release,
 //! a platform's libm or the framework. So they are defined here (and in SPEC.md, for ports) by integer arithmetic and
-//! the operations that IEEE 754 rounds exactly: SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number
+//! the operations that IEEE 754 rounds exactly: `SplitMix64` (Steele, Lea, Flood, "Fast splittable pseudorandom number
 //! generators", OOPSLA 2014), Marsaglia's polar method, and a logarithm of its own. No crate promises bits of normal
 //! numbers: `rand_distr` calls the platform's logarithm too.
 
@@ -61,7 +61,7 @@ impl Normals {
     }
 }
 
-/// SplitMix64's output function.
+/// `SplitMix64`'s output function.
 fn mix(mut z: u64) -> u64 {
     z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);

@@ -110,7 +110,7 @@ impl Vocabulary {
         }))
     }
 
-    /// What stands for a space at the start of a token: `Ġ` in byte-level BPE, `▁` in SentencePiece.
+    /// What stands for a space at the start of a token: `Ġ` in byte-level BPE, `▁` in `SentencePiece`.
     fn space_marker(&self) -> Result<Option<char>> {
         let Some(first) = self.encode_with(" a", false)?.first().copied() else {
             return Ok(None);
@@ -172,5 +172,180 @@ fn hide(tokenizer: &mut Value, ids: &HashSet<u64>) {
                 _ => true,
             },
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The directory must outlive the vocabulary: `without` reads the file again.
+    fn vocabulary(tokenizer: &Value) -> (tempfile::TempDir, Vocabulary) {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("tokenizer.json"), tokenizer.to_string()).unwrap();
+        let vocabulary = Vocabulary::of_model(dir.path());
+        vocabulary.load().unwrap();
+        (dir, vocabulary)
+    }
+
+    fn added(id: u32, content: &str) -> Value {
+        json!({
+            "id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
+            "normalized": false, "special": false,
+        })
+    }
+
+    fn tokenizer(model: &Value, added: &[Value], parts: &Value) -> Value {
+        let mut tokenizer = json!({
+            "version": "1.0", "truncation": null, "padding": null, "added_tokens": added, "model": model,
+            "normalizer": null, "pre_tokenizer": null, "post_processor": null, "decoder": null,
+        });
+        for (key, value) in parts.as_object().unwrap() {
+            tokenizer[key] = value.clone();
+        }
+        tokenizer
+    }
+
+    /// Byte-level BPE, of which `Ġdog` is a word of the model.
+    fn byte_level(more: &[Value]) -> (tempfile::TempDir, Vocabulary) {
+        let words = [
+            "<", ">", "d", "o", "g", "Ġ", "s", "é", "do", "Ġdo", "Ġdog", "dog", "Ã", "©",
+        ];
+        let vocab: serde_json::Map<_, _> = (0..)
+            .zip(words)
+            .map(|(id, word)| (word.to_owned(), json!(id)))
+            .collect();
+        let level =
+            json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": true});
+        vocabulary(&tokenizer(
+            &json!({
+                "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
+                "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "ignore_merges": false,
+                "vocab": vocab, "merges": [["d", "o"], ["Ġ", "do"], ["Ġdo", "g"], ["do", "g"]],
+            }),
+            more,
+            &json!({"pre_tokenizer": level, "decoder": level}),
+        ))
+    }
+
+    /// The pieces of a token without `hidden`.
+    fn sub_tokens(vocabulary: &Vocabulary, id: u32, hidden: &[u32]) -> (String, Vec<String>) {
+        let text = vocabulary.text(id).unwrap().unwrap();
+        let pieces = vocabulary.without(hidden).unwrap().pieces(&text).unwrap();
+        assert_eq!(pieces.unknown, 0);
+        let strings = pieces
+            .ids
+            .iter()
+            .map(|id| vocabulary.token(*id).unwrap().unwrap());
+        (text, strings.collect())
+    }
+
+    #[track_caller]
+    fn assert_pieces(vocabulary: &Vocabulary, id: u32, hidden: &[u32], text: &str, pieces: &[&str]) {
+        let got = sub_tokens(vocabulary, id, hidden);
+        assert_eq!(
+            got,
+            (text.to_owned(), pieces.iter().map(ToString::to_string).collect())
+        );
+    }
+
+    #[test]
+    fn byte_level_tokens_have_the_pieces_they_had_before() {
+        let words = ["<dogs>", " dogs", "Ġdogs", "dogdog", "dogs"];
+        let added: Vec<Value> = (14..).zip(words).map(|(id, word)| added(id, word)).collect();
+        let (_dir, vocabulary) = byte_level(&added);
+        let all = [14, 15, 16, 17, 18];
+        assert_pieces(&vocabulary, 14, &all, "<dogs>", &["<", "dog", "s", ">"]);
+        assert_pieces(&vocabulary, 15, &all, " dogs", &["Ġdog", "s"]);
+        // Added with the model's spelling of a space.
+        assert_pieces(&vocabulary, 16, &all, " dogs", &["Ġdog", "s"]);
+        assert_pieces(&vocabulary, 17, &all, "dogdog", &["dog", "dog"]);
+        // Tokens that stay keep their ids, and are pieces like others.
+        assert_pieces(&vocabulary, 14, &[14, 15], "<dogs>", &["<", "dogs", ">"]);
+        // Words of the model itself: without them, their merges are gone too.
+        assert_pieces(&vocabulary, 10, &[10], " dog", &["Ġdo", "g"]);
+        assert_pieces(&vocabulary, 10, &[10, 9], " dog", &["Ġ", "dog"]);
+        assert_pieces(&vocabulary, 11, &[11, 8], "dog", &["d", "o", "g"]);
+        assert_eq!(vocabulary.text(99).unwrap(), None);
+        assert_eq!(vocabulary.text(5).unwrap().as_deref(), Some(" "));
+        // A character that has no token left.
+        assert!(matches!(
+            vocabulary.without(&[2]).unwrap().pieces("d"),
+            Err(Error::NoPieces { .. })
+        ));
+        assert!(matches!(vocabulary.pieces(""), Err(Error::NoPieces { .. })));
+        assert_eq!(vocabulary.pieces("é").unwrap().ids, [12, 13]);
+    }
+
+    #[test]
+    fn sentencepiece_tokens_have_one_space_before_them() {
+        let scores = ["<unk>", "▁", "▁dog", "dog", "s", "<", ">", "▁dogs"];
+        let vocab: Vec<Value> = scores.iter().map(|word| json!([word, -1.0])).collect();
+        let metaspace =
+            json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": true});
+        let (_dir, vocabulary) = vocabulary(&tokenizer(
+            &json!({"type": "Unigram", "unk_id": 0, "vocab": vocab, "byte_fallback": false}),
+            &[added(8, "<dogs>"), added(9, "▁dogdog"), added(10, " dogdog")],
+            &json!({"pre_tokenizer": metaspace, "decoder": metaspace}),
+        ));
+        let all = [8, 9, 10];
+        // The space that is put before the text is a piece of its own here, and says nothing.
+        assert_pieces(&vocabulary, 8, &all, "<dogs>", &["<", "dog", "s", ">"]);
+        assert_pieces(&vocabulary, 9, &all, "dogdog", &["▁dog", "dog"]);
+        assert_pieces(&vocabulary, 10, &all, "dogdog", &["▁dog", "dog"]);
+        assert_pieces(&vocabulary, 7, &[7], "dogs", &["▁dog", "s"]);
+        let unknown = vocabulary.pieces("dog é").unwrap();
+        assert_eq!((unknown.ids, unknown.unknown), (vec![2, 1], 1));
+    }
+
+    #[test]
+    fn spaces_written_by_a_normalizer_are_not_doubled() {
+        let words = ["<unk>", "▁", "d", "o", "g", "s", "do", "dog", "▁dog"];
+        let vocab: serde_json::Map<_, _> = (0..)
+            .zip(words)
+            .map(|(id, word)| (word.to_owned(), json!(id)))
+            .collect();
+        let (_dir, vocabulary) = vocabulary(&tokenizer(
+            &json!({
+                "type": "BPE", "dropout": null, "unk_token": "<unk>", "continuing_subword_prefix": null,
+                "end_of_word_suffix": null, "fuse_unk": true, "byte_fallback": false, "ignore_merges": false,
+                "vocab": vocab, "merges": ["d o", "do g", "▁ dog"],
+            }),
+            &[added(9, " dogs"), added(10, "?")],
+            &json!({
+                "normalizer": {"type": "Sequence", "normalizers": [
+                    {"type": "Prepend", "prepend": "▁"},
+                    {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+                ]},
+                "decoder": {"type": "Sequence", "decoders": [
+                    {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+                    {"type": "Fuse"},
+                    {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+                ]},
+            }),
+        ));
+        assert_pieces(&vocabulary, 9, &[9, 10], "dogs", &["▁dog", "s"]);
+        assert_pieces(&vocabulary, 8, &[8], "dog", &["dog"]);
+        let question = vocabulary.without(&[9, 10]).unwrap().pieces("?");
+        let error = question.unwrap_err().to_string();
+        assert!(error.contains("'?'") && error.contains("unknown"), "{error}");
+    }
+
+    #[test]
+    fn a_word_of_a_word_list_has_no_pieces() {
+        let (_dir, vocabulary) = vocabulary(&tokenizer(
+            &json!({"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##",
+                "max_input_chars_per_word": 100,
+                "vocab": {"[UNK]": 0, "dog": 1, "##s": 2, "dogs": 3, "cat": 4}}),
+            &[added(5, "[DOGS]")],
+            &json!({"pre_tokenizer": {"type": "Whitespace"}, "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": false}}),
+        ));
+        assert_pieces(&vocabulary, 3, &[3], "dogs", &["dog", "##s"]);
+        assert!(matches!(
+            vocabulary.without(&[4]).unwrap().pieces("cat"),
+            Err(Error::NoPieces { .. })
+        ));
+        let some = vocabulary.without(&[5]).unwrap().pieces("[ cat ]").unwrap();
+        assert_eq!((some.ids, some.unknown), (vec![4], 2));
     }
 }
