@@ -68,10 +68,19 @@ faults! {
     table_sorted_reads table::SortedReads:
         "source::rows_are_read_bit_for_bit"
         "adapters::new_rows_are_copies_of_the_bases";
+    table_long_reads_wrap table::LongReadsWrap:
+        "source::rows_are_read_bit_for_bit"
+        "init::rows_are_those_of_the_formulas"
+        "init::equal_tables_and_seeds_give_equal_rows"
+        "init::slots_may_start_in_their_own_ways";
+    table_nan_read_as_zero table::NanReadAsZero: "init::what_cannot_be_initialised_is_refused";
+    table_copied table::TableCopied: "allocation::initialising_allocates_no_table";
     table_minus_zero_unread table::MinusZeroUnread:
+        "init::kept_rows_are_not_computed_with"
         "source::rows_are_read_bit_for_bit"
         "merge::unmerging_restores_every_bit";
     table_nan_payload_unread table::NanPayloadUnread:
+        "init::kept_rows_are_not_computed_with"
         "source::rows_are_read_bit_for_bit"
         "merge::unmerging_restores_every_bit";
     table_neighbour_written table::NeighbourWritten:
