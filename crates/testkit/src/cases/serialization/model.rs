@@ -374,5 +374,9 @@ pub fn a_directory_holds_several_adapters<H: Harness>() -> Outcome {
     refused("two of one name", AdapterSet::read(&dir), ErrorKind::File)?;
     fs::rename(dir.join("default"), dir.join("v1.0"))?;
     refused("a name with a dot", AdapterSet::read(&dir), ErrorKind::File)?;
-    refused("no adapter", AdapterSet::read(home.path()), ErrorKind::File)
+    refused(
+        "no adapter",
+        AdapterSet::read(tempfile::tempdir()?.path()),
+        ErrorKind::File,
+    )
 }
