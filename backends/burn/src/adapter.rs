@@ -32,14 +32,13 @@ impl TokenAdapter {
         let name = adapter.name().into();
         let (tokens, delta) = adapter.into_parts();
         let delta = delta.into_param()?;
-        let (ids, tokens) = match known {
-            Some(known) => (known.ids.clone(), known.tokens.clone()),
-            None => {
-                let ids = to_indices(&tokens.to_vec(), &delta.base().device());
-                let ids = Param::initialized(ParamId::new(), ids);
-                let tokens = TokenCache::new(&ids, tokens);
-                (ids, tokens)
-            }
+        let (ids, tokens) = if let Some(known) = known {
+            (known.ids.clone(), known.tokens.clone())
+        } else {
+            let ids = to_indices(&tokens.to_vec(), &delta.base().device());
+            let ids = Param::initialized(ParamId::new(), ids);
+            let tokens = TokenCache::new(&ids, tokens);
+            (ids, tokens)
         };
         Ok(Self {
             delta,

@@ -170,11 +170,14 @@ where
     }
 }
 
+/// A value for each token of a batch.
+type Deep<B, N, M, E, D, T> = Tensor<(B, N, M), E, D, T>;
+
 /// Lets a head see all rows of a batch below each other.
 fn flattened<B: Dim, N: Dim, M: Dim, E: DfdxElement, D: DfdxDevice<E>, T: Tape<E, D>>(
-    hidden: Tensor<(B, N, M), E, D, T>,
+    hidden: Deep<B, N, M, E, D, T>,
     head: impl FnOnce(Matrix<E, D, T>) -> Result<Matrix<E, D, T>>,
-) -> Result<Tensor<(B, N, usize), E, D, T>> {
+) -> Result<Deep<B, N, usize, E, D, T>> {
     let (batch, len, width) = *hidden.shape();
     let flat = (batch.size() * len.size(), width.size());
     let logits = head(hidden.try_reshape_like(&flat).map_err(Error::dfdx)?)?;

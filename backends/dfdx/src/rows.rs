@@ -55,8 +55,8 @@ impl<E: DfdxElement, D: DfdxDevice<E>> DfdxDelta<E, D> {
 
     /// Makes rows of those of leaves.
     pub(crate) fn combine(parts: &[&Self], mix: &RowMix) -> Result<Self> {
-        let leaves = parts.iter().map(|part| part.leaf("combining rows"));
-        let leaves = leaves.map(|leaf| leaf.cloned()).collect::<Result<Vec<_>>>()?;
+        let leaf = |part: &&Self| Ok(part.leaf("combining rows")?.clone());
+        let leaves = parts.iter().map(leaf).collect::<Result<Vec<_>>>()?;
         let rows = parts.iter().map(|part| part.read());
         let rows = rows.collect::<Result<Vec<_>>>()?;
         let rows = mix.apply(&rows.iter().collect::<Vec<_>>())?;

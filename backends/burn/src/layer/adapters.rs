@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use trainable_tokens_core::{
     Error as CoreError, MergeCheck, Overlap, TokenAdapter as CoreAdapter, TokenRows, TokenSet,
+    TrainableTokens as CoreLayer,
 };
 
 use super::{MergedRows, TrainableTokens};
@@ -14,7 +15,7 @@ impl TrainableTokens {
     ///
     /// # Errors
     ///
-    /// Those of core's [`add_adapter`](trainable_tokens_core::TrainableTokens::add_adapter).
+    /// Those of core's [`add_adapter`](CoreLayer::add_adapter).
     pub fn add_adapter(&mut self, name: &str, tokens: TokenSet) -> Result<()> {
         self.change(|layer| layer.add_adapter(name, tokens))
     }
@@ -23,7 +24,7 @@ impl TrainableTokens {
     ///
     /// # Errors
     ///
-    /// Those of core's [`add_adapter_with_rows`](trainable_tokens_core::TrainableTokens::add_adapter_with_rows).
+    /// Those of core's [`add_adapter_with_rows`](CoreLayer::add_adapter_with_rows).
     pub fn add_adapter_with_rows(&mut self, name: &str, tokens: TokenSet, rows: &TokenRows) -> Result<()> {
         self.change(|layer| layer.add_adapter_with_rows(name, tokens, rows))
     }
@@ -51,7 +52,7 @@ impl TrainableTokens {
     ///
     /// # Errors
     ///
-    /// Those of core's [`activate_overlapping`](trainable_tokens_core::TrainableTokens::activate_overlapping).
+    /// Those of core's [`activate_overlapping`](CoreLayer::activate_overlapping).
     pub fn activate_overlapping(&mut self, names: &[&str], overlap: Overlap) -> Result<()> {
         self.change(|layer| Ok(layer.activate_overlapping(names, overlap)?))
     }
@@ -132,7 +133,7 @@ impl TrainableTokens {
     ///
     /// Those of [`merge_adapters`](Self::merge_adapters).
     pub fn merge(&mut self) -> Result<()> {
-        self.change(|layer| layer.merge())
+        self.change(CoreLayer::merge)
     }
 
     /// As [`merge`](Self::merge), after a check of the rows that are written.
@@ -149,7 +150,7 @@ impl TrainableTokens {
     ///
     /// # Errors
     ///
-    /// Those of core's [`merge_adapters`](trainable_tokens_core::TrainableTokens::merge_adapters).
+    /// Those of core's [`merge_adapters`](CoreLayer::merge_adapters).
     pub fn merge_adapters(&mut self, names: &[&str], overlap: &Overlap, check: MergeCheck) -> Result<()> {
         self.change(|layer| layer.merge_adapters(names, overlap, check))
     }
@@ -160,7 +161,7 @@ impl TrainableTokens {
     ///
     /// If nothing is merged, or burn fails.
     pub fn unmerge(&mut self) -> Result<()> {
-        self.change_merged(|layer| layer.unmerge())
+        self.change_merged(CoreLayer::unmerge)
     }
 
     /// Whether the table holds rows of an adapter.

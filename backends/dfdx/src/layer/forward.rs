@@ -1,7 +1,7 @@
 //! The layer as a module of dfdx's.
 
 use dfdx::nn::{Module, NonMutableModule};
-use dfdx::shapes::{Dim, HasShape, Shape};
+use dfdx::shapes::{Dim, HasShape};
 use dfdx::tensor::{SplitTape, Tape, Tensor};
 use dfdx::tensor_ops::ReshapeTo;
 use trainable_tokens_core::EmbeddingSource;
