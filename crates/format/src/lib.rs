@@ -42,10 +42,14 @@ mod file;
 mod header;
 mod json;
 mod merge;
+mod model;
 mod state;
 mod table;
 
-pub use adapter::{Adapter, AdapterBuilder, AdapterMetadata, AdapterModule, BaseCheck, ModuleMetadata};
+pub use adapter::{
+    Adapter, AdapterBuilder, AdapterMetadata, AdapterModule, AdapterSet, BaseCheck, ModuleMetadata,
+    SaveEmbeddingLayers,
+};
 pub use atomic::{Overwrite, write_dir_atomically, write_file_atomically};
 pub use checkpoint::Checkpoint;
 pub use config::{AdapterConfig, PeftType, TargetModules, TaskType, TokenIndices};
@@ -53,5 +57,6 @@ pub use digest::{InvalidDigest, TableDigest, digest};
 pub use error::{Error, Result};
 pub use file::{SafetensorsFile, TensorRef};
 pub use merge::{MergeReport, RowReplacement, merge_checkpoint};
+pub use model::{ModelTables, TargetedTable};
 pub use state::TrainingState;
-pub use table::MappedTable;
+pub use table::{ExtendedTable, MappedTable};
