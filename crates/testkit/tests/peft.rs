@@ -65,7 +65,7 @@ fn shifted(case: &str, name: &str, at: usize, by: Option<f32>) -> TempDir {
 
 #[track_caller]
 fn fails(dir: &TempDir, reasons: &[&str]) {
-    let failure = run_case::<Nd<f32>>(dir.path()).unwrap_err();
+    let failure = run_case::<Nd<f32>, Nd<half::bf16>>(dir.path()).unwrap_err();
     for reason in reasons {
         assert!(failure.contains(reason), "{failure:?} without {reason:?}");
     }
@@ -88,8 +88,18 @@ fn another_value_is_found_and_named() {
             ["embed_forward merged", "row 1, column 0"],
         ),
         ("embed.base", 0, None, ["embed.base", "row 0, column 0"]),
-        ("merged.weight", 8, None, ["merge: table", "row 1, column 0"]),
-        ("unmerged.weight", 8, None, ["unmerge: table", "row 1, column 0"]),
+        (
+            "merged.weight",
+            8,
+            None,
+            ["merge merged.weight: table", "row 1, column 0"],
+        ),
+        (
+            "unmerged.weight",
+            8,
+            None,
+            ["unmerge unmerged.weight: table", "row 1, column 0"],
+        ),
         ("base.weight", 0, None, ["base.weight", "row 0, column 0"]),
         (
             "delta.trained",
@@ -101,7 +111,7 @@ fn another_value_is_found_and_named() {
             "delta.grad",
             9,
             Some(1e-5),
-            ["delta_grad: gradient", "row 1, column 1"],
+            ["delta_grad delta.grad: gradient", "row 1, column 1"],
         ),
         (
             "traj.adamw.grads",
@@ -140,9 +150,11 @@ fn the_optimizer_alone_is_checked() {
     // Neither the frameworks' gradients nor the rows after them can be told from PEFT's at this tolerance.
     let dir = changed("standalone_f32", |json| {
         let operations = json["operations"].as_array_mut().unwrap();
-        operations.retain(|operation| operation["name"] == "sgd_momentum");
-        operations[0]["atol"] = json!(1.0);
-        operations[0]["optimizer"]["momentum"] = json!(0.899);
+        operations
+            .retain(|operation| operation["op"] == "embed_forward" || operation["name"] == "sgd_momentum");
+        let trajectory = operations.iter_mut().find(|it| it["op"] == "trajectory").unwrap();
+        trajectory["atol"] = json!(1.0);
+        trajectory["optimizer"]["momentum"] = json!(0.899);
     });
     fails(
         &dir,
@@ -178,13 +190,21 @@ fn every_setting_of_an_optimizer_counts() {
 #[test]
 fn every_option_of_the_module_counts() {
     for (case, option, reason) in [
-        ("variant_padding_idx", "padding_idx", "delta_grad: gradient"),
+        (
+            "variant_padding_idx",
+            "padding_idx",
+            "delta_grad delta.grad: gradient",
+        ),
         (
             "variant_scale_grad_by_freq",
             "scale_grad_by_freq",
-            "delta_grad: gradient",
+            "delta_grad delta.grad: gradient",
         ),
-        ("variant_max_norm", "max_norm", "embed_forward adapter: output"),
+        (
+            "variant_max_norm",
+            "max_norm",
+            "embed_forward adapter embed.trained: output",
+        ),
     ] {
         let dir = changed(case, |json| {
             json["modules"][0]
@@ -203,7 +223,7 @@ fn what_is_unknown_fails() {
     let changes: [(Change, &str); 7] = [
         (
             |json| json["operations"][1]["op"] = json!("transpose"),
-            "transpose: the operation is unknown",
+            "transpose delta.grad: the operation is unknown",
         ),
         (
             |json| json["operations"][0]["state"] = json!("folded"),
@@ -243,9 +263,242 @@ fn a_case_that_checks_nothing_fails() {
 
 #[test]
 fn a_narrower_harness_is_refused() {
-    let reason = run_case::<Nd<half::bf16>>(&fixtures().join("variant_k1")).unwrap_err();
+    let reason = run_case::<Nd<half::bf16>, Nd<half::bf16>>(&fixtures().join("variant_k1")).unwrap_err();
     assert_eq!(
         reason,
         "PEFT's variant_k1: its table of type F32 needs a harness of that type or a wider one, not BF16"
     );
+}
+
+#[test]
+fn another_value_of_any_kind_of_case_is_found() {
+    for (case, name, by, reason) in [
+        (
+            "multi_standalone",
+            "embed.first+second",
+            None,
+            "embed.first+second: output",
+        ),
+        (
+            "multi_standalone",
+            "embed.disabled",
+            None,
+            "embed.disabled: output",
+        ),
+        (
+            "multi_standalone",
+            "embed.merged.first",
+            None,
+            "embed.merged.first: output",
+        ),
+        (
+            "multi_standalone",
+            "grad.first+second.second",
+            Some(1e-3),
+            "delta_grad: gradient",
+        ),
+        (
+            "multi_standalone",
+            "merged.first+second",
+            None,
+            "merge merged.first+second: table",
+        ),
+        ("multi_standalone", "unmerged", None, "unmerge unmerged: table"),
+        (
+            "multi_lora_mixed_batch",
+            "embed.mixed",
+            None,
+            "mixed_batch: output",
+        ),
+        ("merge_nan_f32", "merged.fine", None, "merge merged.fine: table"),
+        ("init_weights_false", "delta.init", None, "roundtrip: rows"),
+        ("init_weights_false", "unmerged", None, "unmerge unmerged: table"),
+        (
+            "target_list_fullpath",
+            "embed.pos.table",
+            None,
+            "embed.pos.table: output",
+        ),
+        (
+            "target_list_two",
+            "merged.emb_image",
+            None,
+            "merge merged.emb_image: table",
+        ),
+        (
+            "llama_untied",
+            "deltas",
+            None,
+            "train: rows before the first step",
+        ),
+        (
+            "llama_untied",
+            "delta.grads",
+            Some(0.1),
+            "train: rows after step 0",
+        ),
+        (
+            "gemma2_tied",
+            "embed.trained_bf16",
+            None,
+            "embed.trained_bf16: output",
+        ),
+        ("bart_tied", "embed.noop_bf16", None, "embed.noop_bf16: output"),
+        ("bart_tied", "embed.base_bf16", None, "embed.base_bf16: output"),
+        (
+            "lora_dict_untied",
+            "merged.lm_head",
+            None,
+            "merge merged.lm_head: table",
+        ),
+        (
+            "lora_dict_tied_different",
+            "merged.model.embed_tokens",
+            None,
+            "the table with the rows of all modules",
+        ),
+        (
+            "resized_vocab",
+            "base_resized.embed",
+            None,
+            "resized vocabulary: the resized table",
+        ),
+        (
+            "resized_vocab_tied",
+            "merged.embed",
+            None,
+            "merge merged.embed: table",
+        ),
+        (
+            "tied_key_variants",
+            "delta.trained",
+            None,
+            "adapters: adapter: rows",
+        ),
+        (
+            "variant_max_norm",
+            "base.after_forward",
+            None,
+            "after the forward pass: the table",
+        ),
+        (
+            "variant_max_norm",
+            "delta.after_forward",
+            None,
+            "after the forward pass: the rows",
+        ),
+        (
+            "standalone_f32",
+            "traj.adam.losses",
+            Some(0.01),
+            "trajectory adam: loss of step 0",
+        ),
+    ] {
+        fails(&shifted(case, name, 0, by), &[reason]);
+    }
+    let name = "init.base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta.default";
+    fails(
+        &shifted("lora_list_tied", name, 0, None),
+        &["train: the first rows"],
+    );
+}
+
+#[test]
+fn another_outcome_is_found() {
+    type Change = fn(&mut Value);
+    let changes: [(&str, Change, &str); 15] = [
+        (
+            "standalone_f32",
+            |json| json["deviation"] = json!(1),
+            "the field deviation of case.json is unknown",
+        ),
+        (
+            "multi_standalone",
+            |json| json["operations"][0]["scale"] = json!(2),
+            "the field scale of the operation is unknown",
+        ),
+        (
+            "multi_standalone",
+            |json| drop(json["operations"].as_array_mut().unwrap().remove(2)),
+            r#"nothing checks ["embed.third"]"#,
+        ),
+        (
+            "multi_standalone",
+            |json| json["operations"][5]["active"] = json!(["first", "second"]),
+            "activating is accepted, expected an error of kind Overlap",
+        ),
+        (
+            "multi_standalone",
+            |json| json["operations"][8]["peft"]["status"] = json!("ok"),
+            "PEFT's outcome",
+        ),
+        (
+            "merge_nan_f32",
+            |json| json["operations"][0]["peft"]["status"] = json!("ok"),
+            "PEFT's refusal is false, expected true",
+        ),
+        (
+            "tied_key_variants",
+            |json| json["variants"]["disagree_head"]["delta_loaded"] = json!("trained"),
+            "what PEFT loads of disagree_head",
+        ),
+        (
+            "tied_key_variants",
+            |json| json["variants"]["mirrored"] = json["variants"]["both"].clone(),
+            "mirrored",
+        ),
+        (
+            "target_suffix_list",
+            |json| json["matched_modules"] = json!(["enc.emb"]),
+            "matched_modules: modules of the file",
+        ),
+        (
+            "target_regex",
+            |json| json["target_modules_given"] = json!(r".*emb|pos\..*"),
+            "matched_modules: targeted modules",
+        ),
+        (
+            "target_none_nested",
+            |json| json["target_modules_given"] = json!("model.embed_tokens"),
+            "expected that there is none",
+        ),
+        (
+            "lora_dict_tied_different_ensure",
+            |json| json["trainable_token_indices"]["lm_head"] = json!([149, 3, 40]),
+            "different tokens of tied modules are accepted",
+        ),
+        (
+            "t5_tied",
+            |json| json["wrapped_modules"]["lm_head"]["tied"] = json!(false),
+            "wrapped_modules: targeted modules",
+        ),
+        (
+            "bert_mlm",
+            |json| json["merged_checkpoint"]["changed_tensors"] = json!([]),
+            "merged_checkpoint: changed tensors",
+        ),
+        (
+            "resized_vocab",
+            |json| json["adapters"][0]["load_not_resized"]["status"] = json!("ok"),
+            "PEFT's outcome on the base as it was",
+        ),
+    ];
+    for (case, change, reason) in changes {
+        fails(&changed(case, change), &[reason]);
+    }
+}
+
+#[test]
+fn another_file_is_found() {
+    let dir = changed("llama_tied", |_| ());
+    let path = dir.path().join("merged/model.safetensors");
+    let mut file = std::fs::read(&path).unwrap();
+    bytes_of(&mut file, "model.norm.weight")[0] ^= 1;
+    std::fs::write(path, file).unwrap();
+    fails(&dir, &["merged_checkpoint: tensor model.norm.weight differs"]);
+
+    let dir = changed("llama_tied", |json| {
+        json["adapters"][0]["adapter_config"]["inference_mode"] = json!(false);
+    });
+    fails(&dir, &["adapters: adapter: adapter_config.json"]);
 }

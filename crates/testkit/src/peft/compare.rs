@@ -3,7 +3,7 @@
 use serde_json::Value;
 use trainable_tokens_core::TokenRows;
 
-use super::fixture::number;
+use super::value::{flag, number};
 use crate::failure::{ensure, same};
 use crate::{Failure, Outcome};
 
@@ -12,6 +12,16 @@ use crate::{Failure, Outcome};
 pub(super) struct Tolerance {
     atol: f64,
     rtol: f64,
+    nan: Nan,
+}
+
+/// What a NaN is equal to, where bits are compared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Nan {
+    /// Itself, as any other value.
+    Same,
+    /// Any NaN: torch's rounding to half types keeps no payload.
+    Any,
 }
 
 impl Tolerance {
@@ -20,6 +30,7 @@ impl Tolerance {
         Self {
             atol: tolerance,
             rtol: tolerance,
+            nan: Nan::Same,
         }
     }
 
@@ -28,13 +39,20 @@ impl Tolerance {
         Ok(Self {
             atol: number(operation, "atol")?,
             rtol: number(operation, "rtol")?,
+            nan: match operation.get("nan_equal") {
+                Some(_) if flag(operation, "nan_equal")? => Nan::Any,
+                _ => Nan::Same,
+            },
         })
     }
 
     /// Whether `got` is `want`, within the tolerance.
     pub(super) fn check(self, what: &str, got: &TokenRows, want: &TokenRows) -> Outcome {
         if self.atol == 0.0 && self.rtol == 0.0 {
-            return same(what, got, want);
+            return match self.nan {
+                Nan::Same => same(what, got, want),
+                Nan::Any => same(what, &plain_nans(got)?, &plain_nans(want)?),
+            };
         }
         ensure!(
             got.shape() == want.shape(),
@@ -52,4 +70,17 @@ impl Tolerance {
         }
         Ok(())
     }
+}
+
+/// The same values, but every NaN has the same bits.
+fn plain_nans(rows: &TokenRows) -> Result<TokenRows, Failure> {
+    let size = rows.dtype().size_in_bytes();
+    let mut bytes = rows.to_le_bytes();
+    for (value, bytes) in rows.to_f64_vec().iter().zip(bytes.chunks_exact_mut(size)) {
+        if value.is_nan() {
+            bytes.fill(0xff);
+        }
+    }
+    let [count, columns] = rows.shape();
+    Ok(TokenRows::from_le_bytes(rows.dtype(), count, columns, &bytes)?)
 }

@@ -1,25 +1,71 @@
 //! Reading a case.
 
+use std::cell::RefCell;
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
-use trainable_tokens_core::{
-    EmbeddingSource, LayerOptions, MaxNorm, Padding, PaddingRule, TokenId, TokenRows, TokenSet,
-};
-use trainable_tokens_format::{Adapter, Checkpoint, SafetensorsFile};
+use trainable_tokens_core::{LayerOptions, TokenRows, TokenSet};
+use trainable_tokens_format::{Checkpoint, SafetensorsFile};
 
-use crate::failure::{equal, same};
+use super::module::Module;
+
+use crate::failure::same;
 use crate::{Failure, world};
 
-/// A case as it lies in its directory: one embedding, its trainable tokens, and what PEFT did with them.
+/// What `case.json` may hold. What says nothing about results is only read by people: words, the environment, and the
+/// sizes of what lies in the files beside it.
+const FIELDS: [&str; 38] = [
+    "adapter_names",
+    "adapters",
+    "autocast_adapter_dtype",
+    "base",
+    "description",
+    "ensure_weight_tying",
+    "expected",
+    "hyper",
+    "matched_modules",
+    "merged_checkpoint",
+    "merged_dir",
+    "modules",
+    "name",
+    "new_vocab",
+    "observations",
+    "old_vocab",
+    "operations",
+    "overlap",
+    "peft_backward",
+    "peft_config",
+    "peft_forward",
+    "peft_init",
+    "peft_merge",
+    "peft_mixed",
+    "peft_quirks",
+    "peft_reload",
+    "peft_save",
+    "rounding",
+    "schema",
+    "target_modules_given",
+    "title",
+    "token_indices",
+    "tokenizer_examples",
+    "trainable_parameters",
+    "trainable_token_indices",
+    "variants",
+    "versions",
+    "wrapped_modules",
+];
+
+/// A case as it lies in its directory: embeddings, their trainable tokens, and what PEFT did with them.
 #[derive(Clone, Debug)]
 pub struct Fixture {
     dir: PathBuf,
     json: Value,
-    recorded: SafetensorsFile,
-    table: TokenRows,
+    recorded: Option<SafetensorsFile>,
+    /// Names of recorded tensors that were looked at.
+    read: RefCell<BTreeSet<String>>,
+    first: Module,
     tokens: TokenSet,
-    options: LayerOptions,
 }
 
 impl Fixture {
@@ -33,28 +79,31 @@ impl Fixture {
         let json = std::fs::read(&path)
             .map_err(|error| Failure::new(format!("cannot read {}: {error}", path.display())))?;
         let json: Value = serde_json::from_slice(&json)?;
-        let recorded = SafetensorsFile::open(dir.join("expected.safetensors"))?;
-        let module = &json["modules"][0];
-        let table = Checkpoint::open(dir.join("base"))?.table(text(module, "param")?)?;
-        let shape = [count(module, "num_embeddings")?, count(module, "embedding_dim")?];
-        let table = TokenRows::from_le_bytes(table.dtype(), shape[0], shape[1], table.bytes())?;
-        let ids = json["token_indices"]
-            .as_array()
-            .ok_or("token_indices is no list")?;
-        let ids: Vec<u32> = ids.iter().map(id).collect::<Result<_, _>>()?;
+        super::value::only("case.json", &json, &FIELDS)?;
+        // A case of nothing but an error has no results.
+        let path = dir.join("expected.safetensors");
+        let recorded = if path.exists() || json["expected"].is_object() {
+            Some(SafetensorsFile::open(path)?)
+        } else {
+            None
+        };
+        let first = Module::first(dir, &json)?;
+        let ids = super::adapters::recorded_ids(&json, None, &first.path)?;
+        let tokens = TokenSet::new(ids, first.table.num_rows())?;
+        let read = RefCell::default();
         let fixture = Self {
             dir: dir.to_owned(),
-            tokens: TokenSet::new(ids, shape[0])?,
-            options: options(module)?,
-            recorded,
-            table,
             json,
+            recorded,
+            read,
+            first,
+            tokens,
         };
         if fixture.has("base.weight") {
             same(
                 "base.weight and the checkpoint",
                 &fixture.rows("base.weight")?,
-                &fixture.table,
+                fixture.table(),
             )?;
         }
         Ok(fixture)
@@ -65,24 +114,64 @@ impl Fixture {
         &self.json
     }
 
-    /// The frozen table.
-    pub fn table(&self) -> &TokenRows {
-        &self.table
+    /// The directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
     }
 
-    /// The trainable tokens.
+    /// The frozen table: that of the first module, if there are several.
+    pub fn table(&self) -> &TokenRows {
+        &self.first.table
+    }
+
+    /// The trainable tokens: those of the first module and the first adapter, if there are several.
     pub fn tokens(&self) -> &TokenSet {
         &self.tokens
     }
 
-    /// The options of the embedding, as torch's `nn.Embedding` means them.
+    /// The options of the first module, as torch's `nn.Embedding` and transformers' scaled ones mean them.
     pub fn options(&self) -> LayerOptions {
-        self.options
+        self.first.options
+    }
+
+    /// The first module.
+    pub(super) fn first(&self) -> &Module {
+        &self.first
+    }
+
+    /// The module that an operation names, or else the first one, with the table that it has in the operation's base.
+    pub(super) fn module(&self, operation: &Value) -> Result<Module, Failure> {
+        let path = operation["module"].as_str().unwrap_or(&self.first.path);
+        Module::open(&self.dir, &self.json, path, base_dir(operation))
+    }
+
+    /// The checkpoint that an operation starts from.
+    pub(super) fn base(&self, operation: &Value) -> Result<Checkpoint, Failure> {
+        Ok(Checkpoint::open(self.dir.join(base_dir(operation)))?)
     }
 
     /// Whether a tensor of this name is recorded.
     pub fn has(&self, name: &str) -> bool {
-        self.recorded.contains(name)
+        self.recorded.as_ref().is_some_and(|file| file.contains(name))
+    }
+
+    /// The names of all recorded tensors.
+    pub(super) fn names(&self) -> impl Iterator<Item = &str> {
+        self.recorded.iter().flat_map(SafetensorsFile::names)
+    }
+
+    /// Names of recorded tensors that nothing has looked at yet.
+    pub(super) fn unread(&self) -> impl Iterator<Item = &str> {
+        let read = self.read.borrow().clone();
+        self.names().filter(move |name| !read.contains(*name))
+    }
+
+    fn tensor(&self, name: &str) -> Result<trainable_tokens_format::TensorRef<'_>, Failure> {
+        self.read.borrow_mut().insert(name.to_owned());
+        let recorded = self.recorded.as_ref();
+        Ok(recorded
+            .ok_or_else(|| format!("{name} is not recorded"))?
+            .tensor(name)?)
     }
 
     /// A recorded float tensor; all dimensions but the last are one.
@@ -91,7 +180,7 @@ impl Fixture {
     ///
     /// If there is none of this name, or if it does not hold floats.
     pub fn rows(&self, name: &str) -> Result<TokenRows, Failure> {
-        let tensor = self.recorded.tensor(name)?;
+        let tensor = self.tensor(name)?;
         let (columns, leading) = tensor
             .shape
             .split_last()
@@ -111,7 +200,7 @@ impl Fixture {
     ///
     /// If there is none of this name, or if it does not hold such ids.
     pub fn ids(&self, name: &str) -> Result<Vec<u32>, Failure> {
-        let tensor = self.recorded.tensor(name)?;
+        let tensor = self.tensor(name)?;
         let elements: usize = tensor.shape.iter().product();
         if tensor.float_dtype().is_ok() || Some(tensor.bytes.len()) != elements.checked_mul(8) {
             return Err(Failure::new(format!("{name} does not hold 64-bit integers")));
@@ -131,8 +220,8 @@ impl Fixture {
             return self.rows("delta.init");
         }
         let ids: Vec<u32> = self.tokens.ids().iter().map(|id| id.0).collect();
-        let rows = world::select(&self.table, &ids)?;
-        Ok(rows.to_dtype(self.table.dtype().default_row_dtype()))
+        let rows = world::select(self.table(), &ids)?;
+        Ok(rows.to_dtype(self.table().dtype().default_row_dtype()))
     }
 
     /// The rows of the adapter that PEFT saved, in the type of its file.
@@ -141,20 +230,14 @@ impl Fixture {
     ///
     /// If the adapter cannot be read, or if it is not the one that is recorded.
     pub fn adapter_rows(&self) -> Result<TokenRows, Failure> {
-        let adapter = Adapter::read(self.dir.join("adapter"))?;
-        let module = adapter
-            .module(text(&self.json["modules"][0], "path")?)
-            .ok_or("the adapter has no rows of the module")?;
-        equal(
-            "the adapter's tokens",
-            &module.token_ids(),
-            &self.tokens.ids().to_vec(),
-        )?;
-        let rows = module.rows().clone();
+        let adapters = self.adapters(&Value::Null, &self.first)?;
+        let [adapter] = &adapters[..] else {
+            return Err(Failure::new("it has not one adapter for the module"));
+        };
         if self.has("delta.trained") {
-            same("the adapter's rows", &rows, &self.rows("delta.trained")?)?;
+            same("the adapter's rows", &adapter.rows, &self.rows("delta.trained")?)?;
         }
-        Ok(rows)
+        Ok(adapter.rows.clone())
     }
 
     /// The operations that PEFT did.
@@ -169,62 +252,7 @@ impl Fixture {
     }
 }
 
-/// The options of `torch.nn.Embedding`.
-fn options(module: &Value) -> Result<LayerOptions, Failure> {
-    let mut options = LayerOptions::default();
-    for (name, value) in module.as_object().ok_or("modules[0] is no object")? {
-        match name.as_str() {
-            // `sparse` is the layout of torch's gradient of the whole table, which is never made here.
-            "path" | "param" | "num_embeddings" | "embedding_dim" | "sparse" => {}
-            "padding_idx" => {
-                options.padding = Some(Padding {
-                    token: TokenId(id(value)?),
-                    rule: PaddingRule::NoLookupGradient,
-                });
-            }
-            "scale_grad_by_freq" => options.scale_grad_by_freq = flag(module, name)?,
-            "max_norm" => options.max_norm = Some(MaxNorm::new(number(module, name)?)?),
-            _ => {
-                return Err(Failure::new(format!(
-                    "the option {name} of the module is unknown"
-                )));
-            }
-        }
-    }
-    Ok(options)
-}
-
-fn id(value: &Value) -> Result<u32, Failure> {
-    let id = value.as_u64().and_then(|id| u32::try_from(id).ok());
-    id.ok_or_else(|| Failure::new(format!("{value} is no token id")))
-}
-
-fn field<'a, T>(
-    of: &'a Value,
-    name: &str,
-    kind: &str,
-    read: impl FnOnce(&'a Value) -> Option<T>,
-) -> Result<T, Failure> {
-    read(&of[name]).ok_or_else(|| Failure::new(format!("{name} is {}, expected {kind}", of[name])))
-}
-
-/// The text at `name`.
-pub(super) fn text<'a>(of: &'a Value, name: &str) -> Result<&'a str, Failure> {
-    field(of, name, "a text", Value::as_str)
-}
-
-/// The number at `name`.
-pub(super) fn number(of: &Value, name: &str) -> Result<f64, Failure> {
-    field(of, name, "a number", Value::as_f64)
-}
-
-/// The truth at `name`.
-pub(super) fn flag(of: &Value, name: &str) -> Result<bool, Failure> {
-    field(of, name, "true or false", Value::as_bool)
-}
-
-/// The count at `name`.
-pub(super) fn count(of: &Value, name: &str) -> Result<usize, Failure> {
-    let count = field(of, name, "a count", Value::as_u64)?;
-    Ok(usize::try_from(count)?)
+/// The directory of the checkpoint that an operation starts from.
+fn base_dir(operation: &Value) -> &str {
+    operation["base"].as_str().unwrap_or("base")
 }

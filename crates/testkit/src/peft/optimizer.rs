@@ -3,7 +3,7 @@
 use serde_json::Value;
 use trainable_tokens_core::{AdamConfig, Decay, SgdConfig};
 
-use super::fixture::{flag, number, text};
+use super::value::{flag, number, text};
 use crate::Failure;
 use crate::vectors::OptimizerSpec;
 
