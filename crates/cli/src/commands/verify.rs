@@ -71,7 +71,10 @@ pub(super) fn run(args: &VerifyArgs, cli: &Cli) -> Result<()> {
 fn checks(model: &Model, adapter: &Adapter) -> Result<Vec<Check>> {
     let table = model.table()?;
     let metadata = adapter.metadata();
-    let ids = adapter.modules().first().map_or(&[][..], AdapterModule::token_indices);
+    let ids = adapter
+        .modules()
+        .first()
+        .map_or(&[][..], AdapterModule::token_indices);
     let mut checks = vec![Check::of(
         "vocabulary and dimensions",
         adapter
