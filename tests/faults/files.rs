@@ -150,23 +150,25 @@ fn f14_rows_extend_a_smaller_vocabulary() {
     let table = base.table("model.embed_tokens.weight").unwrap();
     let (v, d) = (table.vocab_size(), table.embedding_dim());
     let id = |more: usize| u32::try_from(v + more).unwrap();
-    let adapter = |ids: &[u32]| {
-        let tokens = TokenSet::new(ids.iter().copied(), v + 4).unwrap();
+    let adapter = |ids: &[u32], vocab_size| {
+        let tokens = TokenSet::new(ids.iter().copied(), vocab_size).unwrap();
         let rows = TokenRows::new(vec![0.25f32; ids.len() * d], ids.len(), d).unwrap();
         Adapter::builder("model.embed_tokens", &tokens, rows)
             .tied("lm_head")
             .build()
             .unwrap()
     };
-    let grown = adapter(&[id(1), 5, id(0)]);
+    let grown = adapter(&[id(1), 5, id(0)], v + 2);
     assert!(
         grown.to_safetensors().unwrap().len() < 2048,
         "no table in the file"
     );
     grown.check_against(&base, BaseCheck::Fits).unwrap();
-    let table = grown.table("model.embed_tokens", &base).unwrap();
-    assert_eq!(table.vocab_size(), v + 2);
-    let error = adapter(&[id(2)])
+    assert_eq!(
+        grown.table("model.embed_tokens", &base).unwrap().vocab_size(),
+        v + 2
+    );
+    let error = adapter(&[id(2)], v + 3)
         .check_against(&base, BaseCheck::Fits)
         .unwrap_err();
     assert!(
@@ -181,8 +183,11 @@ fn f14_rows_extend_a_smaller_vocabulary() {
     with_table.check_against(&base, BaseCheck::Fits).unwrap();
     let table = with_table.table("model.embed_tokens", &base).unwrap();
     assert_eq!(table.vocab_size(), 113);
+    // A file with nothing but rows does not tell how large the vocabulary was: an id past the end may be a mistake.
     let rows_alone = Adapter::read(dir.join("adapter_false")).unwrap();
-    let error = rows_alone.check_against(&base, BaseCheck::Fits).unwrap_err();
+    rows_alone.check_against(&base, BaseCheck::Fits).unwrap_err();
+    let told = rows_alone.with_vocab_size(113).unwrap();
+    let error = told.check_against(&base, BaseCheck::Fits).unwrap_err();
     assert!(error.to_string().contains("token 111"), "{error}");
 }
 
