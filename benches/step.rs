@@ -32,19 +32,23 @@ fn ndarray_step(criterion: &mut Criterion) {
             b.iter(|| {
                 let plan = layer.plan(&ids).unwrap();
                 let rows = layer.lookup_planned(&plan).unwrap();
-                let gradient = layer.backward(&plan, upstream.view()).unwrap();
-                layer.step_with(gradient, &mut optimizer, &mut []).unwrap();
+                let gradients = layer.backward(&plan, upstream.view()).unwrap();
+                layer.step(&gradients, &mut optimizer, &mut []).unwrap();
                 rows
             });
         });
         let mut plan = layer.plan(&ids).unwrap();
         let mut out = Array2::<f32>::zeros((TOKENS, DIM));
+        let mut gradients = layer.zero_gradient();
         group.bench_function(format!("reused buffers/V={v}"), |b| {
             b.iter(|| {
                 plan.rebuild(layer.tokens(), layer.options(), &ids).unwrap();
                 layer.lookup_into(&plan, out.view_mut()).unwrap();
-                let gradient = layer.backward(&plan, upstream.view()).unwrap();
-                layer.step_with(gradient, &mut optimizer, &mut []).unwrap()
+                gradients.zero();
+                layer
+                    .backward_into(&plan, upstream.view(), &mut gradients)
+                    .unwrap();
+                layer.step(&gradients, &mut optimizer, &mut []).unwrap()
             });
         });
     }

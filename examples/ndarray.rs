@@ -34,7 +34,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         }
         let upstream = &error * (2.0 / error.len() as f32);
         let gradient = embedding.backward(&plan, upstream.view())?;
-        embedding.step_with(gradient, &mut optimizer, &mut [])?;
+        embedding.step(&gradient, &mut optimizer, &mut [])?;
     }
 
     let dir = std::env::temp_dir().join("trainable-tokens-example-ndarray");

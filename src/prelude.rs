@@ -2,7 +2,7 @@
 
 pub use trainable_tokens_core::{
     Adam, AdamConfig, DeltaStore, EmbeddingSource, HostTable, LayerOptions, MergeCheck, OptimizerHook,
-    Overlap, RowOptimizer, Sgd, SgdConfig, TokenId, TokenRows, TokenSet, WriteRows,
+    Overlap, RowInit, RowOptimizer, Sgd, SgdConfig, TokenId, TokenRows, TokenSet, WriteRows,
 };
 
 #[cfg(feature = "ndarray")]

@@ -175,6 +175,7 @@ fn mapped<T: Element + WithDType>(file_type: safetensors::Dtype) {
     let plan = nd.plan(&ids).unwrap();
     let one = <T as Element>::from_f32(1.0);
     let gradient = nd.backward(&plan, Array2::from_elem((5, d), one).view()).unwrap();
+    let gradient = nd.gradient(&gradient).unwrap();
     assert_eq!(gradient.to_f32_vec(), [[1.0; 6], [2.0; 6]].concat());
     assert_eq!(nd.logits(Array2::from_elem((1, d), one)).unwrap().dim(), (1, v));
 }

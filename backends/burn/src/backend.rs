@@ -1,12 +1,15 @@
 //! The marker type that implements core's backend.
 
+use std::ops::Range;
+
 use burn::tensor::{Gradients, Tensor};
 use trainable_tokens_core::{
-    Backend, DeltaStore, EmbeddingSource, Error as CoreError, LookupPlan, RowTransform, TokenRows, TokenSet,
+    Backend, DeltaStore, EmbeddingSource, Error as CoreError, LookupPlan, RowMix, RowTransform, TokenRows,
+    TokenSet,
 };
 
 use crate::convert::to_rows;
-use crate::ops::{Overrides, lookup_rows, project};
+use crate::ops::{Overrides, join_rows, lookup_rows, project, split_rows};
 use crate::{BurnDelta, BurnTable, Error, Result};
 
 /// Burn, as core sees it.
@@ -30,7 +33,7 @@ impl Backend for Burn {
         plan: &LookupPlan,
         transform: RowTransform,
     ) -> Result<Tensor<2>> {
-        let delta = delta.map(|delta| delta.param().val());
+        let delta = delta.map(BurnDelta::tensor);
         lookup_rows(source, delta.as_ref(), plan, transform)
     }
 
@@ -47,15 +50,34 @@ impl Backend for Burn {
                 if expected != got {
                     return Err(CoreError::shape("token set of the head", &expected, &got).into());
                 }
-                Some(Overrides::new(delta.param().val(), tokens))
+                Some(Overrides::new(delta.tensor(), tokens))
             }
             _ => None,
         };
         project(hidden, source, overrides.as_ref())
     }
 
+    fn combine(deltas: &[&BurnDelta], mix: &RowMix) -> Result<BurnDelta> {
+        BurnDelta::combine(deltas, mix)
+    }
+
+    fn num_rows(tensor: &Tensor<2>) -> usize {
+        tensor.dims()[0]
+    }
+
+    fn split_rows(tensor: Tensor<2>, parts: &[Range<usize>]) -> Result<Vec<Tensor<2>>> {
+        Ok(split_rows(&tensor, parts))
+    }
+
+    fn join_rows(parts: Vec<Tensor<2>>) -> Result<Tensor<2>> {
+        join_rows(parts)
+    }
+
     fn gradient(gradients: &Gradients, delta: &BurnDelta) -> Result<Option<TokenRows>> {
-        let gradient = delta.param().val().grad(gradients);
+        let Ok(param) = delta.param() else {
+            return Ok(None);
+        };
+        let gradient = param.val().grad(gradients);
         gradient
             .map(|gradient| to_rows("gradient of the trained rows", gradient))
             .transpose()

@@ -22,7 +22,7 @@ pub(crate) fn core_dtype(what: &'static str, dtype: burn_tensor::DType) -> Resul
 }
 
 /// The element type as burn names it.
-fn burn_dtype(dtype: DType) -> burn_tensor::DType {
+pub(crate) fn burn_dtype(dtype: DType) -> burn_tensor::DType {
     match dtype {
         DType::F64 => burn_tensor::DType::F64,
         DType::F32 => burn_tensor::DType::F32,

@@ -49,6 +49,9 @@ pub enum Error {
         /// Where it lies.
         got: String,
     },
+    /// What is asked of trained rows can only be asked of a parameter.
+    #[error("the rows are a combination of several adapters' rows; use those of each adapter")]
+    Combination,
     /// A model has no parameter of the given path, or it is not a table.
     #[error("the model has no two-dimensional parameter {path}")]
     NoSuchTable {
@@ -63,7 +66,7 @@ impl BackendError for Error {
             Self::Core(error) => error.kind(),
             Self::Execution(_) | Self::Data(_) => ErrorKind::Framework,
             Self::ElementType { .. } => ErrorKind::DType,
-            Self::Unsupported { .. } | Self::Device { .. } => ErrorKind::Unsupported,
+            Self::Unsupported { .. } | Self::Device { .. } | Self::Combination => ErrorKind::Unsupported,
             Self::NoSuchTable { .. } => ErrorKind::Shape,
         }
     }

@@ -4,13 +4,15 @@ use burn::tensor::Tensor;
 use trainable_tokens_core::{EmbeddingSource, Error as CoreError};
 
 use crate::convert::unflatten;
-use crate::ops::{check_like, project};
+use crate::layer::check_adapters;
+use crate::ops::check_like;
 use crate::{Result, TrainableTokens};
 
 /// The output layer of a model with tied embeddings: `hidden · Wᵀ`, with the columns of trainable tokens computed from
 /// the trained rows.
 ///
-/// It borrows its [`TrainableTokens`], as burn's parameters are values: a head of its own would not see the next step.
+/// It borrows its [`TrainableTokens`] with its adapters, those that are active and merges as they are at that moment, as
+/// burn's parameters are values: a head of its own would not see the next step.
 ///
 /// - While the rows equal the base's, the logits equal those of the frozen head, bit for bit.
 /// - The embedding's scale and norm limit do not apply here; its padding rule neither.
@@ -49,19 +51,44 @@ impl<'a> TiedHead<'a> {
     ///
     /// When shape, element type or device are not the table's.
     pub fn logits<const R: usize>(&self, hidden: Tensor<R>) -> Result<Tensor<R>> {
-        let table = self.layer.table()?;
-        let (mut dims, dim) = (hidden.dims(), table.embedding_dim());
+        self.flattened(hidden, |hidden| self.layer.core()?.logits(hidden))
+    }
+
+    /// The logits `[B, .., V]` of `hidden` `[B, .., D]`, where each of the `B` examples sees the rows of the adapter of its
+    /// name, or the base's alone. The adapters need not be active.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`logits`](Self::logits) and of core's
+    /// [`logits_mixed`](trainable_tokens_core::TrainableTokens::logits_mixed); unless there is one name or none for each example.
+    pub fn logits_mixed<const R: usize>(
+        &self,
+        hidden: Tensor<R>,
+        adapters: &[Option<&str>],
+    ) -> Result<Tensor<R>> {
+        check_adapters(hidden.dims()[0], adapters)?;
+        self.flattened(hidden, |hidden| self.layer.core()?.logits_mixed(hidden, adapters))
+    }
+
+    /// Lets `head` see all hidden states below each other, and adds the bias.
+    fn flattened<const R: usize>(
+        &self,
+        hidden: Tensor<R>,
+        head: impl FnOnce(Tensor<2>) -> Result<Tensor<2>>,
+    ) -> Result<Tensor<R>> {
+        let [vocab_size, dim] = self.layer.embedding().weight.shape().dims();
+        let mut dims = hidden.dims();
         let Some((last, leading)) = dims.split_last_mut().filter(|(last, _)| **last == dim) else {
             return Err(CoreError::shape("hidden states of the head", &[dim], &hidden.dims()).into());
         };
         let num_ids: usize = leading.iter().product();
-        *last = table.vocab_size();
+        *last = vocab_size;
         let hidden = if num_ids == 0 {
             Tensor::zeros([0, dim], (&hidden.device(), hidden.dtype()))
         } else {
             hidden.reshape([num_ids, dim])
         };
-        let logits = project(hidden, &table, self.layer.overrides()?.as_ref())?;
+        let logits = head(hidden)?;
         let logits = match &self.bias {
             Some(bias) => logits + bias.clone().unsqueeze(),
             None => logits,

@@ -1,7 +1,7 @@
 //! Token ids in tensors.
 
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 
 use burn::module::{Param, ParamId};
 use burn::tensor::{DType, Int, Tensor};
@@ -30,11 +30,11 @@ pub(crate) fn read_ids<const D: usize>(ids: Tensor<D, Int>, vocab_size: usize) -
 /// The validated token set of a parameter of ids.
 ///
 /// A record that is loaded replaces the parameter, and with it its burn id: then the set is read anew.
-pub(crate) struct TokenCache(Mutex<(ParamId, Arc<TokenSet>)>);
+pub(crate) struct TokenCache(Mutex<(ParamId, TokenSet)>);
 
 impl TokenCache {
     pub(crate) fn new(ids: &Param<Tensor<1, Int>>, tokens: TokenSet) -> Self {
-        Self(Mutex::new((ids.id, Arc::new(tokens))))
+        Self(Mutex::new((ids.id, tokens)))
     }
 
     /// The set of `ids`, for a table of `vocab_size` rows.
@@ -42,13 +42,13 @@ impl TokenCache {
     /// # Errors
     ///
     /// For ids of a record that are out of range or given twice.
-    pub(crate) fn get(&self, ids: &Param<Tensor<1, Int>>, vocab_size: usize) -> Result<Arc<TokenSet>> {
+    pub(crate) fn get(&self, ids: &Param<Tensor<1, Int>>, vocab_size: usize) -> Result<TokenSet> {
         let mut cached = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if cached.0 != ids.id {
             let tokens = TokenSet::new(read_ids(ids.val(), vocab_size)?, vocab_size)?;
-            *cached = (ids.id, Arc::new(tokens));
+            *cached = (ids.id, tokens);
         }
-        Ok(Arc::clone(&cached.1))
+        Ok(cached.1.clone())
     }
 }
 

@@ -1,19 +1,22 @@
 //! The embedding module.
 
-use std::sync::Arc;
+mod adapters;
+mod merged;
+mod parts;
 
-use burn::module::{Module, Param, ParamGroup, ParamId};
+use burn::module::{Module, Param, ParamGroup};
 use burn::nn::Embedding;
 use burn::tensor::{Gradients, Int, Tensor};
 use trainable_tokens_core::{
-    Backend, DeltaStore, EmbeddingSource, Error as CoreError, LayerOptions, LookupPlan, OptimizerHook,
-    RowOptimizer, StepReport, TokenRows, TokenSet, WriteRows, step_delta,
+    EmbeddingSource, Error as CoreError, LayerOptions, LookupPlan, OptimizerHook, RowOptimizer, StepReport,
+    TokenRows, TokenSet, TrainableTokens as CoreLayer,
 };
 
-use crate::convert::{to_indices, to_rows, to_tensor, unflatten};
-use crate::ids::{TokenCache, read_ids};
-use crate::ops::{Overrides, lookup_rows};
-use crate::{Burn, BurnDelta, BurnTable, Result, TiedHead};
+use self::merged::MergedRows;
+use self::parts::State;
+use crate::convert::unflatten;
+use crate::ids::read_ids;
+use crate::{BurnTable, Result, TiedHead, TokenAdapter};
 
 /// An embedding of which only chosen rows train: takes the place of a [`burn::nn::Embedding`] in a module.
 ///
@@ -39,23 +42,28 @@ use crate::{Burn, BurnDelta, BurnTable, Result, TiedHead};
 /// Train with [`step`](Self::step) and an optimizer of `trainable-tokens-core`, or with any of burn's: the rows are the only
 /// parameter with a gradient.
 ///
+/// # Adapters
+///
+/// Rows belong to adapters, by name; [`wrap`](Self::wrap) makes one, called `default`, and activates it. Several are active at
+/// once ([`activate`](Self::activate)), or each example of a batch has its own ([`lookup_mixed`](Self::lookup_mixed)).
+/// What is active is followed by every [`tied_head`](Self::tied_head). All of it means what it means in core's
+/// [layer](CoreLayer).
+///
 /// # Records
 ///
-/// A record of the module holds `base.weight` (the whole table), `delta` (the trained rows) and `ids` (their tokens, in
-/// order), and while it is merged also `merged` (the rows that were overwritten). So a record carries its tokens with it: a
-/// module that loads it trains those. `model.into_record_group(embed.row_params())` records the rows alone, which a model
-/// with the same table loads with `allow_partial(true)`. Options are configuration and are in no record. A record taken
-/// before the embedding was wrapped is loaded before it is wrapped.
+/// A record of the module holds `base.weight` (the whole table), and for each adapter, by its place, `adapters.0.delta` (the
+/// trained rows) and `adapters.0.ids` (their tokens, in order); for each merge that was not undone also `merges.0.rows` and
+/// `merges.0.ids` (the rows that were overwritten). So a record carries its tokens with it: a module that loads it trains
+/// those. `model.into_record_group(embed.row_params())` records the rows alone, which a model with the same table loads with
+/// `allow_partial(true)`. Names, options and what is active are configuration and in no record. A record taken before the
+/// embedding was wrapped is loaded before it is wrapped.
 #[derive(Module, Debug)]
 pub struct TrainableTokens {
     base: Embedding,
-    delta: Param<Tensor<2>>,
-    ids: Param<Tensor<1, Int>>,
-    merged: Option<Param<Tensor<2>>>,
+    adapters: Vec<TokenAdapter>,
+    merges: Vec<MergedRows>,
     #[module(skip)]
-    options: LayerOptions,
-    #[module(skip)]
-    tokens: TokenCache,
+    state: State,
 }
 
 impl TrainableTokens {
@@ -65,12 +73,9 @@ impl TrainableTokens {
     ///
     /// For an id out of range or given twice, and those of [`BurnTable::new`].
     pub fn wrap(embedding: Embedding, token_ids: &[u32]) -> Result<Self> {
-        let base = embedding.materialize().no_grad();
-        let table = BurnTable::new(base.weight.val())?;
+        let (base, table) = frozen(embedding)?;
         let tokens = TokenSet::new(token_ids.iter().copied(), table.vocab_size())?;
-        let rows = table.read_rows(tokens.ids())?;
-        let rows = rows.to_dtype(table.dtype().default_row_dtype());
-        Self::from_parts(base, tokens, &rows)
+        Self::from_core(base, CoreLayer::new(table, tokens)?)
     }
 
     /// Trains the rows `token_ids` of an embedding, from given rows `[k, D]` and in their element type.
@@ -79,30 +84,26 @@ impl TrainableTokens {
     ///
     /// Those of [`wrap`](Self::wrap), and for rows of another shape.
     pub fn with_rows(embedding: Embedding, token_ids: &[u32], rows: &TokenRows) -> Result<Self> {
-        let base = embedding.materialize().no_grad();
-        let table = BurnTable::new(base.weight.val())?;
+        let (base, table) = frozen(embedding)?;
         let tokens = TokenSet::new(token_ids.iter().copied(), table.vocab_size())?;
-        rows.expect_shape("trained rows", tokens.len(), table.embedding_dim())?;
-        Self::from_parts(base, tokens, rows)
+        Self::from_core(base, CoreLayer::with_rows(table, tokens, rows)?)
     }
 
-    fn from_parts(base: Embedding, tokens: TokenSet, rows: &TokenRows) -> Result<Self> {
-        let device = base.weight.val().device();
-        let ids = Param::initialized(ParamId::new(), to_indices(&tokens.to_vec(), &device));
-        Ok(Self {
-            base,
-            delta: BurnDelta::new(rows, &device)?.into_param(),
-            tokens: TokenCache::new(&ids, tokens),
-            ids,
-            merged: None,
-            options: LayerOptions::default(),
-        })
+    /// Freezes an embedding, without any adapter.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`BurnTable::new`].
+    pub fn frozen(embedding: Embedding) -> Result<Self> {
+        let (base, table) = frozen(embedding)?;
+        Self::from_core(base, CoreLayer::frozen(table)?)
     }
 
     /// Sets the padding token and what becomes of looked-up rows.
     #[must_use]
-    pub fn with_options(self, options: LayerOptions) -> Self {
-        Self { options, ..self }
+    pub fn with_options(mut self, options: LayerOptions) -> Self {
+        self.state.options = options;
+        self
     }
 
     /// The rows of `input_ids` `[batch, sequence]`: their shape with `D` appended, in the table's element type. The
@@ -113,10 +114,9 @@ impl TrainableTokens {
     ///
     /// For an id that is negative or out of range, and when burn fails.
     pub fn lookup(&self, input_ids: Tensor<2, Int>) -> Result<Tensor<3>> {
-        let [batch, sequence] = input_ids.dims();
-        let [vocab_size, dim] = self.base.weight.shape().dims();
-        let plan = self.plan(&read_ids(input_ids, vocab_size)?)?;
-        Ok(unflatten(self.lookup_planned(&plan)?, [batch, sequence, dim]))
+        let shape = self.shape_of(&input_ids);
+        let plan = self.plan(&read_ids(input_ids, self.vocab_size())?)?;
+        Ok(unflatten(self.lookup_planned(&plan)?, shape))
     }
 
     /// As [`lookup`](Self::lookup), in burn's habit.
@@ -129,29 +129,46 @@ impl TrainableTokens {
         self.lookup(input_ids).unwrap_or_else(|error| panic!("{error}"))
     }
 
+    /// As [`lookup`](Self::lookup), where each of the `batch` examples sees the rows of the adapter of its name, or the
+    /// base's alone. The adapters need not be active.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`lookup`](Self::lookup) and of core's [`lookup_mixed`](CoreLayer::lookup_mixed); unless there is one name or
+    /// none for each example.
+    pub fn lookup_mixed(&self, input_ids: Tensor<2, Int>, adapters: &[Option<&str>]) -> Result<Tensor<3>> {
+        let shape = self.shape_of(&input_ids);
+        check_adapters(shape[0], adapters)?;
+        let plan = self.plan_mixed(&read_ids(input_ids, self.vocab_size())?, adapters)?;
+        Ok(unflatten(self.lookup_planned(&plan)?, shape))
+    }
+
     /// Plans a batch of flattened `input_ids`, for [`lookup_planned`](Self::lookup_planned).
     ///
     /// # Errors
     ///
     /// For an id out of range.
     pub fn plan(&self, input_ids: &[u32]) -> Result<LookupPlan> {
-        Ok(LookupPlan::new(&*self.tokens()?, self.options, input_ids)?)
+        Ok(self.core()?.plan(input_ids)?)
+    }
+
+    /// Plans a batch of `adapters.len()` equally long examples, flattened, each of which sees the rows of the adapter of its
+    /// name, or the base's alone.
+    ///
+    /// # Errors
+    ///
+    /// Those of core's [`plan_mixed`](CoreLayer::plan_mixed).
+    pub fn plan_mixed(&self, input_ids: &[u32], adapters: &[Option<&str>]) -> Result<LookupPlan> {
+        Ok(self.core()?.plan_mixed(input_ids, adapters)?)
     }
 
     /// The rows of a planned batch: `[N, D]` in the table's element type.
     ///
     /// # Errors
     ///
-    /// If the plan was made for another layer.
+    /// If the plan was made for other tokens; those of core's [`lookup_planned`](CoreLayer::lookup_planned).
     pub fn lookup_planned(&self, plan: &LookupPlan) -> Result<Tensor<2>> {
-        let table = self.table()?;
-        let delta = self.active()?.map(Param::val);
-        lookup_rows(
-            &table,
-            delta.as_ref(),
-            plan,
-            self.options.transform(table.dtype()),
-        )
+        self.core()?.lookup_planned(plan)
     }
 
     /// A head that shares this layer's table and rows; see there.
@@ -164,68 +181,65 @@ impl TrainableTokens {
         &self.base
     }
 
-    /// The trainable tokens, in slot order.
+    /// The tokens whose rows outputs are made with: those of the active adapters that are not merged, or of all active ones
+    /// if none is left. For a single adapter they are its own, in slot order.
     ///
     /// # Errors
     ///
     /// For tokens of a loaded record that are out of range or given twice.
-    pub fn tokens(&self) -> Result<Arc<TokenSet>> {
-        let [vocab_size, _] = self.base.weight.shape().dims();
-        self.tokens.get(&self.ids, vocab_size)
+    pub fn tokens(&self) -> Result<TokenSet> {
+        Ok(self.core()?.tokens().clone())
     }
 
     /// Padding, scale and the like.
     pub fn options(&self) -> LayerOptions {
-        self.options
+        self.state.options
     }
 
-    /// The trained rows as burn's parameter, `[k, D]`.
-    pub fn delta(&self) -> &Param<Tensor<2>> {
-        &self.delta
+    /// The trained rows of the one active adapter as burn's parameter, `[k, D]`.
+    ///
+    /// # Errors
+    ///
+    /// [`NotOneActive`](trainable_tokens_core::Error::NotOneActive).
+    pub fn delta(&self) -> Result<&Param<Tensor<2>>> {
+        let adapter = self.active_at()?;
+        Ok(self.adapters[adapter].delta())
     }
 
-    /// The rows and their ids as a group of parameters, for records of what was trained.
+    /// The rows of all adapters and their ids as a group of parameters, for records of what was trained.
     pub fn row_params(&self) -> ParamGroup {
-        ParamGroup::from_ids(vec![self.delta.id, self.ids.id])
+        let params = self.adapters.iter().flat_map(TokenAdapter::param_ids);
+        ParamGroup::from_ids(params.collect())
     }
 
-    /// Copies the trained rows to the host, `[k, D]` in slot order.
+    /// Copies the trained rows of the one active adapter to the host, `[k, D]` in slot order.
     ///
     /// # Errors
     ///
-    /// When burn fails.
+    /// [`NotOneActive`](trainable_tokens_core::Error::NotOneActive); when burn fails.
     pub fn rows(&self) -> Result<TokenRows> {
-        self.store()?.read()
+        self.active_adapter()?.rows()
     }
 
-    /// Replaces the trained rows, converted to their element type.
+    /// Replaces the trained rows of the one active adapter, converted to their element type.
     ///
     /// # Errors
     ///
-    /// For rows of another shape, or while merged.
+    /// [`NotOneActive`](trainable_tokens_core::Error::NotOneActive); for rows of another shape, or while merged.
     pub fn set_rows(&mut self, rows: &TokenRows) -> Result<()> {
-        self.expect_unmerged()?;
-        let mut store = self.store()?;
-        store.write(&rows.to_dtype(store.dtype()))?;
-        self.delta = store.into_param();
-        Ok(())
+        self.change(|layer| layer.set_rows(rows))
     }
 
-    /// The gradient of the trained rows, `[k, D]`.
+    /// The gradient of the trained rows of the one active adapter, `[k, D]`.
     ///
     /// # Errors
     ///
-    /// [`CoreError::NoGradient`] if the backward pass did not reach the rows: the loss does not depend on them, the graph
-    /// is cut, or the layer is merged.
+    /// [`NotOneActive`](trainable_tokens_core::Error::NotOneActive); those of [`AdapterRef::gradient`](crate::AdapterRef::gradient).
     pub fn gradient(&self, gradients: &Gradients) -> Result<TokenRows> {
-        let store = self.store()?;
-        if store.num_rows() == 0 {
-            return store.read();
-        }
-        Burn::gradient(gradients, &store)?.ok_or_else(|| CoreError::NoGradient.into())
+        self.active_adapter()?.gradient(gradients)
     }
 
-    /// One optimizer step on the rows, with hooks before and after.
+    /// One optimizer step on the rows of the one active adapter, with hooks before and after.
     ///
     /// # Errors
     ///
@@ -236,64 +250,22 @@ impl TrainableTokens {
         optimizer: &mut dyn RowOptimizer,
         hooks: &mut [&mut dyn OptimizerHook],
     ) -> Result<StepReport> {
-        self.step_with(self.gradient(gradients)?, optimizer, hooks)
+        self.change(|layer| layer.step(gradients, optimizer, hooks))
     }
 
     /// One optimizer step from a gradient on the host, such as one accumulated over batches.
     ///
     /// # Errors
     ///
-    /// For a gradient of another shape; while merged; those of the optimizer and the hooks.
+    /// [`NotOneActive`](trainable_tokens_core::Error::NotOneActive); for a gradient of another shape; while merged; those of
+    /// the optimizer and the hooks.
     pub fn step_with(
         &mut self,
         gradient: TokenRows,
         optimizer: &mut dyn RowOptimizer,
         hooks: &mut [&mut dyn OptimizerHook],
     ) -> Result<StepReport> {
-        self.expect_unmerged()?;
-        let mut store = self.store()?;
-        let report = step_delta(optimizer, hooks, &*self.tokens()?, &mut store, gradient)?;
-        self.delta = store.into_param();
-        Ok(report)
-    }
-
-    /// Writes the rows into the table, rounded to its element type; the old rows are kept for
-    /// [`unmerge`](Self::unmerge). From then on this layer and its head use the table alone.
-    ///
-    /// The table is written in place if this layer holds the only handle on it. If other modules share it, the layer gets a
-    /// copy of its own first, and the others keep the old rows: burn's tensors are values. [`embedding`](Self::embedding)
-    /// is the merged one, to be given to them.
-    ///
-    /// # Errors
-    ///
-    /// If it is merged already, or burn fails.
-    pub fn merge(&mut self) -> Result<()> {
-        self.expect_unmerged()?;
-        let table = self.table()?;
-        let rows = self.rows()?.to_dtype(table.dtype());
-        let old = table.read_rows(self.tokens()?.ids())?;
-        let old = to_tensor("overwritten rows", &old, &table.tensor().device())?;
-        drop(table);
-        self.overwrite(&rows)?;
-        self.merged = Some(Param::initialized(ParamId::new(), old));
-        Ok(())
-    }
-
-    /// Restores the exact rows that [`merge`](Self::merge) overwrote.
-    ///
-    /// # Errors
-    ///
-    /// If it is not merged, or burn fails.
-    pub fn unmerge(&mut self) -> Result<()> {
-        let old = self.merged.as_ref().ok_or(CoreError::NotMerged)?;
-        self.overwrite(&to_rows("overwritten rows", old.val())?)?;
-        self.merged = None;
-        Ok(())
-    }
-
-    /// Whether the rows are written into the table.
-    pub fn is_merged(&self) -> bool {
-        self.merged.is_some()
+        self.change(|layer| layer.step_with(gradient, optimizer, hooks))
     }
 
     /// Gives the table back as burn's own embedding, as it is now (merged or not) and still frozen.
@@ -301,42 +273,30 @@ impl TrainableTokens {
         self.base
     }
 
-    /// The frozen table; a handle, not a copy.
-    pub(crate) fn table(&self) -> Result<BurnTable> {
-        BurnTable::new(self.base.weight.val())
+    pub(crate) fn vocab_size(&self) -> usize {
+        let [vocab_size, _] = self.base.weight.shape().dims();
+        vocab_size
     }
 
-    /// The delta and its columns for a head, unless the table already holds them or there are none.
-    pub(crate) fn overrides(&self) -> Result<Option<Overrides>> {
-        let Some(delta) = self.active()? else {
-            return Ok(None);
-        };
-        Ok(Some(Overrides::new(delta.val(), &*self.tokens()?)))
+    /// The shape of the rows of `input_ids`.
+    fn shape_of(&self, input_ids: &Tensor<2, Int>) -> [usize; 3] {
+        let [batch, sequence] = input_ids.dims();
+        let [_, dim] = self.base.weight.shape().dims();
+        [batch, sequence, dim]
     }
+}
 
-    fn active(&self) -> Result<Option<&Param<Tensor<2>>>> {
-        Ok((!self.is_merged() && !self.tokens()?.is_empty()).then_some(&self.delta))
-    }
+/// An embedding that does not train, and its table.
+fn frozen(embedding: Embedding) -> Result<(Embedding, BurnTable)> {
+    let base = embedding.materialize().no_grad();
+    let table = BurnTable::new(base.weight.val())?;
+    Ok((base, table))
+}
 
-    fn store(&self) -> Result<BurnDelta> {
-        BurnDelta::from_param(self.delta.clone())
+/// Refuses names that are not one for each example.
+pub(crate) fn check_adapters(examples: usize, adapters: &[Option<&str>]) -> Result<()> {
+    if examples == adapters.len() {
+        return Ok(());
     }
-
-    fn expect_unmerged(&self) -> Result<()> {
-        if self.is_merged() {
-            return Err(CoreError::AlreadyMerged.into());
-        }
-        Ok(())
-    }
-
-    /// Writes rows of the table, in place if no other handle is left.
-    fn overwrite(&mut self, rows: &TokenRows) -> Result<()> {
-        let (tokens, device) = (self.tokens()?, self.table()?.tensor().device());
-        let nothing = Param::initialized(ParamId::new(), Tensor::zeros([1, 1], &device));
-        let (id, tensor, mapper) = std::mem::replace(&mut self.base.weight, nothing).consume();
-        let mut table = BurnTable::new(tensor)?;
-        let written = table.write_rows(tokens.ids(), rows);
-        self.base.weight = Param::from_mapped_value(id, table.into_tensor(), mapper);
-        written
-    }
+    Err(CoreError::shape("adapters of a mixed batch", &[examples], &[adapters.len()]).into())
 }

@@ -22,8 +22,8 @@
 //! # }
 //! ```
 //!
-//! - [`TrainableTokens`] is the embedding, a burn module that burn's own optimizers train too; [`TiedHead`] is the
-//!   output layer that shares its table; [`TrainableTokensConfig`] makes one.
+//! - [`TrainableTokens`] is the embedding, a burn module that burn's own optimizers train too, with any number of adapters
+//!   by name ([`TokenAdapter`]); [`TiedHead`] is the output layer that shares its table; [`TrainableTokensConfig`] makes one.
 //! - [`train_rows`] serves models whose code cannot be changed, at a price.
 //! - [`backward`] is burn's backward pass with an error where burn panics.
 //! - [`Burn`], [`BurnTable`] and [`BurnDelta`] implement the traits of `trainable-tokens-core`.
@@ -42,6 +42,7 @@
 #[doc = include_str!("../README.md")]
 struct Readme;
 
+mod adapter;
 mod backend;
 mod backward;
 mod config;
@@ -55,6 +56,7 @@ mod reparameterization;
 mod rows;
 mod table;
 
+pub use adapter::{AdapterMut, AdapterRef, TokenAdapter};
 pub use backend::Burn;
 pub use backward::backward;
 pub use config::TrainableTokensConfig;

@@ -19,7 +19,12 @@ use crate::{Error, Result};
 pub struct BurnTable {
     tensor: Tensor<2>,
     dtype: DType,
+    /// Writes that are only noted, for whoever owns the table.
+    deferred: Option<Writes>,
 }
+
+/// Rows to write, in the table's element type, and where.
+pub(crate) type Writes = Vec<(Vec<TokenId>, TokenRows)>;
 
 impl BurnTable {
     /// Wraps `tensor`, of shape `[V, D]`.
@@ -30,7 +35,23 @@ impl BurnTable {
     pub fn new(tensor: Tensor<2>) -> Result<Self> {
         let dtype = core_dtype("embedding table", tensor.dtype())?;
         let tensor = tensor.detach();
-        Ok(Self { tensor, dtype })
+        let deferred = None;
+        Ok(Self {
+            tensor,
+            dtype,
+            deferred,
+        })
+    }
+
+    /// A handle whose writes are noted instead.
+    pub(crate) fn deferring_writes(self) -> Self {
+        let deferred = Some(Writes::new());
+        Self { deferred, ..self }
+    }
+
+    /// Gives up the handle for the writes that it noted.
+    pub(crate) fn into_writes(self) -> Writes {
+        self.deferred.unwrap_or_default()
     }
 
     /// The table as a detached tensor.
@@ -74,6 +95,10 @@ impl WriteRows for BurnTable {
     fn write_rows(&mut self, ids: &[TokenId], rows: &TokenRows) -> Result<()> {
         self.check_write(ids, rows)?;
         if ids.is_empty() || self.embedding_dim() == 0 {
+            return Ok(());
+        }
+        if let Some(writes) = &mut self.deferred {
+            writes.push((ids.to_vec(), rows.clone()));
             return Ok(());
         }
         let device = self.tensor.device();

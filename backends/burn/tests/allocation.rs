@@ -7,7 +7,7 @@ mod common;
 use burn::tensor::{DType, Int, Tensor};
 use common::{DTYPES, bytes, device, embedding, noise};
 use trainable_tokens_burn::{TrainableTokens, backward};
-use trainable_tokens_core::{Adam, AdamConfig, TokenRows};
+use trainable_tokens_core::{Adam, AdamConfig, Overlap, TokenRows, TokenSet};
 use trainable_tokens_testkit::{CountingAllocator, allocated};
 
 #[global_allocator]
@@ -25,6 +25,60 @@ fn layer(dtype: DType) -> TrainableTokens {
 /// The one test of this program: the counters are the process's.
 #[test]
 fn nothing_of_the_size_of_the_table() {
+    one_adapter();
+    several_adapters();
+}
+
+fn several_adapters() {
+    for dtype in DTYPES {
+        let table = VOCAB_SIZE * DIM * dtype.size();
+        let mut layer = layer(dtype);
+        for (name, ids) in [("b", [3, 7]), ("c", [12_000, 500])] {
+            let rows = TokenRows::new(vec![0.5f32; 2 * DIM], 2, DIM).unwrap();
+            let tokens = TokenSet::new(ids, VOCAB_SIZE).unwrap();
+            layer.add_adapter_with_rows(name, tokens, &rows).unwrap();
+        }
+        let names = ["default", "b", "c"];
+        let mean = Overlap::WeightedMean(vec![1.0, 2.0, 3.0]);
+        layer.activate_overlapping(&names, mean).unwrap();
+        let ids = [[3, 1], [500, 19_999], [12_000, 7], [3, 500]];
+        let ids = Tensor::<2, Int>::from_data(ids, &device());
+        let mixed = [Some("default"), Some("b"), None, Some("c")];
+        let lookups = || {
+            let rows = layer.forward(ids.clone()) + layer.lookup_mixed(ids.clone(), &mixed).unwrap();
+            drop(backward(&rows.square().sum()).unwrap());
+        };
+        lookups();
+        let ((), cost) = allocated(lookups).unwrap();
+        assert!(cost.total < table / 20, "{dtype:?}, lookups: {cost:?} of {table}");
+        // Not even the table of slots, of 4 bytes for each token, is made again.
+        assert!(cost.largest < VOCAB_SIZE * 4, "{dtype:?}, lookups: {cost:?}");
+
+        let hidden = noise([4, NUM_IDS / 4, DIM], dtype, 3).require_grad();
+        let heads = || {
+            let head = layer.tied_head();
+            let logits = head.forward(hidden.clone());
+            let each = head.logits_mixed(hidden.clone(), &mixed).unwrap();
+            drop(backward(&(logits + each).sum()).unwrap());
+        };
+        heads();
+        let ((), cost) = allocated(heads).unwrap();
+        // Logits of both heads, of the parts of one, and gradients of all of them: each a thirty-second of the table.
+        assert!(cost.growth < table, "{dtype:?}, heads: {cost:?} of {table}");
+        assert!(cost.largest < table / 8, "{dtype:?}, heads: {cost:?} of {table}");
+
+        let before = bytes(&layer.embedding().weight);
+        let ((), cost) = allocated(|| {
+            layer.merge().unwrap();
+            layer.unmerge().unwrap();
+        })
+        .unwrap();
+        assert!(cost.total < table / 20, "{dtype:?}, a merge: {cost:?} of {table}");
+        assert_eq!(bytes(&layer.embedding().weight), before);
+    }
+}
+
+fn one_adapter() {
     for dtype in DTYPES {
         let table = VOCAB_SIZE * DIM * dtype.size();
         let mut layer = layer(dtype);

@@ -72,8 +72,12 @@ fn a_record_of_another_number_of_tokens_is_refused() {
 #[test]
 fn a_record_with_bad_tokens_is_an_error_and_not_a_panic() {
     #[derive(Module, Debug)]
-    struct Forged {
+    struct Ids {
         ids: burn::module::Param<burn::tensor::Tensor<1, burn::tensor::Int>>,
+    }
+    #[derive(Module, Debug)]
+    struct Forged {
+        adapters: Vec<Ids>,
     }
     for (tokens, kind) in [
         ([7, 10], ErrorKind::TokenOutOfRange),
@@ -82,7 +86,8 @@ fn a_record_with_bad_tokens_is_an_error_and_not_a_panic() {
     ] {
         let ids = burn::tensor::Tensor::from_data(tokens, &device());
         let ids = burn::module::Param::initialized(burn::module::ParamId::new(), ids);
-        let forged = record(Forged { ids }).allow_partial(true);
+        let adapters = vec![Ids { ids }];
+        let forged = record(Forged { adapters }).allow_partial(true);
         let loaded = trained(DType::F32, 0.3).load_record(forged);
         assert_eq!(loaded.tokens().unwrap_err().kind(), kind);
         assert_eq!(loaded.lookup(common::ids(&[7])).unwrap_err().kind(), kind);

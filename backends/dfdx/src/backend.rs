@@ -1,13 +1,16 @@
 //! The marker type that implements core's backend.
 
 use std::marker::PhantomData;
+use std::ops::Range;
 
 use dfdx::tensor::{Cpu, Gradients, OwnedTape, Tensor};
 use trainable_tokens_core::{
-    Backend, DeltaStore, EmbeddingSource, Error as CoreError, LookupPlan, RowTransform, TokenRows, TokenSet,
+    Backend, DeltaStore, EmbeddingSource, Error as CoreError, LookupPlan, RowMix, RowTransform, TokenRows,
+    TokenSet,
 };
 
-use crate::ops::{Head, Lookup, project};
+use crate::convert::dims;
+use crate::ops::{Head, Lookup, join_rows, project, split_rows};
 use crate::{DfdxDelta, DfdxDevice, DfdxElement, DfdxTable, Error, Result};
 
 /// dfdx, as core sees it: tables of element type `E` on device `D`.
@@ -35,7 +38,7 @@ impl<E: DfdxElement, D: DfdxDevice<E>> Backend for Dfdx<E, D> {
     ) -> Result<Self::Tensor> {
         let lookup = Lookup {
             base: source.tensor(),
-            leaf: delta.map(DfdxDelta::as_leaf),
+            rows: delta.map(DfdxDelta::new_rows),
             plan,
             transform,
         };
@@ -50,6 +53,23 @@ impl<E: DfdxElement, D: DfdxDevice<E>> Backend for Dfdx<E, D> {
     ) -> Result<Self::Tensor> {
         let head = head(source, delta, tokens)?;
         project(hidden, &head)
+    }
+
+    fn combine(deltas: &[&Self::Delta], mix: &RowMix) -> Result<Self::Delta> {
+        DfdxDelta::combine(deltas, mix)
+    }
+
+    fn num_rows(tensor: &Self::Tensor) -> usize {
+        dims(tensor)[0]
+    }
+
+    /// The first part goes on with the value's tape: gradients reach what is behind it if that part is used, too.
+    fn split_rows(tensor: Self::Tensor, parts: &[Range<usize>]) -> Result<Vec<Self::Tensor>> {
+        split_rows(tensor, parts)
+    }
+
+    fn join_rows(parts: Vec<Self::Tensor>) -> Result<Self::Tensor> {
+        join_rows(parts)
     }
 
     fn gradient(gradients: &Self::Gradients, delta: &Self::Delta) -> Result<Option<TokenRows>> {
@@ -73,7 +93,7 @@ pub(crate) fn head<'a, E: DfdxElement, D: DfdxDevice<E>>(
     let delta = delta.filter(|_| !tokens.is_empty());
     Ok(Head {
         base: source.tensor(),
-        overrides: delta.map(|delta| (delta.as_leaf(), tokens.ids())),
+        overrides: delta.map(|delta| (delta.new_rows(), tokens.ids())),
         bias: None,
     })
 }

@@ -4,7 +4,7 @@ use dfdx::shapes::{HasShape, RealizeShapeTo, Shape};
 
 use dfdx::tensor::{NoneTape, Storage, Tape, Tensor, TensorFromVec};
 use dfdx::tensor_ops::RealizeTo;
-use trainable_tokens_core::{Error as CoreError, TokenRows};
+use trainable_tokens_core::{Element, Error as CoreError, TokenRows};
 
 use crate::{DfdxElement, Error, Result};
 
@@ -49,7 +49,7 @@ pub(crate) fn to_vec<S: Shape, E, D: Storage<E>, T>(tensor: &Tensor<S, E, D, T>)
 }
 
 /// Copies a matrix to the host, bit for bit.
-pub(crate) fn to_rows<E: DfdxElement, D: Storage<E>, T>(tensor: &Matrix<E, D, T>) -> Result<TokenRows> {
+pub(crate) fn to_rows<E: Element, D: Storage<E>, T>(tensor: &Matrix<E, D, T>) -> Result<TokenRows> {
     let [num_rows, dim] = dims(tensor);
     Ok(TokenRows::new(to_vec(tensor), num_rows, dim)?)
 }

@@ -42,7 +42,7 @@ impl BackendError for Error {
 
 impl Error {
     /// Keeps what a device of dfdx said.
-    pub(crate) fn dfdx(error: impl Display) -> Self {
+    pub(crate) fn dfdx<E: Display>(error: E) -> Self {
         let message = error.to_string();
         Self::Dfdx { message }
     }

@@ -1,16 +1,19 @@
 //! The embedding layer, at sizes known at runtime.
 
+mod forward;
+
+use std::ops::{Deref, DerefMut};
+
 use dfdx::nn::modules::Embedding;
-use dfdx::nn::{Module, NonMutableModule};
-use dfdx::shapes::{Dim, HasShape, Rank2, RealizeShapeTo, Shape};
-use dfdx::tensor::{Cpu, Gradients, SplitTape, Tape, Tensor};
-use dfdx::tensor_ops::{RealizeTo, ReshapeTo};
+use dfdx::shapes::{Rank2, RealizeShapeTo, Shape};
+use dfdx::tensor::{Cpu, Gradients, Tape, Tensor};
+use dfdx::tensor_ops::RealizeTo;
 use trainable_tokens_core::{
-    DeltaStore, EmbeddingSource, Error as CoreError, HostTable, LayerOptions, OptimizerHook, RowOptimizer,
-    StepReport, TokenRows, TokenSet, TrainableTokens as CoreLayer,
+    DeltaStore, EmbeddingSource, Error as CoreError, HostTable, LayerOptions, LookupPlan, OptimizerHook,
+    RowOptimizer, StepReport, TokenAdapter, TokenRows, TokenSet, TrainableTokens as CoreLayer,
 };
 
-use crate::convert::{at_runtime, dims, ids_of, to_rows};
+use crate::convert::{at_runtime, dims, to_rows};
 use crate::ops::Lookup;
 use crate::{Dfdx, DfdxDelta, DfdxDevice, DfdxElement, DfdxTable, Error, Result, TiedHead};
 
@@ -34,8 +37,32 @@ use crate::{Dfdx, DfdxDelta, DfdxDevice, DfdxElement, DfdxTable, Error, Result, 
 /// of `u32` ([`lookup`](Self::lookup)). They are checked: dfdx's own embedding panics.
 ///
 /// The table is frozen: it is in no graph, and no `V x D` tensor is made by a step. Train with
-/// [`step`](Self::step) and an optimizer of `trainable-tokens-core`, which work at any size and keep rows of `f32` over
-/// a table of `f16`, or with one of dfdx's through [`change_rows`](Self::change_rows).
+/// [`step`](Self::step) and an optimizer of `trainable-tokens-core`, which work at any size and keep rows of `f32`
+/// over a table of `f16`, or with one of dfdx's through [`change_rows`](Self::change_rows).
+///
+/// # Adapters
+///
+/// This is core's [layer](CoreLayer) in dfdx's habit and has all its functions: rows, gradients and steps, adapters by
+/// name, and merges. A pair of ids `[B, N]` and `B` names is a mixed batch:
+///
+/// ```
+/// # use dfdx::prelude::*;
+/// # use trainable_tokens_core::TokenSet;
+/// # use trainable_tokens_dfdx::TrainableTokens;
+/// # fn main() -> Result<(), trainable_tokens_dfdx::Error> {
+/// # let dev = Cpu::default();
+/// # let embed = dev.build_module::<Embedding<32, 4>, f32>();
+/// let mut embed = TrainableTokens::wrap(embed, &[5, 7])?;
+/// embed.add_adapter("french", TokenSet::new([8], 32)?)?;
+/// embed.activate(&["default", "french"])?;
+///
+/// let ids = dev.tensor([[1, 5, 8], [1, 5, 8]]);
+/// let both = embed.try_forward(ids.clone())?; // every example sees the rows of both
+/// let each = embed.try_forward((ids, &[Some("french"), None][..]))?;
+/// # assert_eq!(both.as_vec(), each.as_vec());
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
 pub struct TrainableTokens<E: DfdxElement, D: DfdxDevice<E> = Cpu> {
     layer: CoreLayer<Dfdx<E, D>>,
@@ -99,12 +126,11 @@ impl<E: DfdxElement, D: DfdxDevice<E>> TrainableTokens<E, D> {
     /// Sets the padding token and what becomes of looked-up rows.
     #[must_use]
     pub fn with_options(self, options: LayerOptions) -> Self {
-        let layer = self.layer.with_options(options);
-        Self { layer }
+        self.layer.with_options(options).into()
     }
 
     /// The rows `[N, D]` of a batch, as a node of `tape`: `OwnedTape::default()` for a tape of its own, one with the
-    /// gradients of [`alloc_grads`](DfdxDelta::alloc_grads), or `NoneTape` for inference.
+    /// gradients of [`alloc_grads`](Self::alloc_grads), or `NoneTape` for inference.
     ///
     /// # Errors
     ///
@@ -114,12 +140,40 @@ impl<E: DfdxElement, D: DfdxDevice<E>> TrainableTokens<E, D> {
         input_ids: &[u32],
         tape: T,
     ) -> Result<Tensor<(usize, usize), E, D, T>> {
-        let layer = &self.layer;
+        self.lookup_planned(&self.layer.plan(input_ids)?, tape)
+    }
+
+    /// As [`lookup`](Self::lookup), for a batch of `adapters.len()` equally long examples, each of which sees the rows of
+    /// the adapter of its name, or the base's alone. The adapters need not be active.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`lookup`](Self::lookup) and of core's [`lookup_mixed`](CoreLayer::lookup_mixed).
+    pub fn lookup_mixed<T: Tape<E, D>>(
+        &self,
+        input_ids: &[u32],
+        adapters: &[Option<&str>],
+        tape: T,
+    ) -> Result<Tensor<(usize, usize), E, D, T>> {
+        self.lookup_planned(&self.layer.plan_mixed(input_ids, adapters)?, tape)
+    }
+
+    /// The rows `[N, D]` of a planned batch, as a node of `tape`.
+    ///
+    /// # Errors
+    ///
+    /// Those of core's [`lookup_planned`](CoreLayer::lookup_planned).
+    pub fn lookup_planned<T: Tape<E, D>>(
+        &self,
+        plan: &LookupPlan,
+        tape: T,
+    ) -> Result<Tensor<(usize, usize), E, D, T>> {
+        let rows = self.layer.rows_for(plan)?;
         let lookup = Lookup {
-            base: layer.source().tensor(),
-            leaf: layer.active().map(DfdxDelta::as_leaf),
-            plan: &layer.plan(input_ids)?,
-            transform: layer.transform(),
+            base: self.layer.source().tensor(),
+            rows: rows.as_deref().map(DfdxDelta::new_rows),
+            plan,
+            transform: self.layer.transform(),
         };
         lookup.forward(tape)
     }
@@ -129,87 +183,68 @@ impl<E: DfdxElement, D: DfdxDevice<E>> TrainableTokens<E, D> {
         TiedHead::new(&self.layer)
     }
 
-    /// Core's layer, for code that is generic over backends.
-    pub fn layer(&self) -> &CoreLayer<Dfdx<E, D>> {
-        &self.layer
-    }
-
     /// The frozen table.
     pub fn table(&self) -> &DfdxTable<E, D> {
         self.layer.source()
     }
 
-    /// The trainable tokens, in slot order.
-    pub fn tokens(&self) -> &TokenSet {
-        self.layer.tokens()
-    }
-
-    /// The trained rows in dfdx's graph.
-    pub fn delta(&self) -> &DfdxDelta<E, D> {
-        self.layer.delta()
-    }
-
-    /// Copies the trained rows to the host, `[k, D]` in slot order.
+    /// Gradients for a tape, in which those of all adapters' rows outlive a backward pass and all others do not: dfdx's
+    /// `ZeroGrads::alloc_grads`.
     ///
     /// # Errors
     ///
     /// When dfdx fails.
-    pub fn rows(&self) -> Result<TokenRows> {
-        self.layer.rows()
+    pub fn alloc_grads(&self) -> Result<Gradients<E, D>> {
+        let mut gradients = Gradients::leaky();
+        self.zero_grads(&mut gradients)?;
+        Ok(gradients)
     }
 
-    /// Replaces the trained rows, converted to their element type.
+    /// Zeroes the gradients of all adapters' rows and lets them outlive backward passes: dfdx's `ZeroGrads::zero_grads`.
+    /// Call it also on the `alloc_grads()` of a module that trains together with them.
     ///
     /// # Errors
     ///
-    /// For rows of another shape, or while merged.
-    pub fn set_rows(&mut self, rows: &TokenRows) -> Result<()> {
-        self.layer.set_rows(rows)
+    /// When dfdx fails.
+    pub fn zero_grads(&self, gradients: &mut Gradients<E, D>) -> Result<()> {
+        let mut adapters = self.layer.adapters();
+        adapters.try_for_each(|adapter| adapter.delta().zero_grads(gradients))
     }
 
-    /// Lets `change` write the trained rows as a tensor of dfdx, as its optimizers do:
+    /// Lets `change` write the rows of the one active adapter as a tensor of dfdx, as its optimizers do:
     /// `embed.change_rows::<K, M, _>(|rows| adam.update(rows, &gradients))`. The sizes must be known at compile time,
     /// like those of all tensors that these optimizers take.
     ///
     /// # Errors
     ///
-    /// For rows of another shape; while merged; [`Error::Unsupported`] if the rows train in another element type than
-    /// the table's, because dfdx's gradients have the table's. Nothing is changed then.
+    /// [`CoreError::NotOneActive`]; those of [`change_rows_of`](Self::change_rows_of).
     pub fn change_rows<const K: usize, const M: usize, R>(
         &mut self,
         change: impl FnOnce(&mut Tensor<Rank2<K, M>, E, D>) -> R,
     ) -> Result<R> {
-        if self.is_merged() {
-            return Err(CoreError::AlreadyMerged.into());
-        }
-        if self.delta().dtype() != E::DTYPE {
-            return Err(Error::Unsupported {
-                what: "training rows as a tensor of dfdx",
-                why: "they train in another element type than the table's",
-            });
-        }
-        let mut rows = self.delta().to_const()?;
-        let result = change(&mut rows);
-        self.set_rows(&to_rows(&at_runtime(rows)?)?)?;
-        Ok(result)
+        change_adapter(self.layer.active_adapter_mut()?, change)
     }
 
-    /// The gradient of the trained rows, `[k, D]`, in the type that sums run in: at least `f32`.
+    /// As [`change_rows`](Self::change_rows), for the rows of the adapter `name`, active or not.
     ///
     /// # Errors
     ///
-    /// [`trainable_tokens_core::Error::NoGradient`] if the backward pass did not reach the rows: the loss does not
-    /// depend on them, the layer is merged, or the tape was made to drop the gradients of all but other leaves (see
-    /// [`zero_grads`](DfdxDelta::zero_grads)).
-    pub fn gradient(&self, gradients: &Gradients<E, D>) -> Result<TokenRows> {
-        self.layer.gradient(gradients)
+    /// [`CoreError::UnknownAdapter`]; for rows of another shape; while merged; [`Error::Unsupported`] if the rows train
+    /// in another element type than the table's, because dfdx's gradients have the table's. Nothing is changed then.
+    pub fn change_rows_of<const K: usize, const M: usize, R>(
+        &mut self,
+        name: &str,
+        change: impl FnOnce(&mut Tensor<Rank2<K, M>, E, D>) -> R,
+    ) -> Result<R> {
+        change_adapter(self.layer.adapter_mut(name)?, change)
     }
 
-    /// One optimizer step on the rows, with hooks before and after.
+    /// One optimizer step on the rows of the one active adapter, with hooks before and after.
     ///
     /// # Errors
     ///
-    /// As [`gradient`](Self::gradient); while merged; those of the optimizer and the hooks.
+    /// Those of core's [`step`](CoreLayer::step). [`CoreError::NoGradient`] also if the tape was made to drop the gradients
+    /// of all but other leaves, see [`zero_grads`](Self::zero_grads).
     pub fn step(
         &mut self,
         gradients: &Gradients<E, D>,
@@ -219,42 +254,9 @@ impl<E: DfdxElement, D: DfdxDevice<E>> TrainableTokens<E, D> {
         self.layer.step(gradients, optimizer, hooks)
     }
 
-    /// One optimizer step from a gradient on the host, such as one accumulated over batches.
-    ///
-    /// # Errors
-    ///
-    /// For a gradient of another shape; while merged; those of the optimizer and the hooks.
-    pub fn step_with(
-        &mut self,
-        gradient: TokenRows,
-        optimizer: &mut dyn RowOptimizer,
-        hooks: &mut [&mut dyn OptimizerHook],
-    ) -> Result<StepReport> {
-        self.layer.step_with(gradient, optimizer, hooks)
-    }
-
-    /// Writes the rows into the table, rounded to its element type; the old rows are kept for
-    /// [`unmerge`](Self::unmerge). From then on this layer and its head use the table alone.
-    ///
-    /// # Errors
-    ///
-    /// If it is merged already; on CUDA, see [`DfdxTable`].
-    pub fn merge(&mut self) -> Result<()> {
-        self.layer.merge()
-    }
-
-    /// Restores the exact rows that [`merge`](Self::merge) overwrote.
-    ///
-    /// # Errors
-    ///
-    /// If it is not merged.
-    pub fn unmerge(&mut self) -> Result<()> {
-        self.layer.unmerge()
-    }
-
-    /// Whether the rows are written into the table.
-    pub fn is_merged(&self) -> bool {
-        self.layer.is_merged()
+    /// Gives up dfdx's habit for core's layer.
+    pub fn into_layer(self) -> CoreLayer<Dfdx<E, D>> {
+        self.layer
     }
 
     /// Gives the table back as it is now (merged or not).
@@ -277,40 +279,42 @@ impl<E: DfdxElement, D: DfdxDevice<E>> TrainableTokens<E, D> {
     }
 }
 
-impl<E: DfdxElement, D: DfdxDevice<E>> NonMutableModule for TrainableTokens<E, D> {}
-
-impl<N: Dim, E, D, T> Module<Tensor<(N,), usize, D, T>> for TrainableTokens<E, D>
-where
-    E: DfdxElement,
-    D: DfdxDevice<E>,
-    T: Tape<E, D>,
-{
-    type Output = Tensor<(N, usize), E, D, T>;
-    type Error = Error;
-
-    fn try_forward(&self, ids: Tensor<(N,), usize, D, T>) -> Result<Self::Output> {
-        let (ids, tape) = ids.split_tape();
-        let ids_on_host = ids_of(&ids, self.table().vocab_size())?;
-        let rows = self.lookup(&ids_on_host, tape)?;
-        let shape = (ids.shape().0, dims(&rows)[1]);
-        rows.try_reshape_like(&shape).map_err(Error::dfdx)
+impl<E: DfdxElement, D: DfdxDevice<E>> From<CoreLayer<Dfdx<E, D>>> for TrainableTokens<E, D> {
+    fn from(layer: CoreLayer<Dfdx<E, D>>) -> Self {
+        Self { layer }
     }
 }
 
-impl<B: Dim, N: Dim, E, D, T> Module<Tensor<(B, N), usize, D, T>> for TrainableTokens<E, D>
-where
-    E: DfdxElement,
-    D: DfdxDevice<E>,
-    T: Tape<E, D>,
-{
-    type Output = Tensor<(B, N, usize), E, D, T>;
-    type Error = Error;
+impl<E: DfdxElement, D: DfdxDevice<E>> Deref for TrainableTokens<E, D> {
+    type Target = CoreLayer<Dfdx<E, D>>;
 
-    fn try_forward(&self, ids: Tensor<(B, N), usize, D, T>) -> Result<Self::Output> {
-        let (ids, tape) = ids.split_tape();
-        let ids_on_host = ids_of(&ids, self.table().vocab_size())?;
-        let rows = self.lookup(&ids_on_host, tape)?;
-        let shape = (ids.shape().0, ids.shape().1, dims(&rows)[1]);
-        rows.try_reshape_like(&shape).map_err(Error::dfdx)
+    fn deref(&self) -> &Self::Target {
+        &self.layer
     }
+}
+
+impl<E: DfdxElement, D: DfdxDevice<E>> DerefMut for TrainableTokens<E, D> {
+    fn deref_mut(&mut self) -> &mut Self::Target {
+        &mut self.layer
+    }
+}
+
+fn change_adapter<E: DfdxElement, D: DfdxDevice<E>, const K: usize, const M: usize, R>(
+    adapter: &mut TokenAdapter<Dfdx<E, D>>,
+    change: impl FnOnce(&mut Tensor<Rank2<K, M>, E, D>) -> R,
+) -> Result<R> {
+    if adapter.is_merged() {
+        let adapter = adapter.name().to_owned();
+        return Err(CoreError::AlreadyMerged { adapter }.into());
+    }
+    if adapter.delta().dtype() != E::DTYPE {
+        return Err(Error::Unsupported {
+            what: "training rows as a tensor of dfdx",
+            why: "they train in another element type than the table's",
+        });
+    }
+    let mut rows = adapter.delta().to_const()?;
+    let result = change(&mut rows);
+    adapter.set_rows(&to_rows(&at_runtime(rows)?)?)?;
+    Ok(result)
 }

@@ -22,7 +22,8 @@
 //! # }
 //! ```
 //!
-//! - [`TrainableTokens`] is the embedding, [`TiedHead`] the output layer that shares its table.
+//! - [`TrainableTokens`] is the embedding, with any number of adapters by name; [`TiedHead`] is the output layer that
+//!   shares its table.
 //! - [`TrainableEmbedding`] is the embedding as a collection of tensors of const sizes, for dfdx's own optimizers.
 //! - [`Dfdx`], [`DfdxTable`] and [`DfdxDelta`] implement the traits of `trainable-tokens-core`.
 //!
@@ -33,6 +34,7 @@
 //! | tables of `f32`, `f64`, `f16` | yes | yes |
 //! | lookup, all options of core's layer | one pass over the rows | composed of dfdx's operations |
 //! | head, gradients | yes | composed of dfdx's operations |
+//! | several adapters at once | combined on the host | the same; their gradient is divided on the device |
 //! | merge, unmerge | in place | refused: dfdx writes a tensor there as a whole or not at all |
 //!
 //! - **bfloat16** does not exist in dfdx. [`DfdxTable::load`] widens such a table to `f32`, which is exact.
@@ -43,7 +45,7 @@
 //! - **dfdx's own optimizers** take tensors of sizes known at compile time only: through
 //!   [`TrainableEmbedding`], or [`TrainableTokens::change_rows`].
 //! - **A tape from `alloc_grads()`** drops the gradients of all but the leaves it was made for. Call
-//!   [`DfdxDelta::zero_grads`] on it, so that those of the rows stay, too.
+//!   [`TrainableTokens::zero_grads`] on it, so that those of the rows stay, too.
 //! - **Tensors without elements**: dfdx panics when it reduces or reads one. Lookup and head return them for an empty
 //!   batch.
 //! - A tensor that is cloned is **copied on write**: keep no clone of the table when merging in place.

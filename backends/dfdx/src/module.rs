@@ -8,7 +8,7 @@ use dfdx::tensor_ops::{Device, RealizeTo, ReshapeTo};
 use trainable_tokens_core::{Error as CoreError, LayerOptions, LookupPlan, TokenRows, TokenSet};
 
 use crate::convert::{Matrix, at_runtime, ids_of, matrix, to_rows};
-use crate::ops::{Head, Leaf, Lookup, project};
+use crate::ops::{Head, Lookup, NewRows, project};
 use crate::{DfdxDevice, DfdxElement, Error, Result};
 
 /// An embedding `[V, M]` of which `K` rows train, as a collection of tensors: dfdx's optimizers, `alloc_grads`,
@@ -34,6 +34,8 @@ use crate::{DfdxDevice, DfdxElement, Error, Result};
 ///
 /// The rows have the table's element type, because all tensors of one graph of dfdx do. A batch without any trainable
 /// token gives them a zero gradient, so that dfdx's optimizers do not report them as unused.
+///
+/// It has one adapter, for its fields are the tensors: several by name are [`TrainableTokens`](crate::TrainableTokens)'s.
 ///
 /// What dfdx makes of a collection (`build`, `to_dtype`, `to_device`) holds tensors alone: call
 /// [`set_tokens`](Self::set_tokens) and [`with_options`](Self::with_options) on the result. Until then every use is an
@@ -114,10 +116,10 @@ where
     ///
     /// For an id out of range, and when dfdx fails.
     pub fn lookup<T: Tape<E, D>>(&self, input_ids: &[u32], tape: T) -> Result<Matrix<E, D, T>> {
-        let leaf = Leaf::plain(at_runtime(self.trainable_tokens_delta.clone())?);
+        let rows = NewRows::plain(at_runtime(self.trainable_tokens_delta.clone())?);
         let lookup = Lookup {
             base: &at_runtime(self.weight.clone())?,
-            leaf: (K > 0).then_some(&leaf),
+            rows: (K > 0).then_some(&rows),
             plan: &LookupPlan::new(self.tokens()?, self.options, input_ids)?,
             transform: self.options.transform(E::DTYPE),
         };
@@ -134,10 +136,10 @@ where
         hidden: Tensor<(N, Const<M>), E, D, T>,
     ) -> Result<Tensor<(N, Const<V>), E, D, T>> {
         let num_rows = hidden.shape().0;
-        let leaf = Leaf::plain(at_runtime(self.trainable_tokens_delta.clone())?);
+        let rows = NewRows::plain(at_runtime(self.trainable_tokens_delta.clone())?);
         let head = Head {
             base: &at_runtime(self.weight.clone())?,
-            overrides: (K > 0).then_some((&leaf, self.tokens()?.ids())),
+            overrides: (K > 0).then_some((&rows, self.tokens()?.ids())),
             bias: None,
         };
         let logits = project(at_runtime(hidden)?, &head)?;

@@ -10,15 +10,19 @@ mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod head;
+mod parts;
+mod rows;
 #[cfg(test)]
 mod tests;
 
 use dfdx::shapes::{Axes2, Dtype, Rank1, Shape};
-use dfdx::tensor::{Gradients, Storage, Tape, Tensor};
+use dfdx::tensor::{Gradients, Storage, Tape, Tensor, TensorFromVec};
 use dfdx::tensor_ops::{Device, GatherTo, PermuteTo};
 use trainable_tokens_core::{LookupPlan, RowTransform, TokenId};
 
 pub(crate) use head::{Head, project};
+pub(crate) use parts::{join_rows, split_rows};
+pub(crate) use rows::{Combined, Leaf, NewRows};
 
 use crate::convert::{Matrix, dims};
 use crate::{DfdxElement, Result};
@@ -32,41 +36,13 @@ impl<E: DfdxElement, D: Kernels<E>> DfdxDevice<E> for D {}
 /// of the rows themselves could not be told from zeros without a panic.
 pub(crate) type Flag<E, D> = Tensor<Rank1<1>, E, D>;
 
-/// The trained rows in dfdx's graph, and what their gradients come to.
-#[derive(Clone, Debug)]
-pub struct Leaf<E: DfdxElement, D: Storage<E>> {
-    /// The rows `[k, D]`, in the table's element type. Their gradient is what dfdx's own optimizers see.
-    pub(crate) rows: Matrix<E, D>,
-    /// What a backward pass marks, where someone asks for it.
-    pub(crate) reached: Option<Flag<E, D>>,
-    /// A tensor in whose gradient, that of `rows` would be rounded, sums of the compute type gather bit for bit.
-    pub(crate) sums: Option<Matrix<E, D>>,
-}
-
-impl<E: DfdxElement, D: Kernels<E>> Leaf<E, D> {
-    /// Rows of which nobody but dfdx wants the gradient.
-    pub(crate) fn plain(rows: Matrix<E, D>) -> Self {
-        let (reached, sums) = (None, None);
-        Self { rows, reached, sums }
-    }
-
-    /// Notes that a backward pass reached the rows, which then have a gradient, if only of zeros.
-    fn mark(&self, gradients: &mut Gradients<E, D>) -> Result<(), D::Err> {
-        mark(gradients, self.reached.as_ref())?;
-        if let Some(sums) = &self.sums {
-            gradients.try_alloc_for(sums)?;
-        }
-        gradients.try_alloc_for(&self.rows)
-    }
-}
-
 /// The lookup of a batch.
 #[derive(Debug)]
 pub struct Lookup<'a, E: DfdxElement, D: Storage<E>> {
     /// The frozen table.
     pub(crate) base: &'a Matrix<E, D>,
     /// The rows that replace some of it.
-    pub(crate) leaf: Option<&'a Leaf<E, D>>,
+    pub(crate) rows: Option<&'a NewRows<E, D>>,
     pub(crate) plan: &'a LookupPlan,
     pub(crate) transform: RowTransform,
 }
@@ -78,7 +54,7 @@ impl<E: DfdxElement, D: Kernels<E>> Lookup<'_, E, D> {
     ///
     /// For a plan that was made for another table or for other rows, and when dfdx fails.
     pub(crate) fn forward<T: Tape<E, D>>(&self, tape: T) -> Result<Matrix<E, D, T>> {
-        let num_rows = self.leaf.map(|leaf| dims(&leaf.rows)[0]);
+        let num_rows = self.rows.map(|rows| dims(rows.tensor())[0]);
         self.plan.expect_fits(dims(self.base)[0], num_rows)?;
         D::lookup(self, tape)
     }
@@ -100,10 +76,10 @@ pub trait Kernels<E: DfdxElement>: Device<E> + Device<E::Compute> {
     ) -> Result<Matrix<E, Self>>;
     /// Whether the gradients of trained rows are summed in the compute type, whatever the table's.
     const WIDE_SUMS: bool;
-    /// Adds to all that [`Leaf`] says of the gradient of trained rows.
+    /// Adds to all that [`Leaf`] says of the gradient of trained rows, for each of the leaves that they are made of.
     fn add_row_gradient(
         gradients: &mut Gradients<E, Self>,
-        leaf: &Leaf<E, Self>,
+        rows: &NewRows<E, Self>,
         add: Matrix<E::Compute, Self>,
     ) -> Result<(), Self::Err>;
     /// Adds to the gradient of a contiguous `leaf`.
@@ -150,7 +126,13 @@ fn select<E, D: Device<E>>(table: &Matrix<E, D>, rows: Vec<usize>) -> Result<Mat
 where
     E: Dtype,
 {
+    table.clone().try_gather(indices(table.device(), rows)?)
+}
+
+/// Indices of rows.
+type Indices<D> = Tensor<(usize,), usize, D>;
+
+fn indices<D: TensorFromVec<usize>>(device: &D, rows: Vec<usize>) -> Result<Indices<D>, D::Err> {
     let len = rows.len();
-    let rows: Tensor<(usize,), usize, D> = table.device().try_tensor_from_vec(rows, (len,))?;
-    table.clone().try_gather(rows)
+    device.try_tensor_from_vec(rows, (len,))
 }

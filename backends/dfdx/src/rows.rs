@@ -1,13 +1,15 @@
 //! The trained rows.
 
+use std::sync::Arc;
+
 use dfdx::optim::{Optimizer, OptimizerUpdateError, Sgd, SgdConfig, UnusedTensors};
 use dfdx::shapes::{HasShape, Rank2, Shape};
 use dfdx::tensor::{Cpu, Gradients, Tensor};
 use dfdx::tensor_ops::RealizeTo;
-use trainable_tokens_core::{DType, DeltaStore, Error as CoreError, TokenRows};
+use trainable_tokens_core::{DType, DeltaStore, Error as CoreError, RowMix, TokenRows};
 
-use crate::convert::{dims, matrix, to_elements, to_rows, to_vec};
-use crate::ops::{Flag, Leaf, zero_gradient};
+use crate::convert::{Matrix, dims, matrix, to_elements, to_rows, to_vec};
+use crate::ops::{Combined, Flag, Leaf, NewRows, zero_gradient};
 use crate::{DfdxDevice, DfdxElement, Error, Result};
 
 /// The trained rows `[k, D]` as a leaf of dfdx's graph.
@@ -18,11 +20,13 @@ use crate::{DfdxDevice, DfdxElement, Error, Result};
 /// (On CUDA, where bits cannot be taken apart, each sum is rounded, as torch's are.)
 ///
 /// A clone is copied on write: neither sees what is written to the other later, although both have one gradient.
+///
+/// [`Backend::combine`](trainable_tokens_core::Backend::combine) makes one of several: its rows are made on the host, and
+/// their gradient goes to the leaves that they were made of. It is no leaf, so it cannot be written and has no gradient.
 #[derive(Clone, Debug)]
 pub struct DfdxDelta<E: DfdxElement, D: DfdxDevice<E> = Cpu> {
-    leaf: Leaf<E, D>,
-    reached: Flag<E, D>,
-    /// The rows themselves, where the leaf cannot hold them.
+    rows: NewRows<E, D>,
+    /// The rows themselves, where a tensor of the table's element type cannot hold them.
     master: Option<TokenRows>,
 }
 
@@ -34,25 +38,44 @@ impl<E: DfdxElement, D: DfdxDevice<E>> DfdxDelta<E, D> {
     /// When dfdx fails.
     pub fn new(rows: &TokenRows, device: &D) -> Result<Self> {
         let [num_rows, dim] = rows.shape();
-        let reached: Flag<E, D> = device.try_zeros().map_err(Error::dfdx)?;
         let sums = || {
             let width = dim * E::WIDTH;
             matrix(device, vec![E::default(); num_rows * width], num_rows, width)
         };
+        let leaf = Leaf {
+            rows: to_tensor(rows, device)?,
+            reached: Some(device.try_zeros().map_err(Error::dfdx)?),
+            sums: (D::WIDE_SUMS && E::WIDTH > 1).then(sums).transpose()?,
+        };
         Ok(Self {
-            leaf: Leaf {
-                rows: matrix(device, to_elements("trained rows", rows)?, num_rows, dim)?,
-                reached: Some(reached.clone()),
-                sums: (D::WIDE_SUMS && E::WIDTH > 1).then(sums).transpose()?,
-            },
-            reached,
-            master: (rows.dtype() != E::DTYPE).then(|| rows.clone()),
+            rows: NewRows::Leaf(leaf),
+            master: master::<E>(rows),
         })
     }
 
-    /// The leaf: the rows in the table's element type.
+    /// Makes rows of those of leaves.
+    pub(crate) fn combine(parts: &[&Self], mix: &RowMix) -> Result<Self> {
+        let leaf = |part: &&Self| Ok(part.leaf("combining rows")?.clone());
+        let leaves = parts.iter().map(leaf).collect::<Result<Vec<_>>>()?;
+        let rows = parts.iter().map(|part| part.read());
+        let rows = rows.collect::<Result<Vec<_>>>()?;
+        let rows = mix.apply(&rows.iter().collect::<Vec<_>>())?;
+        let first = leaves.first();
+        let device = first.ok_or_else(|| CoreError::shape("rows to combine", &[1], &[0]))?;
+        let combined = Combined {
+            rows: to_tensor(&rows, device.rows.device())?,
+            leaves,
+            mix: mix.clone(),
+        };
+        Ok(Self {
+            rows: NewRows::Combined(Arc::new(combined)),
+            master: master::<E>(&rows),
+        })
+    }
+
+    /// The rows in the table's element type: the leaf, unless they are a combination of several.
     pub fn tensor(&self) -> &Tensor<(usize, usize), E, D> {
-        &self.leaf.rows
+        self.rows.tensor()
     }
 
     /// The leaf at sizes known at compile time, which dfdx's optimizers ask for. It shares the rows' identity and
@@ -60,10 +83,11 @@ impl<E: DfdxElement, D: DfdxDevice<E>> DfdxDelta<E, D> {
     ///
     /// # Errors
     ///
-    /// [`trainable_tokens_core::Error::Shape`] unless the rows are `[K, M]`.
+    /// [`trainable_tokens_core::Error::Shape`] unless the rows are `[K, M]`; [`Error::Unsupported`] for a combination.
     pub fn to_const<const K: usize, const M: usize>(&self) -> Result<Tensor<Rank2<K, M>, E, D>> {
-        let got = dims(&self.leaf.rows);
-        let leaf = self.leaf.rows.clone().try_realize::<Rank2<K, M>>();
+        let leaf = &self.leaf("training rows as a tensor of dfdx")?.rows;
+        let got = dims(leaf);
+        let leaf = leaf.clone().try_realize::<Rank2<K, M>>();
         leaf.map_err(|_| CoreError::shape("trained rows", &[K, M], &got).into())
     }
 
@@ -80,44 +104,59 @@ impl<E: DfdxElement, D: DfdxDevice<E>> DfdxDelta<E, D> {
     }
 
     /// Zeroes the gradient of the rows and lets it outlive backward passes: dfdx's `ZeroGrads::zero_grads`. Call it
-    /// also on the `alloc_grads()` of a module that trains together with the rows.
+    /// also on the `alloc_grads()` of a module that trains together with the rows. For a combination these are the
+    /// gradients of the leaves that it is made of.
     ///
     /// # Errors
     ///
     /// When dfdx fails.
     pub fn zero_grads(&self, gradients: &mut Gradients<E, D>) -> Result<()> {
-        let mut leafs = UnusedTensors::default();
-        zero_gradient(gradients, &self.reached).map_err(Error::dfdx)?;
-        leafs.add(&self.reached);
-        for tensor in [Some(&self.leaf.rows), self.leaf.sums.as_ref()]
-            .into_iter()
-            .flatten()
-        {
-            zero_gradient(gradients, tensor).map_err(Error::dfdx)?;
-            leafs.add(tensor);
+        let mut kept = UnusedTensors::default();
+        for leaf in self.rows.leaves() {
+            if let Some(reached) = &leaf.reached {
+                zero_gradient(gradients, reached).map_err(Error::dfdx)?;
+                kept.add(reached);
+            }
+            for tensor in [Some(&leaf.rows), leaf.sums.as_ref()].into_iter().flatten() {
+                zero_gradient(gradients, tensor).map_err(Error::dfdx)?;
+                kept.add(tensor);
+            }
         }
-        gradients.retain_leafs(&leafs.ids);
+        gradients.retain_leafs(&kept.ids);
         Ok(())
     }
 
-    pub(crate) fn as_leaf(&self) -> &Leaf<E, D> {
-        &self.leaf
+    pub(crate) fn new_rows(&self) -> &NewRows<E, D> {
+        &self.rows
     }
 
     /// The gradient of the rows in the type that sums run in, if a backward pass reached them.
     pub(crate) fn gradient(&self, gradients: &Gradients<E, D>) -> Result<Option<TokenRows>> {
-        if !is_present(gradients, &self.reached)? || to_vec(&gradients.get(&self.reached)) == [E::default()] {
+        let NewRows::Leaf(leaf) = &self.rows else {
+            return Ok(None);
+        };
+        let Some(reached) = &leaf.reached else {
+            return Ok(None);
+        };
+        if !is_present(gradients, reached)? || to_vec(&gradients.get(reached)) == [E::default()] {
             return Ok(None);
         }
         // Whatever marks the flag allocates these, too: they cannot be missing.
-        let sums = match &self.leaf.sums {
+        let sums = match &leaf.sums {
             Some(sums) => E::read_sums(&to_vec(&gradients.get(sums))),
-            None => to_vec(&gradients.get(&self.leaf.rows))
+            None => to_vec(&gradients.get(&leaf.rows))
                 .into_iter()
                 .map(E::to_compute)
                 .collect(),
         };
         Ok(Some(TokenRows::new(sums, self.num_rows(), self.embedding_dim())?))
+    }
+
+    fn leaf(&self, what: &'static str) -> Result<&Leaf<E, D>> {
+        match &self.rows {
+            NewRows::Leaf(leaf) => Ok(leaf),
+            NewRows::Combined(_) => Err(combination(what)),
+        }
     }
 }
 
@@ -125,11 +164,11 @@ impl<E: DfdxElement, D: DfdxDevice<E>> DeltaStore for DfdxDelta<E, D> {
     type Error = Error;
 
     fn num_rows(&self) -> usize {
-        dims(&self.leaf.rows)[0]
+        dims(self.tensor())[0]
     }
 
     fn embedding_dim(&self) -> usize {
-        dims(&self.leaf.rows)[1]
+        dims(self.tensor())[1]
     }
 
     fn dtype(&self) -> DType {
@@ -139,19 +178,40 @@ impl<E: DfdxElement, D: DfdxDevice<E>> DeltaStore for DfdxDelta<E, D> {
     fn read(&self) -> Result<TokenRows> {
         match &self.master {
             Some(rows) => Ok(rows.clone()),
-            None => to_rows(&self.leaf.rows),
+            None => to_rows(self.tensor()),
         }
     }
 
     fn write(&mut self, rows: &TokenRows) -> Result<()> {
         self.check_write(rows)?;
-        if self.leaf.rows.shape().num_elements() > 0 {
-            self.leaf.rows.copy_from(&to_elements("trained rows", rows)?);
+        let NewRows::Leaf(leaf) = &mut self.rows else {
+            return Err(combination("writing rows"));
+        };
+        if leaf.rows.shape().num_elements() > 0 {
+            leaf.rows.copy_from(&to_elements("trained rows", rows)?);
         }
         if let Some(master) = &mut self.master {
             master.clone_from(rows);
         }
         Ok(())
+    }
+}
+
+/// The rows as tables of the element type `E` hold them.
+fn to_tensor<E: DfdxElement, D: DfdxDevice<E>>(rows: &TokenRows, device: &D) -> Result<Matrix<E, D>> {
+    let [num_rows, dim] = rows.shape();
+    matrix(device, to_elements("trained rows", rows)?, num_rows, dim)
+}
+
+/// The rows themselves, if a tensor of the element type `E` cannot hold them.
+fn master<E: DfdxElement>(rows: &TokenRows) -> Option<TokenRows> {
+    (rows.dtype() != E::DTYPE).then(|| rows.clone())
+}
+
+fn combination(what: &'static str) -> Error {
+    Error::Unsupported {
+        what,
+        why: "they are a combination of several adapters' rows; use those of each adapter",
     }
 }
 

@@ -3,7 +3,7 @@
 
 use dfdx::prelude::*;
 use half::f16;
-use trainable_tokens_core::{AdamConfig, Element, EmbeddingSource, TokenRows};
+use trainable_tokens_core::{AdamConfig, Element, EmbeddingSource, Overlap, TokenRows, TokenSet};
 use trainable_tokens_dfdx::{DfdxDevice, DfdxElement, TrainableTokens};
 use trainable_tokens_testkit::{CountingAllocator, allocated};
 
@@ -84,10 +84,65 @@ where
     assert!(bytes(&layer).bits_eq(&before));
 }
 
+fn nothing_with_several_adapters_either<E: DfdxElement>()
+where
+    Cpu: DfdxDevice<E>,
+{
+    let device = Cpu::default();
+    let table = VOCAB_SIZE * DIM * E::DTYPE.size_in_bytes();
+    let weight: Tensor<(usize, usize), E, Cpu> =
+        device.tensor_from_vec(values(VOCAB_SIZE), (VOCAB_SIZE, DIM));
+    let mut layer = TrainableTokens::from_tensor(weight, &[19_999, 3, 500]).unwrap();
+    for (name, ids) in [("b", [3, 7]), ("c", [12_000, 500])] {
+        let rows = TokenRows::new(values::<E>(2), 2, DIM).unwrap();
+        let tokens = TokenSet::new(ids, VOCAB_SIZE).unwrap();
+        layer.add_adapter_with_rows(name, tokens, &rows).unwrap();
+    }
+    let names = ["default", "b", "c"];
+    layer
+        .activate_overlapping(&names, Overlap::WeightedMean(vec![1.0, 2.0, 3.0]))
+        .unwrap();
+    let mixed = [Some("default"), Some("b"), None, Some("c")];
+    let hidden: Tensor<(usize, usize), E, Cpu> = device.tensor_from_vec(values(NUM_IDS), (NUM_IDS, DIM));
+    let lookups = || {
+        let ids = [3, 1, 500, 19_999, 12_000, 7, 3, 500];
+        let rows = layer.lookup(&ids, OwnedTape::default()).unwrap();
+        let each = layer.lookup_mixed(&ids, &mixed, OwnedTape::default()).unwrap();
+        let loss: Tensor<(), E, Cpu, _> = (rows + each).square().sum();
+        drop(loss.backward());
+    };
+    let heads = || {
+        let head = layer.tied_head();
+        let logits = head.try_forward(hidden.leaky_trace()).unwrap();
+        let each = head.logits_mixed(hidden.leaky_trace(), &mixed).unwrap();
+        let loss: Tensor<(), E, Cpu, _> = (logits + each).sum();
+        drop(loss.backward());
+    };
+    lookups();
+    let ((), cost) = allocated(lookups).unwrap();
+    assert!(
+        cost.total < table / 20,
+        "{}, lookups: {cost:?} of {table}",
+        E::DTYPE
+    );
+    heads();
+    let ((), cost) = allocated(heads).unwrap();
+    // Logits of both heads, of the parts of one, and gradients of all of them: each a thirty-second of the table.
+    assert!(cost.growth < table, "{}, heads: {cost:?} of {table}", E::DTYPE);
+    assert!(
+        cost.largest < table / 16,
+        "{}, heads: {cost:?} of {table}",
+        E::DTYPE
+    );
+}
+
 /// The one test of this program: the counters are the process's.
 #[test]
 fn every_element_type() {
     nothing_of_the_size_of_the_table::<f32>();
     nothing_of_the_size_of_the_table::<f64>();
     nothing_of_the_size_of_the_table::<f16>();
+    nothing_with_several_adapters_either::<f32>();
+    nothing_with_several_adapters_either::<f64>();
+    nothing_with_several_adapters_either::<f16>();
 }

@@ -237,7 +237,7 @@ fn what_does_not_fit_is_refused() {
     );
 
     // Through the backend's own functions: tokens of another table or of other rows.
-    let (table, delta) = (embed.table(), embed.delta());
+    let (table, delta) = (embed.table(), embed.delta().unwrap());
     for (tokens, vocab) in [(&[7, 2][..], 11), (&[7], 10)] {
         let tokens = TokenSet::new(tokens.iter().copied(), vocab).unwrap();
         let hidden = noise::<f32>(2, 4, 1).leaky_trace();

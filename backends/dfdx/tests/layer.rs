@@ -99,11 +99,11 @@ fn rows_of_f32_keep_what_a_table_of_f16_cannot_hold() {
     let tiny = TokenRows::new(vec![1.0f32 + 1e-5; 8], 2, 4).unwrap();
     embed.set_rows(&tiny).unwrap();
     assert!(embed.rows().unwrap().bits_eq(&tiny));
-    let leaf = embed.delta().tensor().as_vec();
+    let leaf = embed.delta().unwrap().tensor().as_vec();
     assert!(leaf.iter().all(|x| *x == f16::ONE));
     let out = embed.lookup(&[7], NoneTape).unwrap();
     assert_eq!(out.as_vec(), [f16::ONE; 4]);
-    assert_eq!(embed.delta().dtype(), DType::F32);
+    assert_eq!(embed.delta().unwrap().dtype(), DType::F32);
     let error = embed.change_rows::<2, 4, _>(|_| ()).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Unsupported);
 
@@ -131,11 +131,11 @@ fn gradients_of_a_table_of_f16_are_summed_in_f32() {
     assert_eq!(gradient.to_f64_vec()[..4], [4097.0 + 1.0 / 1024.0; 4]);
     assert_eq!(gradient.to_f64_vec()[4..], [0.0; 4]);
     // dfdx's own see what f16 can hold.
-    let rounded = gradients.get(embed.delta().tensor()).as_vec();
+    let rounded = gradients.get(embed.delta().unwrap().tensor()).as_vec();
     assert_eq!(rounded[..4], [f16::from_f64(4096.0); 4]);
 
     // The sums outlive the pass where the rows' gradient does, and are zeroed with it.
-    let mut gradients = embed.delta().alloc_grads().unwrap();
+    let mut gradients = embed.alloc_grads().unwrap();
     for want in [3.0, 6.0] {
         let out = embed.lookup(&[7, 7, 7, 2], OwnedTape::default()).unwrap();
         let tape = dev.tensor([f16::ZERO; 4]).traced(gradients).split_tape().1;
@@ -143,7 +143,7 @@ fn gradients_of_a_table_of_f16_are_summed_in_f32() {
         gradients = loss.backward();
         assert_eq!(embed.gradient(&gradients).unwrap().to_f64_vec()[0], want);
     }
-    embed.delta().zero_grads(&mut gradients).unwrap();
+    embed.zero_grads(&mut gradients).unwrap();
     assert_eq!(
         embed.gradient(&gradients).unwrap_err().kind(),
         ErrorKind::NoGradient
@@ -155,7 +155,7 @@ fn dfdxs_own_optimizers_train_the_rows() {
     let mut embed = layer::<f32>();
     let (before, start) = (bits(embed.table().tensor()), embed.rows().unwrap());
     let mut adam = optim::Adam::new(
-        &embed.delta().to_const::<2, 4>().unwrap(),
+        &embed.delta().unwrap().to_const::<2, 4>().unwrap(),
         optim::AdamConfig {
             lr: 0.05,
             ..Default::default()
@@ -178,7 +178,7 @@ fn dfdxs_own_optimizers_train_the_rows() {
     assert!(!embed.rows().unwrap().bits_eq(&start));
 
     // The moments live on under the rows' identity: a step with a zero gradient still moves them.
-    let gradients = embed.delta().alloc_grads().unwrap();
+    let gradients = embed.alloc_grads().unwrap();
     let rows = embed.rows().unwrap();
     embed
         .change_rows(|rows| adam.update(rows, &gradients))
@@ -204,7 +204,7 @@ fn adam_of_dfdx_and_of_core_agree() {
     })
     .unwrap();
     let mut dfdx = optim::Adam::new(
-        &theirs.delta().to_const::<2, 4>().unwrap(),
+        &theirs.delta().unwrap().to_const::<2, 4>().unwrap(),
         optim::AdamConfig {
             lr: 0.01,
             ..Default::default()
@@ -246,7 +246,7 @@ fn gradients_tell_unreached_rows_from_rows_without_an_occurrence() {
         .gradient(&other.leaky_trace().sum::<(), _>().backward())
         .unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NoGradient);
-    let fresh = embed.delta().alloc_grads().unwrap();
+    let fresh = embed.alloc_grads().unwrap();
     assert_eq!(embed.gradient(&fresh).unwrap_err().kind(), ErrorKind::NoGradient);
 
     // The rows of another layer over the same table.
@@ -278,7 +278,7 @@ fn a_tape_with_leaves_keeps_the_gradients_of_the_rows() {
     );
     // … unless told to keep the rows' as well.
     let mut gradients = model.alloc_grads();
-    embed.delta().zero_grads(&mut gradients).unwrap();
+    embed.zero_grads(&mut gradients).unwrap();
     let mut gradients = loss(gradients).backward();
     let want = [1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0];
     assert_eq!(embed.gradient(&gradients).unwrap().to_f64_vec(), want);
@@ -289,7 +289,7 @@ fn a_tape_with_leaves_keeps_the_gradients_of_the_rows() {
         embed.gradient(&twice).unwrap().to_f64_vec(),
         want.map(|x| 2.0 * x)
     );
-    embed.delta().zero_grads(&mut gradients).unwrap();
+    embed.zero_grads(&mut gradients).unwrap();
     assert_eq!(
         embed.gradient(&gradients).unwrap_err().kind(),
         ErrorKind::NoGradient

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 
+use crate::initial::{InitSpec, TokenInit};
 use crate::tokens::IdRanges;
 
 /// Fine-tune a few token rows of a frozen embedding table, in the file format of PEFT's Trainable Tokens.
@@ -38,7 +39,7 @@ pub(crate) enum Command {
     Eval(EvalArgs),
     /// Write the embeddings and logits of token ids, for comparing implementations.
     Forward(ForwardArgs),
-    /// Write an adapter that changes nothing yet.
+    /// Write an adapter that changes nothing yet, or whose rows start anew.
     Init(InitArgs),
     /// Bake adapters into a copy of a model.
     Merge(MergeArgs),
@@ -67,6 +68,19 @@ pub(crate) struct TokenArgs {
     pub(crate) token_ids: Option<IdRanges>,
 }
 
+/// How the rows start.
+#[derive(Debug, Args)]
+pub(crate) struct RowInitArgs {
+    /// How the rows start: keep, zeros, random[:STD], mean[:others], mean-covariance[:SCALE][:others], copy:TOKEN,
+    /// mean-of:ID,ID,…, interpolate:TOKEN:TOKEN:T, subtokens or description:TEXT; each may be followed by +noise:STD,
+    /// +norm-match[:NORM] and +seed:N.
+    #[arg(long, default_value = "keep", value_name = "MODE")]
+    pub(crate) init: InitSpec,
+    /// How the row of one token starts, such as '<tok>=description:a small bird'; may be given for several tokens.
+    #[arg(long, value_name = "TOKEN=MODE")]
+    pub(crate) init_token: Vec<TokenInit>,
+}
+
 /// Where and in what type the frozen weights work.
 #[derive(Clone, Copy, Debug, Args)]
 pub(crate) struct ComputeArgs {
@@ -88,6 +102,8 @@ pub(crate) struct TrainArgs {
     pub(crate) data: PathBuf,
     #[command(flatten)]
     pub(crate) tokens: TokenArgs,
+    #[command(flatten)]
+    pub(crate) init: RowInitArgs,
     /// Adapter directory to write.
     #[arg(long, value_name = "DIR")]
     pub(crate) out: PathBuf,
@@ -130,7 +146,7 @@ pub(crate) struct TrainArgs {
     /// Clip the gradient of all rows together to this L2 norm.
     #[arg(long)]
     pub(crate) max_grad_norm: Option<f64>,
-    /// Seed of the shuffle.
+    /// Seed of the shuffle, and of rows that start with random numbers.
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
     /// Take the lines in a new order at each pass.
@@ -215,6 +231,11 @@ pub(crate) struct InitArgs {
     pub(crate) model: PathBuf,
     #[command(flatten)]
     pub(crate) tokens: TokenArgs,
+    #[command(flatten)]
+    pub(crate) init: RowInitArgs,
+    /// Seed of rows that start with random numbers.
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
     /// Adapter directory to write.
     #[arg(long, value_name = "DIR")]
     pub(crate) out: PathBuf,

@@ -7,6 +7,7 @@
 
 mod args;
 mod commands;
+mod initial;
 mod model;
 mod output;
 mod plot;

@@ -14,6 +14,7 @@ use trainable_tokens_trainer::{
 };
 
 use crate::args::{ComputeArgs, DeviceArg, WeightType};
+use crate::initial::Initial;
 
 /// A model directory, its files checked but no weight read.
 pub(crate) struct Model {
@@ -98,13 +99,20 @@ impl Model {
     }
 
     /// Starts the adapter of rows of this model, with all that makes it tell its own story.
-    pub(crate) fn adapter_builder(&self, dir: &Path, ids: &[u32], rows: TokenRows) -> Result<AdapterBuilder> {
+    pub(crate) fn adapter_builder(
+        &self,
+        dir: &Path,
+        ids: &[u32],
+        rows: TokenRows,
+        initial: &Initial,
+    ) -> Result<AdapterBuilder> {
         let table = self.table()?;
         let tokens = TokenSet::new(ids.iter().copied(), table.vocab_size())?;
         let mut builder = Adapter::builder(EMBEDDING_MODULE, &tokens, rows)
             .base_model_name_or_path(dir.to_string_lossy())
             .base(*self.digest.get_or_init(|| table.digest()), table.dtype())
-            .init("keep");
+            .init_weights(initial.keeps_base())
+            .init(initial.text.as_str());
         if self.config.tie_word_embeddings {
             builder = builder.tied(HEAD_MODULE);
         }

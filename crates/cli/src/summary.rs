@@ -10,6 +10,8 @@ use crate::output::bytes;
 #[derive(Debug, Default, Serialize)]
 pub(crate) struct Summary {
     pub(crate) adapter: PathBuf,
+    /// How the rows started, as it is recorded in the adapter.
+    pub(crate) init: String,
     pub(crate) steps: u64,
     pub(crate) rows_trained: usize,
     pub(crate) vocab_size: usize,
@@ -74,7 +76,12 @@ impl Summary {
             ("peak memory", peak),
             ("adapter", self.adapter.display().to_string()),
         ];
-        rows.map(|(name, value)| format!("{name:<25} {value}\n")).concat()
+        let started = (self.init != "keep").then(|| ("rows started as", self.init.clone()));
+        let rows = started.into_iter().chain(rows);
+        let lines: Vec<String> = rows
+            .map(|(name, value)| format!("{name:<25} {value}\n"))
+            .collect();
+        lines.concat()
     }
 
     fn gradient_check(&self) -> String {

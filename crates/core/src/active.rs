@@ -25,6 +25,8 @@ pub(crate) struct ActiveSet {
     /// Slot `i` is row `i` of the mix.
     pub(crate) tokens: TokenSet,
     pub(crate) mix: RowMix,
+    /// What it was made of.
+    of: (Vec<u64>, Overlap),
 }
 
 /// An adapter as far as its tokens go.
@@ -72,7 +74,16 @@ impl ActiveSet {
         Ok(Self {
             tokens: TokenSet::new(order.iter().map(|id| id.0), vocab_size)?,
             mix: RowMix::new(part_rows, &weighted, picks),
+            of: (
+                adapters.iter().map(|(_, tokens)| tokens.fingerprint()).collect(),
+                overlap.clone(),
+            ),
         })
+    }
+
+    /// Whether it was made of these token sets, in this order and by this choice.
+    pub(crate) fn is_of(&self, fingerprints: &[u64], overlap: &Overlap) -> bool {
+        self.of.0 == fingerprints && self.of.1 == *overlap
     }
 }
 

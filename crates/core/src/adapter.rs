@@ -24,7 +24,13 @@ pub struct TokenAdapter<B: Backend> {
 }
 
 impl<B: Backend> TokenAdapter<B> {
-    pub(crate) fn new(name: &str, tokens: TokenSet, delta: B::Delta) -> Result<Self> {
+    /// Names rows that the framework holds already, one for each token. For rows on the host see
+    /// [`TrainableTokens::add_adapter_with_rows`](crate::TrainableTokens::add_adapter_with_rows).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::AdapterName`] for what cannot be a name.
+    pub fn new(name: &str, tokens: TokenSet, delta: B::Delta) -> Result<Self> {
         Ok(Self {
             name: checked_name(name)?,
             tokens,
@@ -128,6 +134,16 @@ impl<B: Backend> TokenAdapter<B> {
     /// Gives up the adapter for its tokens and rows.
     pub fn into_parts(self) -> (TokenSet, B::Delta) {
         (self.tokens, self.delta)
+    }
+
+    /// Refuses rows that are not one of length `dim` for each token.
+    pub(crate) fn expect_rows(&self, dim: usize) -> Result<()> {
+        let expected = [self.tokens.len(), dim];
+        let got = [self.delta.num_rows(), self.delta.embedding_dim()];
+        if expected == got {
+            return Ok(());
+        }
+        Err(Error::shape("trained rows", &expected, &got))
     }
 
     pub(crate) fn expect_unmerged(&self) -> Result<()> {

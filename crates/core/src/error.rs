@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::{DType, TokenId};
+use crate::{DType, InitError, TokenId};
 
 /// The result of this crate's fallible functions.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -33,6 +33,8 @@ pub enum ErrorKind {
     NoGradient,
     /// A hyper-parameter is out of its range.
     Hyperparameter,
+    /// Rows cannot be initialised as asked.
+    Init,
     /// The request is valid, but this backend cannot serve it.
     Unsupported,
     /// The framework itself failed.
@@ -154,6 +156,8 @@ pub enum Error {
         /// What it must be.
         must: &'static str,
     },
+    /// Rows cannot be initialised as asked.
+    Init(InitError),
     /// An optimizer state lacks a tensor, or holds one that does not fit.
     OptimizerState {
         /// The tensor's name.
@@ -243,6 +247,7 @@ impl fmt::Display for Error {
             Self::Hyperparameter { name, value, must } => {
                 write!(f, "{name} is {value}, but it must be {must}")
             }
+            Self::Init(error) => error.fmt(f),
             Self::OptimizerState { name, reason } => write!(f, "optimizer state {name}: {reason}"),
         }
     }
@@ -268,6 +273,7 @@ impl BackendError for Error {
             Self::NonFinite { .. } => ErrorKind::NonFinite,
             Self::NoGradient => ErrorKind::NoGradient,
             Self::Hyperparameter { .. } => ErrorKind::Hyperparameter,
+            Self::Init(_) => ErrorKind::Init,
         }
     }
 }

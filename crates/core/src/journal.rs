@@ -41,6 +41,15 @@ impl UndoJournal {
         Ok(())
     }
 
+    /// A journal of merges that are to be undone, the latest last.
+    pub(crate) fn from_entries(entries: Vec<(Vec<TokenId>, TokenRows)>) -> Self {
+        Self { entries }
+    }
+
+    pub(crate) fn into_entries(self) -> Vec<(Vec<TokenId>, TokenRows)> {
+        self.entries
+    }
+
     /// Whether nothing is left to undo.
     pub fn is_empty(&self) -> bool {
         self.entries.is_empty()

@@ -3,6 +3,7 @@
 mod adapters;
 mod merge;
 mod mixed;
+mod parts;
 
 use std::fmt;
 use std::ops::Deref;
@@ -10,6 +11,7 @@ use std::sync::Arc;
 
 pub use merge::MergeCheck;
 pub use mixed::MixedPart;
+pub use parts::{KnownActive, LayerParts, MergeParts};
 
 use crate::active::{ActiveSet, NamedTokens};
 use crate::adapter::{DEFAULT, TokenAdapter};
@@ -46,6 +48,8 @@ pub struct TrainableTokens<B: Backend> {
     enabled: bool,
     /// What outputs are made with; follows from the fields above.
     effective: Effective,
+    /// What is known about active adapters from before.
+    known: KnownActive,
     journal: UndoJournal,
     /// The adapters of each entry of the journal.
     merges: Vec<Vec<Arc<str>>>,
@@ -59,7 +63,7 @@ enum Effective {
     /// The adapter at this place alone.
     One(usize),
     /// The adapters at these places together.
-    Several(Vec<usize>, ActiveSet),
+    Several(Vec<usize>, Arc<ActiveSet>),
 }
 
 /// The rows that outputs are made with: an adapter's own, or a combination of several made for one call.
@@ -124,6 +128,7 @@ impl<B: Backend> TrainableTokens<B> {
             overlap: Overlap::Refuse,
             enabled: true,
             effective: Effective::None(none),
+            known: KnownActive::default(),
             journal: UndoJournal::default(),
             merges: Vec::new(),
         })

@@ -7,6 +7,7 @@
 //! - [`TokenSet`]: which tokens train, in slot order; [`LookupPlan`]: where a batch meets them.
 //! - [`EmbeddingSource`], [`WriteRows`], [`HostTable`]: the frozen table; [`Int8Table`]: a quantised one. [`DeltaStore`]:
 //!   the trained rows.
+//! - [`RowInit`], [`initial_rows`]: how the rows start.
 //! - [`Backend`]: the few operations that only a tensor framework can know; [`HostRows`] and [`RowGradients`] help those
 //!   without a graph.
 //! - [`TrainableTokens`]: the layer, written once over them, with exact merge and unmerge, and any number of
@@ -24,6 +25,7 @@ mod dtype;
 mod error;
 mod hook;
 mod host;
+mod init;
 mod journal;
 mod layer;
 mod mix;
@@ -43,8 +45,11 @@ pub use dtype::{DType, Element};
 pub use error::{BackendError, Error, ErrorKind, Result};
 pub use hook::{ClipGradNorm, DecayTowardOriginal, OptimizerHook, StepContext};
 pub use host::{HostRows, RowGradients};
+pub use init::{
+    InitError, InitMode, InitModifier, InitText, ParseInitError, Population, RowInit, initial_rows,
+};
 pub use journal::UndoJournal;
-pub use layer::{ActiveRows, MergeCheck, MixedPart, TrainableTokens};
+pub use layer::{ActiveRows, KnownActive, LayerParts, MergeCheck, MergeParts, MixedPart, TrainableTokens};
 pub use mix::{MixRound, RowMix};
 pub use optim::{
     Adam, AdamConfig, Decay, OptimizerState, RowOptimizer, Sgd, SgdConfig, StepReport, step_delta, step_rows,

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::Arc;
 
 use crate::{Error, Result};
 
@@ -56,8 +57,10 @@ pub struct Padding {
 /// and never deduplicated. Membership costs one load from a table of `V` 32-bit integers, built once.
 #[derive(Clone, PartialEq, Eq)]
 pub struct TokenSet {
-    ids: Vec<TokenId>,
-    slot_of: Vec<u32>,
+    ids: Arc<[TokenId]>,
+    /// Shared by clones; empty without ids.
+    slot_of: Arc<Vec<u32>>,
+    vocab_size: usize,
     /// Of the ids in their order and the vocabulary size: plans are told apart by it.
     fingerprint: u64,
 }
@@ -75,9 +78,12 @@ impl TokenSet {
         if u32::try_from(vocab_size).is_err() {
             return Err(Error::VocabularyTooLarge { vocab_size });
         }
-        let mut slot_of = vec![ABSENT; vocab_size];
+        let mut slot_of = Vec::new();
         let mut set = Vec::new();
         for (slot, id) in (0u32..).zip(ids) {
+            if slot_of.is_empty() {
+                slot_of.resize(vocab_size, ABSENT);
+            }
             let entry = slot_of.get_mut(id as usize).ok_or(Error::TokenOutOfRange {
                 id: i64::from(id),
                 vocab_size,
@@ -95,8 +101,9 @@ impl TokenSet {
         let mut hasher = DefaultHasher::new();
         (&set, vocab_size).hash(&mut hasher);
         Ok(Self {
-            ids: set,
-            slot_of,
+            ids: set.into(),
+            slot_of: Arc::new(slot_of),
+            vocab_size,
             fingerprint: hasher.finish(),
         })
     }
@@ -123,7 +130,7 @@ impl TokenSet {
 
     /// Rows of the table that the ids were validated against (`V`).
     pub fn vocab_size(&self) -> usize {
-        self.slot_of.len()
+        self.vocab_size
     }
 
     /// The slot of `id`, if it trains.
@@ -145,14 +152,14 @@ impl TokenSet {
 
     /// The raw table behind [`Self::slot`]: `Ok(None)` for a frozen row.
     pub(crate) fn slot_index(&self, id: u32) -> Result<Option<u32>> {
-        match self.slot_of.get(id as usize) {
-            None => Err(Error::TokenOutOfRange {
+        let row = id as usize;
+        if row >= self.vocab_size {
+            return Err(Error::TokenOutOfRange {
                 id: i64::from(id),
-                vocab_size: self.slot_of.len(),
-            }),
-            Some(&ABSENT) => Ok(None),
-            Some(&slot) => Ok(Some(slot)),
+                vocab_size: self.vocab_size,
+            });
         }
+        Ok(self.slot_of.get(row).copied().filter(|slot| *slot != ABSENT))
     }
 }
 
@@ -199,7 +206,10 @@ mod tests {
 
     #[test]
     fn empty_and_full_sets_are_valid() {
-        assert!(TokenSet::new([], 5).unwrap().is_empty());
+        let empty = TokenSet::new([], 5).unwrap();
+        assert!(empty.is_empty() && !empty.contains(TokenId(4)));
+        assert_eq!((empty.vocab_size(), empty.slot_index(4)), (5, Ok(None)));
+        assert!(empty.slot_index(5).is_err() && TokenSet::new([0], 0).is_err());
         assert_eq!(TokenSet::new((0..5).rev(), 5).unwrap().to_vec(), [4, 3, 2, 1, 0]);
     }
 }

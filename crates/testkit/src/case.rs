@@ -11,6 +11,8 @@ use crate::{Harness, Outcome};
 pub enum Group {
     /// The frozen table.
     Source,
+    /// How rows start.
+    Init,
     /// The trained rows.
     Delta,
     /// The rows of a batch.
@@ -178,6 +180,7 @@ pub fn run_case<H: Harness>(group: &str, name: &str) -> Result<(), String> {
 macro_rules! unless_left_out {
     ($group:ident [] { $($items:tt)* }) => { $($items)* };
     (source [source $($rest:ident)*] $items:tt) => {};
+    (init [init $($rest:ident)*] $items:tt) => {};
     (delta [delta $($rest:ident)*] $items:tt) => {};
     (lookup [lookup $($rest:ident)*] $items:tt) => {};
     (gradient [gradient $($rest:ident)*] $items:tt) => {};
@@ -202,6 +205,16 @@ list! { $
         reading_out_of_range_is_refused: "L2, T4, E2",
         writing_changes_no_other_row: "M2, N1",
         a_refused_write_changes_nothing: "E3, E4",
+    }
+    init Init {
+        rows_are_those_of_the_formulas: "I1, I2, I3, I4, I7, R7, N1",
+        kept_rows_are_not_computed_with: "I3, I9, R5",
+        a_seed_stands_for_these_numbers: "I6, I7, I8",
+        equal_tables_and_seeds_give_equal_rows: "I1, I5, I6, I7",
+        slots_may_start_in_their_own_ways: "I1, I2, T8",
+        what_cannot_be_initialised_is_refused: "I10, E2, E4",
+        texts_are_those_of_the_specification: "I11",
+        an_adapter_tells_how_it_started: "I12",
     }
     delta Delta {
         holds_the_rows_it_was_made_of: "T10, R5, N1",
@@ -364,6 +377,7 @@ list! { $
         a_models_tables_are_known_by_name: "B11, B12",
         targets_are_tables_of_the_model: "F9, F10, B12, B13, B14",
         rows_extend_a_smaller_base: "B4, B15",
+        missing_rows_are_named: "B4, B15",
         a_stored_table_is_the_table: "F33, B15",
         the_rows_file_has_these_bytes: "F13, F15, F16, F17, D1, D2",
         broken_frames_are_refused: "F13, F14, E1, E4",
@@ -402,5 +416,6 @@ list! { $
         merging_allocates_no_table: "T11, M2",
         several_adapters_allocate_no_table: "A4, A10, A15, T11",
         the_optimizer_keeps_rows_only: "O5",
+        initialising_allocates_no_table: "T11, I5",
     }
 }

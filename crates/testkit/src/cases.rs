@@ -10,6 +10,7 @@ pub mod errors;
 pub mod gradient;
 pub mod head;
 pub mod hooks;
+pub mod init;
 pub mod lookup;
 pub mod merge;
 pub mod optimizer;

@@ -83,6 +83,14 @@ pub enum Error {
         /// What it encodes to instead.
         reason: String,
     },
+    /// A text has no token that says anything.
+    #[error("'{text}' {reason}")]
+    NoPieces {
+        /// The text.
+        text: String,
+        /// What it encodes to instead, and what to do.
+        reason: &'static str,
+    },
     /// A setting is out of its range.
     #[error("{0}")]
     Setting(String),
@@ -133,7 +141,7 @@ impl BackendError for Error {
             | Self::Tokenizer { .. }
             | Self::Resume { .. } => ErrorKind::File,
             Self::UnsupportedModel { .. } => ErrorKind::Unsupported,
-            Self::NotOneToken { .. } => ErrorKind::TokenOutOfRange,
+            Self::NotOneToken { .. } | Self::NoPieces { .. } => ErrorKind::TokenOutOfRange,
             Self::Setting(_) => ErrorKind::Hyperparameter,
             Self::GradientMismatch { .. } | Self::Diverged { .. } => ErrorKind::NoGradient,
         }

@@ -1,8 +1,11 @@
 //! Token strings and ids of a model.
 
+mod pieces;
+
 use std::cell::OnceCell;
 use std::path::{Path, PathBuf};
 
+pub use pieces::Pieces;
 use tokenizers::Tokenizer;
 
 use crate::{Error, Result};
@@ -114,17 +117,25 @@ impl Vocabulary {
         if let Some(tokenizer) = self.tokenizer.get() {
             return Ok(tokenizer);
         }
-        let bytes = std::fs::read(&self.path).map_err(|source| Error::Read {
+        let tokenizer = self.plain(Tokenizer::from_bytes(self.read()?))?;
+        Ok(self.tokenizer.get_or_init(|| tokenizer))
+    }
+
+    fn read(&self) -> Result<Vec<u8>> {
+        std::fs::read(&self.path).map_err(|source| Error::Read {
             path: self.path.clone(),
             source,
-        })?;
-        let mut tokenizer = Tokenizer::from_bytes(bytes).map_err(|error| self.error(&error))?;
-        // Padding and truncation are the data set's business.
+        })
+    }
+
+    /// Padding and truncation are the data set's business.
+    fn plain(&self, tokenizer: tokenizers::Result<Tokenizer>) -> Result<Tokenizer> {
+        let mut tokenizer = tokenizer.map_err(|error| self.error(&error))?;
         tokenizer.with_padding(None);
         tokenizer
             .with_truncation(None)
             .map_err(|error| self.error(&error))?;
-        Ok(self.tokenizer.get_or_init(|| tokenizer))
+        Ok(tokenizer)
     }
 
     fn error(&self, error: &tokenizers::Error) -> Error {

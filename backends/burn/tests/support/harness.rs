@@ -42,9 +42,13 @@ impl<T: Element + BurnElement> Harness for OnFlex<T> {
             loss = loss + (layer.lookup_planned(plan)? * tensor::<T>(upstream)).sum();
         }
         let mut leaves = Vec::new();
-        for (hidden, upstream) in &pass.heads {
-            let leaf = tensor::<T>(hidden).require_grad();
-            loss = loss + (layer.logits(leaf.clone())? * tensor::<T>(upstream)).sum();
+        for head in &pass.heads {
+            let leaf = tensor::<T>(&head.hidden).require_grad();
+            let out = match head.adapters() {
+                None => layer.logits(leaf.clone())?,
+                Some(adapters) => layer.logits_mixed(leaf.clone(), &adapters)?,
+            };
+            loss = loss + (out * tensor::<T>(&head.upstream)).sum();
             leaves.push(leaf);
         }
         let gradients = backward(&loss)?;

@@ -5,16 +5,13 @@
 //! the storage of a gradient.
 
 use dfdx::shapes::{Axis, Dtype, HasShape};
-use dfdx::tensor::{Gradients, PutTape, Tape, Tensor, TensorFromVec, Trace};
+use dfdx::tensor::{Gradients, PutTape, Tape, Tensor, Trace};
 use dfdx::tensor_ops::{Backward, BroadcastTo, Device, GatherTo, SumTo, TryAdd, TryConcatAlong, TryMul};
 use trainable_tokens_core::{Element, LookupPlan, MaxNorm, RowTransform, TokenId};
 
-use super::{Kernels, Lookup, select, transpose};
+use super::{Indices, Kernels, Lookup, NewRows, indices, select, transpose};
 use crate::convert::{Matrix, dims, matrix, to_vec};
 use crate::{DfdxElement, Error, Result};
-
-/// Indices of rows.
-type Indices<D> = Tensor<(usize,), usize, D>;
 
 /// The rows `ids` of a table.
 pub(super) fn read_rows<E: DfdxElement, D: Device<E>>(
@@ -37,17 +34,18 @@ where
     T: Tape<E, D>,
 {
     let out = gather(lookup)?;
-    let Some(leaf) = lookup.leaf else {
+    let Some(rows) = lookup.rows else {
         return Ok(out.put_tape(tape));
     };
-    let (out_ghost, leaf, plan) = (out.ghost(), leaf.clone(), lookup.plan);
+    let (out_ghost, rows, plan) = (out.ghost(), rows.clone(), lookup.plan);
     // Index tensors without elements are not made: a device need not be able to.
-    let live = (!plan.grad_positions().is_empty() && dims(&leaf.rows)[1] > 0).then_some(plan);
-    let live = live.map(|plan| indices(out.device(), plan)).transpose();
-    let live = live.map_err(Error::dfdx)?;
+    let live = (!plan.grad_positions().is_empty() && dims(rows.tensor())[1] > 0).then_some(plan);
+    let index = |values: &[u32]| indices(out.device(), values.iter().map(|value| *value as usize).collect());
+    let live = live.map(|plan| Ok([index(plan.grad_positions())?, index(plan.grad_slots())?]));
+    let live = live.transpose().map_err(Error::dfdx::<D::Err>)?;
     let weights = weights::<E>(plan, lookup.transform.scale);
     tape.add_backward_op(move |gradients| {
-        leaf.mark(gradients)?;
+        rows.mark(gradients)?;
         let Some([positions, slots]) = live else {
             return Ok(());
         };
@@ -57,8 +55,8 @@ where
         if let Some(weights) = weights {
             upstream = multiply_rows(upstream, weights)?;
         }
-        let sums = sum_by_slot(upstream, slots, *leaf.rows.shape())?;
-        D::add_row_gradient(gradients, &leaf, sums)
+        let sums = sum_by_slot(upstream, slots, *rows.tensor().shape())?;
+        D::add_row_gradient(gradients, &rows, sums)
     });
     Ok(out.put_tape(tape))
 }
@@ -102,6 +100,53 @@ pub(super) fn add_gradient<E: DfdxElement, D: Device<E>>(
     Ok(())
 }
 
+/// A gradient of rows as those of their leaves.
+pub(super) fn split_gradient<E, D>(
+    rows: &NewRows<E, D>,
+    gradient: Matrix<E::Compute, D>,
+) -> Result<Vec<Matrix<E::Compute, D>>, D::Err>
+where
+    E: DfdxElement,
+    D: Kernels<E>,
+{
+    let NewRows::Combined(combined) = rows else {
+        return Ok(vec![gradient]);
+    };
+    let (mix, device, [num_rows, dim]) = (&combined.mix, gradient.device().clone(), dims(&gradient));
+    let num_stacked = mix.part_rows().iter().sum();
+    let (mut from, mut to, mut weights) = (Vec::new(), Vec::new(), Vec::new());
+    let mut add = |at, slot: u32, weight| {
+        from.push(at);
+        to.push(slot as usize);
+        weights.push(<E::Compute as Element>::from_f64(weight));
+    };
+    for round in mix.rounds() {
+        for (at, (slot, weight)) in round.slots.iter().zip(&round.weights).enumerate() {
+            add(at, *slot, *weight);
+        }
+    }
+    for (at, slot) in mix.picks().iter().enumerate() {
+        add(mix.num_weighted() + at, *slot, 1.0);
+    }
+    let empty = num_rows == 0 || dim == 0;
+    let stacked = if empty {
+        device.try_zeros_like(&(num_stacked, dim))?
+    } else {
+        let terms = multiply_rows(select(&gradient, from)?, weights)?;
+        sum_by_slot(terms, indices(&device, to)?, (num_stacked, dim))?
+    };
+    let mut start = 0;
+    let part = |len: &usize| {
+        let part = start..start + len;
+        start = part.end;
+        if part.is_empty() || dim == 0 {
+            return device.try_zeros_like(&(*len, dim));
+        }
+        select(&stacked, part.collect())
+    };
+    mix.part_rows().iter().map(part).collect()
+}
+
 fn gather<E, D>(lookup: &Lookup<'_, E, D>) -> Result<Matrix<E, D>>
 where
     E: DfdxElement,
@@ -109,7 +154,7 @@ where
 {
     let Lookup {
         base,
-        leaf,
+        rows,
         plan,
         transform,
     } = lookup;
@@ -117,8 +162,7 @@ where
     if plan.is_empty() || dim == 0 {
         return matrix(base.device(), Vec::new(), plan.len(), dim);
     }
-    let rows = leaf.map(|leaf| &leaf.rows);
-    let rows = gather_rows(base, rows, plan).map_err(Error::dfdx)?;
+    let rows = gather_rows(base, rows.map(NewRows::tensor), plan).map_err(Error::dfdx)?;
     transformed(rows, *transform).map_err(Error::dfdx)
 }
 
@@ -217,14 +261,4 @@ where
     let picked: Matrix<C, D, _> = sums.leaky_trace().try_gather(slots)?;
     let gradients: Gradients<C, D> = picked.try_mul(rows)?.try_sum::<(), _>()?.try_backward()?;
     Ok(gradients.get(&sums))
-}
-
-/// The positions and slots of a plan's gradient, as dfdx takes them.
-fn indices<D: TensorFromVec<usize>>(device: &D, plan: &LookupPlan) -> Result<[Indices<D>; 2], D::Err> {
-    let index = |values: &[u32]| {
-        let values: Vec<usize> = values.iter().map(|value| *value as usize).collect();
-        let len = values.len();
-        device.try_tensor_from_vec(values, (len,))
-    };
-    Ok([index(plan.grad_positions())?, index(plan.grad_slots())?])
 }

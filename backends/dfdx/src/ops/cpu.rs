@@ -2,9 +2,9 @@
 
 use dfdx::tensor::{Cpu, CpuError, Gradients, PutTape, Storage, Tape};
 use dfdx::tensor_ops::Device;
-use trainable_tokens_core::TokenId;
+use trainable_tokens_core::{TokenId, TokenRows};
 
-use super::{Kernels, Leaf, Lookup};
+use super::{Kernels, Leaf, Lookup, NewRows};
 use crate::convert::{Matrix, dims, matrix, to_vec};
 use crate::{DfdxElement, Error, Result};
 
@@ -52,10 +52,12 @@ where
 
     fn add_row_gradient(
         gradients: &mut Gradients<E, Cpu>,
-        leaf: &Leaf<E, Cpu>,
+        rows: &NewRows<E, Cpu>,
         add: Matrix<E::Compute, Cpu>,
     ) -> Result<(), CpuError> {
-        add_row_gradient(gradients, leaf, &to_vec(&add))
+        let [num_rows, dim] = dims(&add);
+        let sums = TokenRows::new(to_vec(&add), num_rows, dim);
+        add_sums(gradients, rows, sums.map_err(|_| CpuError::WrongNumElements)?)
     }
 
     fn add_gradient(
@@ -75,13 +77,13 @@ fn override_rows<E: DfdxElement, T: Tape<E, Cpu>>(
     mut tape: T,
 ) -> Result<Matrix<E, Cpu, T>> {
     let out = gather(lookup)?;
-    let Some(leaf) = lookup.leaf else {
+    let Some(rows) = lookup.rows else {
         return Ok(out.put_tape(tape));
     };
     let (out_ghost, dim) = (out.ghost(), dims(&out)[1]);
-    let (leaf, plan, scale) = (leaf.clone(), lookup.plan.clone(), lookup.transform.scale);
+    let (rows, plan, scale) = (rows.clone(), lookup.plan.clone(), lookup.transform.scale);
     tape.add_backward_op(move |gradients| {
-        if let Some(reached) = &leaf.reached {
+        for reached in rows.leaves().iter().filter_map(|leaf| leaf.reached.as_ref()) {
             gradients.get_or_alloc_mut(reached)?.fill(E::ONE);
         }
         // Taken out and put back: two gradients cannot be borrowed at once, and a copy would cost the batch.
@@ -89,9 +91,8 @@ fn override_rows<E: DfdxElement, T: Tape<E, Cpu>>(
         let mut sums = plan.zero_gradient(E::DTYPE, dim);
         let added = plan.accumulate(&upstream, scale, &mut sums);
         **gradients.get_or_alloc_mut(&out_ghost)? = upstream;
-        // Sizes and types were checked by the forward pass.
-        let sums = added.ok().and_then(|()| sums.as_slice());
-        add_row_gradient(gradients, &leaf, sums.ok_or(CpuError::WrongNumElements)?)
+        added.map_err(|_| CpuError::WrongNumElements)?;
+        add_sums(gradients, &rows, sums)
     });
     Ok(out.put_tape(tape))
 }
@@ -100,14 +101,14 @@ fn override_rows<E: DfdxElement, T: Tape<E, Cpu>>(
 fn gather<E: DfdxElement>(lookup: &Lookup<'_, E, Cpu>) -> Result<Matrix<E, Cpu>> {
     let Lookup {
         base,
-        leaf,
+        rows,
         plan,
         transform,
     } = lookup;
     let [_, dim] = dims(base);
     let buffer = <Cpu as Storage<E>>::try_alloc_len(base.device(), plan.len() * dim);
     let mut out = std::mem::take(&mut *buffer.map_err(Error::dfdx)?);
-    let rows = leaf.map(|leaf| &leaf.rows);
+    let rows = rows.map(NewRows::tensor);
     let mut live = plan.positions().iter().zip(plan.slots()).peekable();
     for ((position, id), out) in (0u32..)
         .zip(plan.input_ids())
@@ -123,7 +124,27 @@ fn gather<E: DfdxElement>(lookup: &Lookup<'_, E, Cpu>) -> Result<Matrix<E, Cpu>>
     matrix(base.device(), out, plan.len(), dim)
 }
 
-fn add_row_gradient<E: DfdxElement>(
+/// Adds a gradient of rows, in the compute type, to those of their leaves. Sizes and types were checked by the forward pass.
+fn add_sums<E: DfdxElement>(
+    gradients: &mut Gradients<E, Cpu>,
+    rows: &NewRows<E, Cpu>,
+    sums: TokenRows,
+) -> Result<(), CpuError> {
+    let parts = match rows {
+        NewRows::Leaf(_) => vec![sums],
+        NewRows::Combined(combined) => {
+            let parts = combined.mix.split_gradient(&sums);
+            parts.map_err(|_| CpuError::WrongNumElements)?
+        }
+    };
+    for (leaf, part) in rows.leaves().iter().zip(&parts) {
+        let part = part.as_slice().ok_or(CpuError::WrongNumElements)?;
+        add_leaf_gradient(gradients, leaf, part)?;
+    }
+    Ok(())
+}
+
+fn add_leaf_gradient<E: DfdxElement>(
     gradients: &mut Gradients<E, Cpu>,
     leaf: &Leaf<E, Cpu>,
     add: &[E::Compute],

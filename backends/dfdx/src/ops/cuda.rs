@@ -4,7 +4,7 @@ use dfdx::tensor::{Cuda, CudaError, Gradients, Tape};
 use dfdx::tensor_ops::Device;
 use trainable_tokens_core::TokenId;
 
-use super::{Kernels, Leaf, Lookup, composed};
+use super::{Kernels, Lookup, NewRows, composed};
 use crate::convert::Matrix;
 use crate::{DfdxElement, Error, Result};
 
@@ -43,10 +43,13 @@ where
 
     fn add_row_gradient(
         gradients: &mut Gradients<E, Cuda>,
-        leaf: &Leaf<E, Cuda>,
+        rows: &NewRows<E, Cuda>,
         add: Matrix<E::Compute, Cuda>,
     ) -> Result<(), CudaError> {
-        composed::add_gradient(gradients, &leaf.rows, E::narrow(add)?)
+        for (leaf, part) in rows.leaves().iter().zip(composed::split_gradient(rows, add)?) {
+            composed::add_gradient(gradients, &leaf.rows, E::narrow(part)?)?;
+        }
+        Ok(())
     }
 
     fn add_gradient(

@@ -5,7 +5,7 @@ use dfdx::tensor::{PutTape, SplitTape, Tape, Tensor};
 use dfdx::tensor_ops::{BroadcastTo, ReshapeTo, TryAdd, TryMatMul, TrySub};
 use trainable_tokens_core::{Error as CoreError, TokenId};
 
-use super::{Kernels, Leaf, select, transpose};
+use super::{Kernels, NewRows, select, transpose};
 use crate::convert::{Matrix, dims, matrix, to_vec};
 use crate::{DfdxElement, Error, Result};
 
@@ -14,7 +14,7 @@ pub(crate) struct Head<'a, E: DfdxElement, D: Kernels<E>> {
     /// The frozen table.
     pub(crate) base: &'a Matrix<E, D>,
     /// The trained rows and their ids.
-    pub(crate) overrides: Option<(&'a Leaf<E, D>, &'a [TokenId])>,
+    pub(crate) overrides: Option<(&'a NewRows<E, D>, &'a [TokenId])>,
     pub(crate) bias: Option<&'a Tensor<(usize,), E, D>>,
 }
 
@@ -53,15 +53,15 @@ where
     let empty = dims(&out).contains(&0) || dim == 0;
     let overrides = match &head.overrides {
         None => None,
-        Some((leaf, ids)) => Some(Overrides {
-            leaf: (*leaf).clone(),
+        Some((rows, ids)) => Some(Overrides {
+            rows: (*rows).clone(),
             base_rows: matrix(base.device(), base_rows, ids.len(), dim)?,
             columns: ids.iter().map(|id| id.row()).collect(),
         }),
     };
     tape.add_backward_op(move |gradients| {
-        if let Some(Overrides { leaf, .. }) = &overrides {
-            leaf.mark(gradients)?;
+        if let Some(Overrides { rows, .. }) = &overrides {
+            rows.mark(gradients)?;
         }
         gradients.try_alloc_for(&hidden)?;
         if empty {
@@ -71,17 +71,17 @@ where
         let upstream: Matrix<E, D> = gradients.get(&out_ghost);
         let mut hidden_gradient = E::widen(upstream.clone().try_matmul(base)?)?;
         if let Some(Overrides {
-            leaf,
+            rows,
             base_rows,
             columns,
             ..
         }) = overrides
         {
             let trained = E::widen(select(&transpose(upstream)?, columns)?)?;
-            let difference = E::widen(leaf.rows.clone())?.try_sub(E::widen(base_rows)?)?;
+            let difference = E::widen(rows.tensor().clone())?.try_sub(E::widen(base_rows)?)?;
             hidden_gradient = hidden_gradient.try_add(transpose(trained.clone())?.try_matmul(difference)?)?;
             let gradient = trained.try_matmul(E::widen(hidden.clone())?)?;
-            D::add_row_gradient(gradients, &leaf, gradient)?;
+            D::add_row_gradient(gradients, &rows, gradient)?;
         }
         D::add_gradient(gradients, &hidden, E::narrow(hidden_gradient)?)
     });
@@ -90,7 +90,7 @@ where
 
 /// What the backward pass keeps of the trained rows.
 struct Overrides<E: DfdxElement, D: Kernels<E>> {
-    leaf: Leaf<E, D>,
+    rows: NewRows<E, D>,
     base_rows: Matrix<E, D>,
     columns: Vec<usize>,
 }
@@ -106,8 +106,8 @@ fn forward<E: DfdxElement, D: Kernels<E>>(
         return matrix(head.base.device(), Vec::new(), shape.0, vocab_size);
     }
     let mut logits = product(hidden, head.base).map_err(Error::dfdx)?;
-    if let Some((leaf, ids)) = &head.overrides {
-        let rows = to_vec(&leaf.rows);
+    if let Some((rows, ids)) = &head.overrides {
+        let rows = to_vec(rows.tensor());
         let width = dim.max(1);
         let both = rows.chunks_exact(width).zip(base_rows.chunks_exact(width));
         let changed = ids.iter().zip(both).filter(|(_, (row, base))| row != base);

@@ -4,11 +4,12 @@ use dfdx::tensor::{AsArray, Cache, Cpu, NoneTape, OwnedTape, PutTape, SplitTape,
 use dfdx::tensor_ops::{Backward, Device, SumTo, TryMul};
 use half::f16;
 use trainable_tokens_core::{
-    Element, LayerOptions, LookupPlan, MaxNorm, Padding, PaddingRule, RowTransform, TokenId, TokenRows,
-    TokenSet,
+    Element, LayerOptions, LookupPlan, MaxNorm, Overlap, Padding, PaddingRule, RowTransform, TokenId,
+    TokenRows, TokenSet,
 };
 
 use super::*;
+use crate::TrainableTokens;
 use crate::convert::{matrix, to_rows};
 
 const VOCAB: usize = 11;
@@ -37,14 +38,14 @@ where
 {
     let (base, rows) = (noise::<E>(VOCAB, DIM, 1), noise::<E>(3, DIM, 2));
     let reached: Flag<E, Cpu> = base.device().zeros();
-    let leaf = Leaf {
+    let leaf = NewRows::Leaf(Leaf {
         rows: rows.clone(),
         reached: Some(reached.clone()),
         sums: None,
-    };
+    });
     let lookup = Lookup {
         base: &base,
-        leaf: Some(&leaf),
+        rows: Some(&leaf),
         plan,
         transform,
     };
@@ -181,13 +182,46 @@ fn both_ways_of_reading_overriding_and_adding_agree() {
 }
 
 #[test]
+fn both_ways_of_dividing_a_gradient_agree() {
+    fn agree<E: DfdxElement>()
+    where
+        Cpu: Kernels<E> + Device<E> + Device<E::Compute>,
+    {
+        let mut embed = TrainableTokens::from_tensor(noise::<E>(VOCAB, DIM, 1), &[9, 0, 4]).unwrap();
+        for (name, ids) in [("b", &[4u32, 2][..]), ("none", &[]), ("c", &[4, 9, 7])] {
+            let tokens = TokenSet::new(ids.iter().copied(), VOCAB).unwrap();
+            embed.add_adapter(name, tokens).unwrap();
+        }
+        let names = ["default", "b", "none", "c"];
+        let weights = vec![1.0, 0.5, 7.0, 3.0];
+        for overlap in [Overlap::LastWins, Overlap::WeightedMean(weights)] {
+            embed.activate_overlapping(&names, overlap).unwrap();
+            let active = embed.active().unwrap().unwrap();
+            let NewRows::Combined(combined) = active.new_rows() else {
+                panic!("one leaf");
+            };
+            let gradient = E::widen(noise::<E>(dims(active.tensor())[0], DIM, 3)).unwrap();
+            let want = combined.mix.split_gradient(&to_rows(&gradient).unwrap()).unwrap();
+            let got = composed::split_gradient(active.new_rows(), gradient).unwrap();
+            assert_eq!((got.len(), want.len()), (4, 4));
+            for (got, want) in got.iter().zip(&want) {
+                assert!(to_rows(got).unwrap().bits_eq(want));
+            }
+        }
+    }
+    agree::<f32>();
+    agree::<f64>();
+    agree::<f16>();
+}
+
+#[test]
 fn a_lookup_leaves_the_gradient_of_its_output_in_place() {
     let (base, rows) = (noise::<f32>(VOCAB, DIM, 1), noise::<f32>(3, DIM, 2));
     let tokens = TokenSet::new([9, 0, 4], VOCAB).unwrap();
     let plan = LookupPlan::new(&tokens, LayerOptions::default(), &[4, 1]).unwrap();
     let lookup = Lookup {
         base: &base,
-        leaf: Some(&Leaf::plain(rows.clone())),
+        rows: Some(&NewRows::plain(rows.clone())),
         plan: &plan,
         transform: RowTransform::default(),
     };
@@ -216,7 +250,7 @@ fn what_does_not_fit_is_refused() {
         let plan = LookupPlan::new(&tokens, LayerOptions::default(), &[ids]).unwrap();
         let lookup = Lookup {
             base: &base,
-            leaf: Some(&Leaf::plain(rows.clone())),
+            rows: Some(&NewRows::plain(rows.clone())),
             plan: &plan,
             transform: RowTransform::default(),
         };
@@ -233,7 +267,7 @@ fn a_lookup_reuses_the_buffers_in_the_devices_cache() {
     let lookup = || {
         let lookup = Lookup {
             base: &base,
-            leaf: None,
+            rows: None,
             plan: &plan,
             transform: RowTransform::default(),
         };

@@ -88,10 +88,13 @@ where
             total = total.try_add(loss(out, upstream)?).map_err(failed)?;
         }
         let mut leaves = Vec::new();
-        for (hidden, upstream) in &pass.heads {
-            let leaf: Matrix<E> = tensor(hidden)?;
-            let out = layer.logits(leaf.leaky_trace())?;
-            total = total.try_add(loss(out, upstream)?).map_err(failed)?;
+        for head in &pass.heads {
+            let leaf: Matrix<E> = tensor(&head.hidden)?;
+            let out = match head.adapters() {
+                None => layer.logits(leaf.leaky_trace())?,
+                Some(adapters) => layer.logits_mixed(leaf.leaky_trace(), &adapters)?,
+            };
+            total = total.try_add(loss(out, &head.upstream)?).map_err(failed)?;
             leaves.push(leaf);
         }
         let gradients = total.try_backward().map_err(failed)?;

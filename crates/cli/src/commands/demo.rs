@@ -15,6 +15,7 @@ use trainable_tokens_trainer::{Dataset, Decoder, TrainOptions, Trainer, Vocabula
 
 use super::train::{Outputs, Run};
 use crate::args::{Cli, ComputeArgs, DemoArgs, DeviceArg, WeightType};
+use crate::initial::Initial;
 use crate::model::Model;
 use crate::output::{note, print};
 use crate::plot::loss_svg;
@@ -134,6 +135,7 @@ fn train(mut output: Output, out: &Path) -> Result<Output> {
         model: &model,
         model_dir: &output.model,
         target_modules: &["embed_tokens".to_owned()],
+        initial: &Initial::keep(TOKENS.len()),
         outputs: Outputs {
             adapter: &adapter,
             overwrite: Overwrite::Replace,

@@ -1,5 +1,6 @@
-//! `init`: an adapter that changes nothing yet.
+//! `init`: an adapter whose rows have not trained yet.
 
+use std::fmt::Write as _;
 use std::path::Path;
 
 use anyhow::Result;
@@ -17,6 +18,10 @@ struct Output<'a> {
     token_indices: Vec<u32>,
     tokens: Option<Vec<String>>,
     embedding_dim: usize,
+    /// As it is recorded in the file.
+    init: String,
+    /// How each row started, all tokens by their ids, in slot order.
+    row_inits: Vec<String>,
 }
 
 pub(super) fn run(args: &InitArgs, cli: &Cli) -> Result<()> {
@@ -26,24 +31,34 @@ pub(super) fn run(args: &InitArgs, cli: &Cli) -> Result<()> {
     let ids = args.tokens.resolve(&model.vocabulary, model.config.vocab_size)?;
     let table = model.table()?;
     let tokens = TokenSet::new(ids.iter().copied(), table.vocab_size())?;
-    let rows = table
-        .read_rows(tokens.ids())?
-        .to_dtype(table.dtype().default_row_dtype());
+    let initial = args.init.resolve(&model.vocabulary, &ids, args.seed)?;
+    let rows = initial.rows(&table, &tokens)?;
+    model
+        .adapter_builder(&args.model, &ids, rows, &initial)?
+        .build()?
+        .write(&args.out, cli.overwrite())?;
     let output = Output {
         adapter: &args.out,
         tokens: model.token_strings(&ids)?,
-        token_indices: ids.clone(),
+        token_indices: ids,
         embedding_dim: table.embedding_dim(),
+        row_inits: initial.resolved(),
+        init: initial.text,
     };
-    model
-        .adapter_builder(&args.model, &ids, rows)?
-        .build()?
-        .write(&args.out, cli.overwrite())?;
-    print(cli.json, &output, |o| {
-        format!(
-            "wrote {}: {} rows, as they are",
-            o.adapter.display(),
-            o.token_indices.len()
-        )
-    })
+    print(cli.json, &output, to_text)
+}
+
+fn to_text(output: &Output<'_>) -> String {
+    let (dir, rows) = (output.adapter.display(), output.token_indices.len());
+    if output.init == "keep" {
+        return format!("wrote {dir}: {rows} rows, as they are");
+    }
+    let mut text = format!("wrote {dir}: {rows} rows, init {}\n", output.init);
+    for (slot, (id, init)) in output.token_indices.iter().zip(&output.row_inits).enumerate() {
+        let token = output.tokens.as_ref().and_then(|tokens| tokens.get(slot));
+        let token = token.map_or_else(String::new, |token| format!(" {token:?}"));
+        // Writing to a string cannot fail.
+        let _ = writeln!(text, "  {id}{token}: {init}");
+    }
+    text
 }

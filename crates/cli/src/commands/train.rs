@@ -7,12 +7,13 @@ pub(super) use run::{Outputs, Run};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
-use trainable_tokens_core::PaddingRule;
+use trainable_tokens_core::{EmbeddingSource, PaddingRule, TokenRows, TokenSet};
 use trainable_tokens_format::{Adapter, Overwrite, TrainingState};
 use trainable_tokens_trainer::{self as trainer, Dataset, EMBEDDING_MODULE, TrainOptions, Trainer};
 
 use super::{check_apart, check_free};
 use crate::args::{self, Cli, PaddingChoice, TrainArgs};
+use crate::initial::Initial;
 use crate::model::Model;
 use crate::output::{note, print};
 use crate::summary::Summary;
@@ -42,15 +43,18 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
     let eval_data = eval_data
         .map(|path| Dataset::read(path, &model.vocabulary, &model.config, args.max_length))
         .transpose()?;
-    let decoder = model.load_rows(&ids, None, padding, args.compute)?;
+    let initial = args.init.resolve(&model.vocabulary, &ids, args.seed)?;
+    let rows = start(&model, &ids, &initial)?;
+    let decoder = model.load_rows(&ids, rows.as_ref(), padding, args.compute)?;
     let mut trainer = Trainer::new(decoder, data, options(args))?;
     if let Some(dir) = &args.resume {
-        resume(&mut trainer, dir)?;
+        resume(&mut trainer, dir, &initial)?;
     }
     let run = Run {
         model: &model,
         model_dir: &args.model,
         target_modules: &args.target_modules,
+        initial: &initial,
         outputs: Outputs {
             adapter: &args.out,
             overwrite,
@@ -127,8 +131,31 @@ fn padding_rule(choice: Option<PaddingChoice>, ids: &[u32], pad: Option<u32>) ->
     }
 }
 
-fn resume(trainer: &mut Trainer, dir: &Path) -> Result<()> {
+/// The rows to start from, unless they are the loaded table's own.
+fn start(model: &Model, ids: &[u32], initial: &Initial) -> Result<Option<TokenRows>> {
+    if initial.keeps_base() {
+        return Ok(None);
+    }
+    let table = model.table()?;
+    let tokens = TokenSet::new(ids.iter().copied(), table.vocab_size())?;
+    Ok(Some(initial.rows(&table, &tokens)?))
+}
+
+fn resume(trainer: &mut Trainer, dir: &Path, initial: &Initial) -> Result<()> {
     let adapter = Adapter::read(dir)?;
+    // Decay toward the original rows needs them again, and the adapter tells how it started.
+    if let Some(init) = adapter
+        .metadata()
+        .init
+        .as_deref()
+        .filter(|init| *init != initial.text)
+    {
+        bail!(
+            "adapter {} started with init {init}, not {}; repeat its --init, --init-token and --seed",
+            dir.display(),
+            initial.text
+        );
+    }
     let path = dir.join(TrainingState::FILE_NAME);
     let state = TrainingState::read(&path)?;
     let Some(rows) = adapter.rows(EMBEDDING_MODULE) else {

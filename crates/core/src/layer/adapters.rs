@@ -36,14 +36,8 @@ impl<B: Backend> TrainableTokens<B> {
     ) -> Result<(), B::Error> {
         self.expect_vocabulary(&tokens)?;
         rows.expect_shape("trained rows", tokens.len(), self.source.embedding_dim())?;
-        if self.adapters().any(|adapter| adapter.name() == name) {
-            let name = name.to_owned();
-            let must = "another than those of the layer's other adapters";
-            return Err(Error::AdapterName { name, must }.into());
-        }
         let delta = B::delta(&self.source, rows)?;
-        self.adapters.push(TokenAdapter::new(name, tokens, delta)?);
-        Ok(())
+        Ok(self.push_adapter(TokenAdapter::new(name, tokens, delta)?)?)
     }
 
     /// Removes an adapter and hands it over.
@@ -233,7 +227,12 @@ impl<B: Backend> TrainableTokens<B> {
             [] => Effective::None(TokenSet::new([], self.source.vocab_size())?),
             [at] => Effective::One(at),
             _ => {
-                let set = self.named_set(&places, overlap)?;
+                let sets = places.iter().map(|at| self.adapters[*at].tokens().fingerprint());
+                let known = self.known.get(&sets.collect::<Vec<_>>(), overlap);
+                let set = match known {
+                    Some(known) => Arc::clone(known),
+                    None => Arc::new(self.named_set(&places, overlap)?),
+                };
                 Effective::Several(places, set)
             }
         })
@@ -243,7 +242,7 @@ impl<B: Backend> TrainableTokens<B> {
         self.adapters.iter().try_for_each(TokenAdapter::expect_unmerged)
     }
 
-    fn expect_vocabulary(&self, tokens: &TokenSet) -> Result<()> {
+    pub(super) fn expect_vocabulary(&self, tokens: &TokenSet) -> Result<()> {
         let (expected, got) = (self.source.vocab_size(), tokens.vocab_size());
         if expected == got {
             return Ok(());

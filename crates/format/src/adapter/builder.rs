@@ -153,7 +153,8 @@ impl AdapterBuilder {
         self
     }
 
-    /// `task_type` of the config; [`TaskType::CausalLm`] by default, with LoRA that of its config.
+    /// `task_type` of the config; [`TaskType::CausalLm`] by default, with LoRA that of its config. For a model that does
+    /// not generate text, PEFT wants another one, or none.
     pub fn task_type(mut self, task: Option<TaskType>) -> Self {
         self.task_type = Some(task.map(TaskType::as_str).into());
         self

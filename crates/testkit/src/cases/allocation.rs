@@ -3,7 +3,7 @@
 //! What a step allocates is bounded below one table, all told where that can be, at once elsewhere: so that no single
 //! allocation is a table either.
 
-use trainable_tokens_core::{Adam, AdamConfig, Overlap, Sgd, SgdConfig, TokenSet};
+use trainable_tokens_core::{Adam, AdamConfig, Overlap, RowInit, Sgd, SgdConfig, TokenSet};
 
 use crate::failure::ensure;
 use crate::world::noise;
@@ -226,6 +226,24 @@ pub fn the_optimizer_keeps_rows_only<H: Harness>() -> Outcome {
         cost.total <= 16 * rows,
         "a step allocates {} bytes, the rows have {rows}",
         cost.total
+    );
+    Ok(())
+}
+
+/// Statistics of the whole table are taken from a block of it at a time.
+pub fn initialising_allocates_no_table<H: Harness>() -> Outcome {
+    let source = H::source(&noise(3, H::DTYPE, LARGE, DIM))?;
+    let tokens = TokenSet::new([7, 5], LARGE)?;
+    let init: RowInit = "mean-covariance:1:others+norm-match".parse()?;
+    let start = || init.rows(&source, &tokens, H::DTYPE.default_row_dtype());
+    start()?;
+    let (rows, cost) = allocated(start)?;
+    rows?;
+    let table = table_bytes::<H>(LARGE);
+    ensure!(
+        cost.growth < table / 2,
+        "initialising holds {} bytes at once, the table has {table}",
+        cost.growth
     );
     Ok(())
 }

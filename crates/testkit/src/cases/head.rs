@@ -94,7 +94,7 @@ pub fn other_columns_keep_their_bits<H: Harness>() -> Outcome {
     })
 }
 
-fn transposed(rows: &TokenRows) -> TokenRows {
+pub(super) fn transposed(rows: &TokenRows) -> TokenRows {
     let [n, v] = rows.shape();
     let values = rows.to_f64_vec();
     let turned = (0..v)

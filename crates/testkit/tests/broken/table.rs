@@ -41,6 +41,18 @@ reads! {
         ids.sort_unstable();
         table.now().read_rows(&ids)
     };
+    /// Reads several rows at once, but for the last: the first again.
+    LongReadsWrap: |table, ids| {
+        let mut ids = ids.to_vec();
+        if let [first, .., last] = ids.as_mut_slice() {
+            *last = *first;
+        }
+        table.now().read_rows(&ids)
+    };
+    /// Takes what is no number for zero.
+    NanReadAsZero: |table, ids| Ok(map(table.now().read_rows(ids)?, |x| if x.is_nan() { 0.0 } else { x }));
+    /// Copies the table for every read.
+    TableCopied: |table, ids| table.now().clone().read_rows(ids);
     /// Loses the sign of zeros.
     MinusZeroUnread: |table, ids| Ok(map(table.now().read_rows(ids)?, |x| x + 0.0));
     /// Knows one NaN only.

@@ -11,6 +11,7 @@ use trainable_tokens_core::EmbeddingSource;
 use trainable_tokens_format::{Overwrite, write_dir_atomically};
 use trainable_tokens_trainer::{Dataset, GradientCheck, StepMetrics, Trainer, peak_rss_bytes};
 
+use crate::initial::Initial;
 use crate::model::Model;
 use crate::output::note;
 use crate::summary::Summary;
@@ -21,6 +22,7 @@ pub(crate) struct Run<'a> {
     /// As the user named it, for `base_model_name_or_path`.
     pub(crate) model_dir: &'a Path,
     pub(crate) target_modules: &'a [String],
+    pub(crate) initial: &'a Initial,
     pub(crate) outputs: Outputs<'a>,
     pub(crate) eval_data: Option<Dataset>,
     pub(crate) eval_every: Option<u64>,
@@ -134,7 +136,9 @@ impl Run<'_> {
                 trainer.steps_taken()
             );
         }
-        let builder = self.model.adapter_builder(self.model_dir, &tokens, rows)?;
+        let builder = self
+            .model
+            .adapter_builder(self.model_dir, &tokens, rows, self.initial)?;
         let adapter = builder.target_modules(self.target_modules.to_vec()).build()?;
         let overwrite = if replace {
             Overwrite::Replace
@@ -169,6 +173,7 @@ impl Run<'_> {
         let file = self.outputs.adapter.join("adapter_model.safetensors");
         Ok(Summary {
             adapter: self.outputs.adapter.to_owned(),
+            init: self.initial.text.clone(),
             steps: trainer.steps_taken(),
             rows_trained: rows,
             vocab_size: table.vocab_size(),

@@ -83,14 +83,17 @@ pub fn mixed_examples_train_their_own_adapters<H: Harness>() -> Outcome {
         let members = overlapping(world, H::DTYPE.default_row_dtype());
         let (choice, length) = choose(world, &members, EXAMPLES);
         let padding = world.ids[0];
-        let options = LayerOptions {
+        let no_padding = LayerOptions {
             padding: Some(Padding {
                 token: TokenId(padding),
                 rule: PaddingRule::NoLookupGradient,
             }),
+            ..LayerOptions::default()
+        };
+        let all = LayerOptions {
             scale: Some(EmbedScale::Exact(0.5)),
             scale_grad_by_freq: true,
-            ..LayerOptions::default()
+            ..no_padding
         };
         // How often an id occurs among the examples of an adapter.
         let count = |chosen, id| {
@@ -98,17 +101,13 @@ pub fn mixed_examples_train_their_own_adapters<H: Harness>() -> Outcome {
             let own = ids.filter(|(at, other)| choice[at / length] == chosen && **other == id);
             own.count() as f64
         };
-        let all = |chosen, id| {
-            if id == padding {
-                0.0
-            } else {
-                0.5 / count(chosen, id)
-            }
-        };
-        let plain = LayerOptions::default();
-        for with_options in [false, true] {
-            let layer = idle::<H>(world, &members)?.with_options(if with_options { options } else { plain });
-            let weight = |chosen, id| if with_options { all(chosen, id) } else { 1.0 };
+        for options in [LayerOptions::default(), no_padding, all] {
+            let weight = |chosen, id| match options.padding {
+                Some(_) if id == padding => 0.0,
+                _ if options.scale_grad_by_freq => 0.5 / count(chosen, id),
+                _ => 1.0,
+            };
+            let layer = idle::<H>(world, &members)?.with_options(options);
             let MixedPass { pass, dense, .. } = mixed_pass::<H>(&layer, world, &members, &choice, weight)?;
             let used = |at| choice.contains(&Some(at));
             if !(0..3).any(|at| used(at) && !members[at].tokens.is_empty()) {

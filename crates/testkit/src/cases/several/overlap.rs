@@ -1,10 +1,10 @@
 //! What counts for tokens that several active adapters train.
 
-use trainable_tokens_core::{DType, EmbedScale, LayerOptions, MaxNorm, Overlap};
+use trainable_tokens_core::{DType, EmbedScale, LayerOptions, MaxNorm, Overlap, TokenSet};
 
 use super::team::{NAMES, WEIGHTS, active, disjoint, in_effect, overlapping, trains_in};
 use crate::cases::DTYPES;
-use crate::cases::head::product;
+use crate::cases::head::{product, transposed};
 use crate::failure::{close, equal, same};
 use crate::world::{World, for_all, logits, lookup, noise, overwritten, select};
 use crate::{Harness, Layer, Outcome};
@@ -108,13 +108,25 @@ pub fn the_head_sees_the_rows_in_effect<H: Harness>() -> Outcome {
         ] {
             let layer = active::<H>(world, &members, &overlap)?;
             let want = product(&hidden, &in_effect(&table, &members, &overlap)?);
-            close("logits", &logits::<H>(&layer, &hidden)?, &want, H::DTYPE)?;
+            let got = logits::<H>(&layer, &hidden)?;
+            close("logits", &got, &want, H::DTYPE)?;
+            let frozen = logits::<H>(&Layer::<H>::frozen(H::source(&table)?)?, &hidden)?;
+            let others: Vec<u32> = (0u32..)
+                .take(world.v)
+                .filter(|id| !world.tokens.contains(id))
+                .collect();
+            let [got, frozen] = [transposed(&got), transposed(&frozen)];
+            same(
+                "other columns",
+                &select(&got, &others)?,
+                &select(&frozen, &others)?,
+            )?;
         }
         // Every adapter of every token: only the last one is seen, and so are rows that it gets later.
         let all: Vec<u32> = (0u32..).take(world.v).collect();
         let mut layer = Layer::<H>::frozen(H::source(&table)?)?;
         for name in NAMES {
-            let tokens = trainable_tokens_core::TokenSet::new(all.iter().copied(), world.v)?;
+            let tokens = TokenSet::new(all.iter().copied(), world.v)?;
             layer.add_adapter(name, tokens)?;
         }
         layer.activate_overlapping(&NAMES, Overlap::LastWins)?;
