@@ -54,6 +54,7 @@ mod compare;
 mod files;
 mod fixture;
 mod gradients;
+mod keys;
 mod layers;
 mod lookups;
 mod merges;

@@ -105,7 +105,7 @@ fn another_value_is_found_and_named() {
             "delta.trained",
             1,
             None,
-            ["the adapter's rows", "row 0, column 1"],
+            ["adapters: adapter: rows", "row 0, column 1"],
         ),
         (
             "delta.grad",
@@ -331,12 +331,7 @@ fn another_value_of_any_kind_of_case_is_found() {
             None,
             "train: rows before the first step",
         ),
-        (
-            "llama_untied",
-            "delta.grads",
-            Some(0.1),
-            "train: rows after step 0",
-        ),
+        ("llama_untied", "delta.grads", Some(0.1), "train: rows after step"),
         (
             "gemma2_tied",
             "embed.trained_bf16",

@@ -43,7 +43,7 @@ impl Fixture {
         Ok(found)
     }
 
-    /// The adapters of an operation that names several, or `None` if it names at most one directory.
+    /// Whether an operation names adapters, rather than at most one directory.
     pub(super) fn is_about_names(operation: &Value) -> bool {
         operation["active"].is_array() || operation["adapters"].is_array()
     }

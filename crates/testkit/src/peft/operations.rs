@@ -8,7 +8,7 @@ use super::layers::holds;
 use super::lookups::{dense_forward, embed_forward, mixed_batch};
 use super::merges::{Until, merge, overlap};
 use super::value::text;
-use super::{files, targets, training, trajectory, whole_model};
+use super::{files, keys, targets, training, trajectory, whole_model};
 use crate::failure::{ensure, same};
 use crate::{Failure, Harness, Outcome};
 
@@ -50,7 +50,7 @@ pub(super) fn run_all<H: Harness, B: Harness>(fixture: &Fixture) -> Outcome {
             files::changed_tensors,
         ),
         ("resized vocabulary", stated("new_vocab"), files::resized),
-        ("variants", stated("variants"), files::key_variants),
+        ("variants", stated("variants"), keys::variants),
         ("matched_modules", stated("matched_modules"), targets::matched),
         ("wrapped_modules", stated("wrapped_modules"), targets::wrapped),
     ];

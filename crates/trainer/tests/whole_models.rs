@@ -1,0 +1,161 @@
+//! PEFT's operations on whole models: all of them, but those that the kit lists as not run.
+#![allow(missing_docs, clippy::unwrap_used, clippy::panic)]
+
+#[path = "support/case.rs"]
+mod case;
+
+use std::collections::BTreeSet;
+
+use candle_core::{D, DType, Device, Tensor};
+use candle_nn::Module;
+use case::{Case, check, flat, tolerance};
+use serde_json::Value;
+use trainable_tokens_candle::TrainableTokens;
+use trainable_tokens_core::EmbeddingSource;
+use trainable_tokens_format::Adapter;
+use trainable_tokens_testkit::peft::{CASES, NOT_RUN, WholeModel, not_run};
+use trainable_tokens_trainer::{Decoder, Error, HEAD_MODULE, ModelConfig};
+
+/// Cases whose training runs in `fixtures.rs`.
+const TRAINED: [&str; 2] = ["llama_tied", "llama_untied"];
+
+/// The operations of all cases that are to be run.
+fn operations() -> Vec<(Case, WholeModel)> {
+    let mut found = Vec::new();
+    for (name, _) in CASES {
+        let all = Case::open(name).fixture.whole_model();
+        let all = all.unwrap_or_else(|failure| panic!("{name}: {}", failure.reason()));
+        let run = all.into_iter().filter(|it| not_run(name, &it.name).is_none());
+        found.extend(run.map(|it| (Case::open(name), it)));
+    }
+    found
+}
+
+#[test]
+fn every_operation_that_is_not_listed_runs() {
+    let mut trained = BTreeSet::new();
+    let mut run = BTreeSet::new();
+    for (case, WholeModel { name, operation, .. }) in operations() {
+        match operation["op"].as_str().unwrap() {
+            "logits" => logits(&case, &operation),
+            "delta_grad" => head_gradient(&case, &operation),
+            "train" => drop(trained.insert(case.name.clone())),
+            other => panic!("{}: {other} {name} neither runs nor is it listed", case.name),
+        }
+        run.insert(case.name);
+    }
+    assert_eq!(trained, TRAINED.map(str::to_owned).into());
+    assert!(run.len() > TRAINED.len(), "{run:?}");
+}
+
+#[test]
+fn what_is_listed_cannot_run() {
+    for (name, names, reason) in NOT_RUN {
+        let case = Case::open(name);
+        if reason.ends_with("decoder") && reason.starts_with("needs a ") || reason.ends_with("encoder") {
+            let config = ModelConfig::read(&case.base(&Value::Null).config_path());
+            assert!(
+                matches!(config, Err(Error::UnsupportedModel { .. })),
+                "{name}: {reason}, but its config is read"
+            );
+            continue;
+        }
+        // Rows alone do not make the outputs: the adapters have weights of LoRA too.
+        assert!(
+            names
+                .iter()
+                .all(|name| *name != "logits.base" && *name != "logits.noop"),
+            "{name}"
+        );
+        for stated in case.fixture.json()["adapters"].as_array().unwrap() {
+            let adapter = Adapter::read(case.path(stated["dir"].as_str().unwrap())).unwrap();
+            let has_weights = adapter.extra_tensors().any(|tensor| tensor.contains(".lora_A"));
+            assert!(has_weights, "{name}: {reason}, but it has none");
+        }
+    }
+}
+
+/// The head of an untied model with rows of its own, where the adapter has some.
+fn head(case: &Case, operation: &Value) -> Option<TrainableTokens> {
+    if matches!(operation["state"].as_str(), Some("base" | "noop" | "merged")) {
+        return None;
+    }
+    let adapter = case.adapter(operation);
+    let module = adapter
+        .modules()
+        .iter()
+        .find(|module| module.path() == HEAD_MODULE)?;
+    let base = case.base(operation);
+    let table = base.table(&format!("{HEAD_MODULE}.weight")).unwrap();
+    let shape = [table.vocab_size(), table.embedding_dim()];
+    let table = Tensor::from_raw_buffer(table.bytes(), DType::F32, &shape, &Device::Cpu).unwrap();
+    Some(TrainableTokens::with_rows(table, module.token_indices(), module.rows()).unwrap())
+}
+
+fn hidden(case: &Case, operation: &Value, model: &Decoder) -> Tensor {
+    let ids = operation["inputs"]["input_ids"].as_str().unwrap();
+    let embeddings = model.embed(&case.expected[ids]).unwrap();
+    model.hidden(&embeddings).unwrap()
+}
+
+fn logits(case: &Case, operation: &Value) {
+    let model = case.model(operation);
+    let hidden = hidden(case, operation, &model);
+    let got = match head(case, operation) {
+        Some(head) => head.tied_head().forward(&hidden).unwrap(),
+        None => model.logits(&hidden).unwrap(),
+    };
+    let want = operation["expect"].as_str().unwrap();
+    let what = format!("{}: {want}", case.name);
+    check(&what, &flat(&got), &case.flat(want), tolerance(operation));
+}
+
+/// The gradient of the head's rows: that of transformers' loss, where the logits at a position predict the next label.
+fn head_gradient(case: &Case, operation: &Value) {
+    let model = case.model(operation);
+    let hidden = hidden(case, operation, &model);
+    let head = head(case, operation).unwrap();
+    let (batch, length, _) = hidden.dims3().unwrap();
+    let logits = head.tied_head().forward(&hidden).unwrap();
+    let logits = logits.narrow(1, 0, length - 1).unwrap();
+    let labels = &case.expected[operation["inputs"]["labels"].as_str().unwrap()];
+    let labels = labels.narrow(1, 1, length - 1).unwrap().contiguous().unwrap();
+    let targets = labels.reshape((batch * (length - 1), 1)).unwrap();
+    let logits = logits.contiguous().unwrap().flatten_to(1).unwrap();
+    let normalizer = logits
+        .exp()
+        .unwrap()
+        .sum_keepdim(D::Minus1)
+        .unwrap()
+        .log()
+        .unwrap();
+    let loss = (normalizer - logits.gather(&targets, D::Minus1).unwrap()).unwrap();
+    let loss = loss.mean_all().unwrap();
+    let tolerance = tolerance(operation);
+    let what = format!("{}: loss", case.name);
+    check(&what, &flat(&loss), &case.flat("loss"), tolerance);
+    let gradient = head.gradient(&loss.backward().unwrap()).unwrap();
+    let want = operation["expect"].as_str().unwrap();
+    let what = format!("{}: {want}", case.name);
+    check(&what, &gradient.to_f32_vec(), &case.flat(want), tolerance);
+}
+
+/// What the embedding of a model returns that runs.
+#[test]
+fn embeddings_of_the_models_are_pefts() {
+    let mut checked = 0;
+    for name in TRAINED {
+        let case = Case::open(name);
+        for operation in case.fixture.json()["operations"].as_array().unwrap() {
+            if operation["op"] == "embed_forward" {
+                let ids = operation["inputs"]["ids"].as_str().unwrap();
+                let got = case.model(operation).embed(&case.expected[ids]).unwrap();
+                let want = operation["expect"].as_str().unwrap();
+                let what = format!("{name}: {want}");
+                check(&what, &flat(&got), &case.flat(want), tolerance(operation));
+                checked += 1;
+            }
+        }
+    }
+    assert_eq!(checked, 6);
+}
