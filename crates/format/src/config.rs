@@ -160,8 +160,7 @@ impl AdapterConfig {
     pub fn with_field(&self, name: impl Into<String>, value: &serde_json::Value) -> Result<Self> {
         let path = Path::new(CONFIG_FILE);
         let name = name.into();
-        let value =
-            Json::parse(&value.to_string()).map_err(|reason| Error::field(path, name.clone(), reason))?;
+        let value = Json::from_value(value).map_err(|reason| Error::field(path, name.clone(), reason))?;
         let mut fields = self.fields.clone();
         fields.insert(name, value);
         parse::config(fields, path)

@@ -80,6 +80,27 @@ impl Json {
         })
     }
 
+    /// A value of a caller, its numbers spelled as Python spells them.
+    pub(crate) fn from_value(value: &serde_json::Value) -> Result<Self, String> {
+        Ok(Self::parse(&value.to_string())?.with_python_numbers())
+    }
+
+    fn with_python_numbers(self) -> Self {
+        match self {
+            Self::Number(text) => Self::Number(python_number(text)),
+            Self::Array(items) => Self::Array(items.into_iter().map(Self::with_python_numbers).collect()),
+            Self::Object(fields) => {
+                let fields = fields.into_iter();
+                Self::Object(
+                    fields
+                        .map(|(key, value)| (key, value.with_python_numbers()))
+                        .collect(),
+                )
+            }
+            other => other,
+        }
+    }
+
     /// The value in the type that callers know.
     pub(crate) fn to_value(&self) -> serde_json::Value {
         serde_json::from_str(&self.to_python()).unwrap_or_default()
@@ -145,6 +166,22 @@ impl Json {
 impl From<&str> for Json {
     fn from(text: &str) -> Self {
         Self::String(text.to_owned())
+    }
+}
+
+/// Python's `repr` of a float is Rust's, but that exponents have a sign and at least two digits.
+fn python_number(text: String) -> String {
+    let float = text.contains(['.', 'e', 'E']).then(|| text.parse::<f64>().ok());
+    let Some(float) = float.flatten() else {
+        return text;
+    };
+    let text = format!("{float:?}");
+    match text.split_once('e') {
+        None => text,
+        Some((digits, exponent)) => match exponent.strip_prefix('-') {
+            Some(exponent) => format!("{digits}e-{exponent:0>2}"),
+            None => format!("{digits}e+{exponent:0>2}"),
+        },
     }
 }
 
@@ -249,6 +286,31 @@ mod tests {
         let text = "{\n  \"a\": [],\n  \"b\": {},\n  \"c\": [\n    1e-05,\n    123456789012345678901234567890,\n    \
                     \"\\u00e9\\ud83d\\ude00\\u007f\\n\\\"\\\\\"\n  ],\n  \"d\": {\n    \"x\": -0.0\n  }\n}";
         assert_eq!(Json::parse(text).unwrap().to_python(), text);
+    }
+
+    #[test]
+    fn numbers_of_callers_are_spelled_as_by_python() {
+        let values = serde_json::json!([
+            1e-5,
+            1.2e-5,
+            0.0001,
+            -2.5e-7,
+            5e-324,
+            1e15,
+            1e16,
+            -1.5e300,
+            0.0,
+            0.1,
+            8.0,
+            7,
+            u64::MAX,
+            {"a": 1e-100}
+        ]);
+        let text = Json::from_value(&values).unwrap().to_python();
+        let text: String = text.split_whitespace().collect();
+        let python = "[1e-05,1.2e-05,0.0001,-2.5e-07,5e-324,1000000000000000.0,1e+16,-1.5e+300,0.0,0.1,8.0,7,\
+                      18446744073709551615,{\"a\":1e-100}]";
+        assert_eq!(text, python);
     }
 
     #[test]
