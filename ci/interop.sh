@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Compares the command line with the real PEFT and transformers, live.
+# Compares the command line, and the library's adapter files, with the real PEFT and transformers, live.
 #
 #   ci/interop.sh [CASE...]
 #
 # Without arguments, all cases run. The reference is installed once, into target/interop-venv; it is large, for torch
 # brings its CUDA libraries along, though nothing here uses them. Needs python3 (3.11 or later) and cargo.
 #   INTEROP_PYTHON        a python that has the packages of interop/requirements.txt: nothing is installed
-#   TRAINABLE_TOKENS_BIN  the program to check: nothing is built
+#   TRAINABLE_TOKENS_BIN  the program to check: it is not built
+#   ADAPTERS_BIN          the example `adapters` of crates/format: it is not built
 set -euo pipefail
 shopt -s inherit_errexit
 
@@ -48,8 +49,7 @@ install_reference() {
     echo "$stamp" > "$venv/stamp"
 }
 
-build_program() {
-    cargo build --quiet -p trainable-tokens-cli
+target_directory() {
     local metadata
     metadata=$(cargo metadata --format-version 1 --no-deps)
     python3 -c 'import json, sys; print(json.load(sys.stdin)["target_directory"])' <<< "$metadata"
@@ -69,8 +69,13 @@ fi
 # Building and installing wait for different things, so they run side by side.
 program=${TRAINABLE_TOKENS_BIN:-}
 if [[ -z $program ]]; then
-    target=$(build_program)
-    program=$target/debug/trainable-tokens
+    cargo build --quiet -p trainable-tokens-cli
+    program=$(target_directory)/debug/trainable-tokens
+fi
+adapters=${ADAPTERS_BIN:-}
+if [[ -z $adapters ]]; then
+    cargo build --quiet -p trainable-tokens-format --example adapters
+    adapters=$(target_directory)/debug/examples/adapters
 fi
 
 if [[ -n $installing ]]; then
@@ -78,4 +83,4 @@ if [[ -n $installing ]]; then
     trap - EXIT
 fi
 
-HF_HUB_OFFLINE=1 PYTHONPYCACHEPREFIX=$PWD/target/interop-pycache "$python" ci/interop/check.py "$program" "$@"
+HF_HUB_OFFLINE=1 PYTHONPYCACHEPREFIX=$PWD/target/interop-pycache "$python" ci/interop/check.py "$program" "$adapters" "$@"

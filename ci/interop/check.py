@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Compares the command line with PEFT and transformers, live.
+"""Compares the command line and the library's files with PEFT and transformers, live.
 
-    check.py BINARY [CASE...]
+    check.py BINARY ADAPTERS [CASE...]
 
 Every check prints a line with the number measured. The exit status is 1 if any fails."""
 
@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import reference
 from cli import Cli
 from models import Case, make_cases, make_examples, random_ids, write_lines
+from roundtrips import check_round_trips
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FIXTURES = REPOSITORY / "tests" / "fixtures" / "peft"
@@ -294,7 +295,8 @@ def guarded(report: Report, name: str, check):
 def main() -> int:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("binary", type=Path)
-    arguments.add_argument("cases", nargs="*", metavar="CASE", help="only these models, by name [default: all]")
+    arguments.add_argument("adapters", type=Path, help="the example of crates/format")
+    arguments.add_argument("cases", nargs="*", metavar="CASE", help="only these, by name [default: all]")
     options = arguments.parse_args()
     started = time.monotonic()
     transformers.utils.logging.set_verbosity_error()
@@ -305,17 +307,18 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as work:
         work = Path(work)
         cases = make_cases(work / "models", FIXTURES)
-        unknown = set(options.cases) - {case.name for case in cases}
-        if unknown:
-            arguments.error(f"no case {', '.join(sorted(unknown))}; there are {', '.join(c.name for c in cases)}")
+        groups = {}
         for case in cases:
-            if options.cases and case.name not in options.cases:
-                continue
-            directory = work / case.name
-            directory.mkdir()
-            guarded(report, case.name, lambda: CaseChecks(case, cli, report, directory).run())
-        if not options.cases:
-            guarded(report, "tokenizer", lambda: check_tokenizer(cli, report, work))
+            (work / case.name).mkdir()
+            groups[case.name] = lambda case=case: CaseChecks(case, cli, report, work / case.name).run()
+        groups["tokenizer"] = lambda: check_tokenizer(cli, report, work)
+        groups["round-trips"] = lambda: check_round_trips(options.adapters.resolve(), report, work / "trips", guarded)
+        unknown = set(options.cases) - set(groups)
+        if unknown:
+            arguments.error(f"no case {', '.join(sorted(unknown))}; there are {', '.join(groups)}")
+        for name, check in groups.items():
+            if not options.cases or name in options.cases:
+                guarded(report, name, check)
     print(f"{report.passed} passed, {report.failed} failed ({time.monotonic() - started:.0f} s)")
     return 1 if report.failed or not report.passed else 0
 

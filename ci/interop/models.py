@@ -5,7 +5,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 VOCAB_SIZE = 301
 SHAPE = dict(
@@ -107,3 +120,97 @@ def make_examples(case: Case, count: int, *, seed: int) -> list[dict]:
 def write_lines(path: Path, examples: list[dict]) -> Path:
     path.write_text("".join(json.dumps(example) + "\n" for example in examples))
     return path
+
+
+@dataclass
+class Architecture:
+    """A model of some architecture, smaller still: only PEFT and the library's files meet it."""
+
+    name: str
+    path: Path
+    cls: type
+    lora_targets: list[str] | str  # what LoRA adapts
+    tied: list[str]  # modules that share the input embedding's table
+    decodes: bool = False  # an encoder and a decoder
+
+    vocab_size = 60
+
+    def load(self, dtype=torch.float32):
+        return self.cls.from_pretrained(self.path, dtype=dtype, attn_implementation="eager").eval()
+
+    def inputs(self, vocab_size: int) -> dict[str, torch.Tensor]:
+        """Every token of the vocabulary, in four rows."""
+        ids = torch.randperm(vocab_size, generator=torch.Generator().manual_seed(5))
+        ids = torch.cat([ids, ids[: -vocab_size % 4]]).view(4, -1)
+        return {"input_ids": ids} | ({"decoder_input_ids": ids.flip(0)} if self.decodes else {})
+
+
+def make_architectures(work: Path) -> list[Architecture]:
+    size = Architecture.vocab_size
+    llama = dict(
+        vocab_size=size,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        initializer_range=0.15,
+    )
+    bert = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24)
+    bart = dict(
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=24,
+        decoder_ffn_dim=24,
+        max_position_embeddings=32,
+        init_std=0.15,
+    )
+    encoder_decoder = ["encoder.embed_tokens", "decoder.embed_tokens"]
+    made = [
+        ("llama-untied", LlamaForCausalLM, LlamaConfig(**llama), r".*\.(q_proj|down_proj)", []),
+        (
+            "llama-tied",
+            LlamaForCausalLM,
+            LlamaConfig(**llama, tie_word_embeddings=True),
+            r".*\.(q_proj|down_proj)",
+            ["lm_head"],
+        ),
+        (
+            "gpt2",
+            GPT2LMHeadModel,
+            GPT2Config(vocab_size=size, n_embd=16, n_layer=1, n_head=2, n_positions=32, initializer_range=0.15),
+            ["c_attn"],
+            ["lm_head"],
+        ),
+        (
+            "bert",
+            BertForMaskedLM,
+            BertConfig(vocab_size=size, **bert, max_position_embeddings=32, initializer_range=0.15),
+            ["query"],
+            ["cls.predictions.decoder"],
+        ),
+        (
+            "t5",
+            T5ForConditionalGeneration,
+            T5Config(
+                vocab_size=size, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, decoder_start_token_id=0
+            ),
+            ["q"],
+            ["lm_head", *encoder_decoder],
+        ),
+        (
+            "bart",
+            BartForConditionalGeneration,
+            BartConfig(vocab_size=size, **bart),
+            ["q_proj"],
+            ["lm_head", *(f"model.{path}" for path in encoder_decoder)],
+        ),
+    ]
+    architectures = []
+    for seed, (name, cls, config, lora_targets, tied) in enumerate(made):
+        save_random_model(work / name, cls, config, seed=seed)
+        architectures.append(Architecture(name, work / name, cls, lora_targets, tied, config.is_encoder_decoder))
+    return architectures
