@@ -22,6 +22,7 @@ from models import Architecture, make_architectures
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 TOKENS, MORE = [58, 7, 40], [3, 59]
 GROWN_BY, NEW_TOKENS = 3, [62, 7, 61]  # row 60 is new, but not trained
+HEAD = "base_model.model.lm_head.weight"
 LOST_HEAD = 0.1
 
 
@@ -63,16 +64,24 @@ class Trip:
         return self.grown and self.save is not False
 
     @property
+    def is_lora(self) -> bool:
+        return all(isinstance(config, LoraConfig) for config in self.adapters.values())
+
+    @property
+    def has_plain_head(self) -> bool:
+        """Whether the head has grown too, and no rows of it train. With LoRA, PEFT stores it; else it leaves it out."""
+        if not self.stores_tables or self.model != "llama-untied":
+            return False
+        return not self.is_lora or isinstance(self.adapters["default"].trainable_token_indices, list)
+
+    @property
     def lacks_head(self) -> bool:
-        """Whether PEFT stores the one table that has grown, but not the other."""
-        trained = getattr(self.adapters.get("default"), "trainable_token_indices", None)
-        return self.stores_tables and self.model == "llama-untied" and not isinstance(trained, dict)
+        return self.has_plain_head and not self.is_lora
 
     @property
     def ignored_by_peft(self) -> list[str]:
         """With a tied model's tables, PEFT stores rows of LoRA twice, and does not look for the second. We do not."""
-        is_lora = isinstance(self.adapters.get("default"), LoraConfig)
-        twice = self.stores_tables and self.model == "llama-tied" and is_lora
+        twice = self.stores_tables and self.model == "llama-tied" and self.is_lora
         return ["base_model.model.lm_head.token_adapter.trainable_tokens_delta"] if twice else []
 
 
@@ -277,14 +286,14 @@ class TripChecks:
 
     def check_whole_head(self, theirs: Path, created: Loaded, before: dict):
         """With the head in the file, the model may have grown by any rows; PEFT leaves it out of its own files."""
-        spec = self.spec(theirs, metadata=True, save_head=True)
+        spec = self.spec(theirs, metadata=True, add_head=True)
         ours = self.adapters.make(spec, self.work / "with-head")
         way = "head stored by us"
         self.same_files(f"{way}, rewritten", self.adapters.rewrite(ours, self.work / "with-head-rewritten"), ours)
         loaded = self.check_loading(way, ours, created, before, seed=2)
         saved = self.save(loaded.model, "head-saved")
         left_out = set(load_file(ours / FILES[1])) - set(load_file(saved / FILES[1]))
-        self.report.equal(self.what(f"{way}: left out by PEFT"), sorted(left_out), ["base_model.model.lm_head.weight"])
+        self.report.equal(self.what(f"{way}: left out by PEFT"), sorted(left_out), [HEAD])
         lost = (self.logits(self.load(theirs, seed=2))["default"] - before["default"]).abs().max().item()
         self.report.line(lost > LOST_HEAD, self.what("PEFT's own: logits differ"), f"{lost:.2f} (above {LOST_HEAD})")
 
@@ -327,7 +336,7 @@ class TripChecks:
     def tensors(self, directory: Path, name: str) -> dict[str, torch.Tensor]:
         return load_file(self.at(directory, name) / FILES[1])
 
-    def spec(self, theirs: Path, *, metadata: bool, save_head=False) -> dict:
+    def spec(self, theirs: Path, *, metadata: bool, add_head=False) -> dict:
         """What to ask for so that it has the rows, other tensors and options of PEFT's adapters; names of rows, copies
         of them, stored tables and all other fields are the library's own."""
         return {
@@ -336,7 +345,7 @@ class TripChecks:
             "metadata": metadata,
             "save_embedding_layers": self.trip.save,
             "named_vocab_size": self.architecture.vocab_size,
-            "save_head": save_head,
+            "save_head": add_head or (self.trip.has_plain_head and self.trip.is_lora),
         }
 
     def wanted(self, theirs: Path, name: str) -> dict:
@@ -353,7 +362,7 @@ class TripChecks:
                 if ids is None:
                     continue  # a copy for a tied module
                 tensors[path], modules[path] = tensor, ids
-            elif ".base_layer." not in key:
+            elif ".base_layer." not in key and key != HEAD:  # those are the library's to store
                 tensors[key] = tensor
         if isinstance(tokens, dict) and set(tokens) != {path.rpartition(".")[2] for path in modules}:
             config["trainable_token_indices"] = tokens

@@ -100,7 +100,7 @@ fn adapter(spec: &Spec, wanted: &Wanted, model: &Checkpoint) -> Result<Adapter, 
     }
     match wanted.fields.get("target_modules") {
         Some(Value::String(pattern)) => {
-            builder = builder.target_modules(TargetModules::Pattern(pattern.clone()))
+            builder = builder.target_modules(TargetModules::Pattern(pattern.clone()));
         }
         Some(list) => builder = builder.target_modules(serde_json::from_value::<Vec<String>>(list.clone())?),
         None => {}
