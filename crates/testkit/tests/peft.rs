@@ -138,7 +138,7 @@ fn another_value_is_found_and_named() {
             "traj.mse_target",
             0,
             Some(1.0),
-            ["trajectory mse_adamw: gradient of step", "row"],
+            ["trajectory mse_adamw: loss of step 0", "expected"],
         ),
     ] {
         fails(&shifted("standalone_f32", name, at, by), &reasons);
