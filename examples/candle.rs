@@ -35,7 +35,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     }
 
     let dir = std::env::temp_dir().join("trainable-tokens-example-candle");
-    let adapter = Adapter::builder("model.embed_tokens", embedding.tokens(), embedding.rows()?).build()?;
+    let adapter = Adapter::builder("model.embed_tokens", &embedding.tokens(), embedding.rows()?).build()?;
     adapter.write(&dir, Overwrite::Replace)?;
     embedding.merge()?; // from here on a plain table serves the new rows
     println!("wrote {}", dir.display());

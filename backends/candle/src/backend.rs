@@ -1,15 +1,17 @@
 //! The marker type that implements core's backend.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::Tensor;
 use candle_core::backprop::GradStore;
 use trainable_tokens_core::{
-    Backend, DeltaStore, EmbeddingSource, Error as CoreError, LookupPlan, RowTransform, TokenRows, TokenSet,
+    Backend, DeltaStore, EmbeddingSource, Error as CoreError, LookupPlan, RowMix, RowTransform, TokenRows,
+    TokenSet,
 };
 
 use crate::convert::to_rows;
-use crate::ops::{Overrides, lookup_rows, project};
+use crate::ops::{Overrides, lookup_rows, project, stack_rows};
 use crate::{CandleDelta, CandleTable, Error, Result};
 
 /// Candle, as core sees it.
@@ -42,24 +44,60 @@ impl Backend for Candle {
         delta: Option<&CandleDelta>,
         tokens: &TokenSet,
     ) -> Result<Tensor> {
-        let overrides = match delta {
-            None => None,
-            Some(_) if tokens.is_empty() => None,
-            Some(delta) => {
-                let what = "token set of the head";
-                let expected = [delta.num_rows(), source.vocab_size()];
-                let got = [tokens.len(), tokens.vocab_size()];
-                if expected != got {
-                    return Err(CoreError::shape(what, &expected, &got).into());
-                }
-                let columns = Tensor::from_vec(tokens.to_vec(), tokens.len(), source.tensor().device())?;
-                Some(Overrides::new(source.tensor(), delta.var(), columns)?)
-            }
-        };
-        project(&hidden, source.tensor(), None, overrides)
+        logits(&hidden, source, delta, tokens, None)
+    }
+
+    fn combine(deltas: &[&CandleDelta], mix: &RowMix) -> Result<CandleDelta> {
+        CandleDelta::combine(deltas, mix)
+    }
+
+    fn num_rows(tensor: &Tensor) -> usize {
+        tensor.dims().first().copied().unwrap_or(0)
+    }
+
+    fn split_rows(tensor: Tensor, parts: &[Range<usize>]) -> Result<Vec<Tensor>> {
+        let part = |part: &Range<usize>| Ok(tensor.narrow(0, part.start, part.len())?);
+        parts.iter().map(part).collect()
+    }
+
+    fn join_rows(parts: Vec<Tensor>) -> Result<Tensor> {
+        let nothing = || CoreError::shape("values to join", &[1], &[0]).into();
+        stack_rows(&parts)?.ok_or_else(nothing)
     }
 
     fn gradient(gradients: &GradStore, delta: &CandleDelta) -> Result<Option<TokenRows>> {
-        gradients.get(delta.var().as_tensor()).map(to_rows).transpose()
+        let Ok(leaf) = delta.var() else {
+            return Ok(None);
+        };
+        gradients.get(leaf.as_tensor()).map(to_rows).transpose()
     }
+}
+
+/// The logits `[.., V]` of `hidden` `[.., D]` over a table overridden by trained rows, with a detached bias `[V]`.
+///
+/// # Errors
+///
+/// When the shapes, element types or devices do not fit, and when candle fails.
+pub(crate) fn logits(
+    hidden: &Tensor,
+    source: &CandleTable,
+    delta: Option<&CandleDelta>,
+    tokens: &TokenSet,
+    bias: Option<&Tensor>,
+) -> Result<Tensor> {
+    let table = source.tensor();
+    let overrides = match delta.filter(|_| !tokens.is_empty()) {
+        None => None,
+        Some(delta) => {
+            let what = "token set of the head";
+            let expected = [delta.num_rows(), source.vocab_size()];
+            let got = [tokens.len(), tokens.vocab_size()];
+            if expected != got {
+                return Err(CoreError::shape(what, &expected, &got).into());
+            }
+            let columns = Tensor::from_vec(tokens.to_vec(), tokens.len(), table.device())?;
+            Some(Overrides::new(table, delta.tensor(), columns)?)
+        }
+    };
+    project(hidden, table, bias, overrides)
 }

@@ -55,6 +55,9 @@ pub enum Error {
         /// Where it lies.
         got: DeviceLocation,
     },
+    /// Rows that were put together from several adapters cannot be written, and no optimizer can hold them.
+    #[error("rows put together from several adapters are no variable; write and step the adapters' own")]
+    Combination,
     /// A token id is not among the ids that a compact table was built for.
     #[error("token id {id} is not among the ids that the compact table was built for")]
     NotInDataSet {
@@ -78,7 +81,7 @@ impl BackendError for Error {
             Self::Candle(_) => ErrorKind::Framework,
             Self::ElementType { .. } => ErrorKind::DType,
             Self::Rank { .. } => ErrorKind::Shape,
-            Self::NotContiguous { .. } | Self::Device { .. } => ErrorKind::Unsupported,
+            Self::NotContiguous { .. } | Self::Device { .. } | Self::Combination => ErrorKind::Unsupported,
             Self::NotInDataSet { .. } => ErrorKind::TokenOutOfRange,
             Self::Source { kind, .. } => *kind,
         }

@@ -32,3 +32,12 @@ pub(crate) fn read_ids(ids: &Tensor, vocab_size: usize) -> Result<Vec<u32>> {
         }),
     }
 }
+
+/// Makes sure that the first of `dims` counts the examples, of which each has a name or none.
+pub(crate) fn expect_examples(what: &'static str, dims: &[usize], adapters: &[Option<&str>]) -> Result<()> {
+    if dims.first() == Some(&adapters.len()) {
+        return Ok(());
+    }
+    let rest = dims.get(1..).unwrap_or_default();
+    Err(CoreError::shape(what, &[&[adapters.len()], rest].concat(), dims).into())
+}

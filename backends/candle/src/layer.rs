@@ -1,15 +1,21 @@
 //! The embedding layer.
 
+mod adapters;
+
+use std::mem;
+use std::ops::Deref;
+
 use candle_core::backprop::GradStore;
 use candle_core::{Tensor, Var};
 use candle_nn::{Embedding, Module};
+use parking_lot::RwLockReadGuard;
 use trainable_tokens_core::{
     EmbeddingSource, LayerOptions, OptimizerHook, RowOptimizer, StepReport, TokenRows, TokenSet,
     TrainableTokens as CoreLayer,
 };
 
-use crate::head::Merged;
-use crate::ids::read_ids;
+use crate::ids::{expect_examples, read_ids};
+use crate::shared::Shared;
 use crate::{Candle, CandleTable, Result, TiedHead};
 
 /// An embedding of which only chosen rows train: takes the place of a [`candle_nn::Embedding`].
@@ -36,10 +42,38 @@ use crate::{Candle, CandleTable, Result, TiedHead};
 /// Train with [`step`](Self::step) and an optimizer of `trainable-tokens-core`, or hand [`var`](Self::var) to an
 /// optimizer of candle's. [`merge`](Self::merge) writes the rows into the table **in place**: everything that shares
 /// the table's storage sees them.
+///
+/// # Adapters
+///
+/// The rows belong to an adapter, `default`. [`add_adapter`](Self::add_adapter) adds others by name, of which one or
+/// several are active at a time, or another one for each example of a batch:
+///
+/// ```
+/// # use candle_core::{DType, Device, Tensor};
+/// # use candle_nn::Module;
+/// # use trainable_tokens_candle::TrainableTokens;
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # let table = Tensor::zeros((32, 4), DType::F32, &Device::Cpu)?;
+/// # let ids = Tensor::new(&[[1u32, 5], [7, 9], [9, 5]], &Device::Cpu)?;
+/// let mut embed = TrainableTokens::from_tensor(table, &[5, 7])?;
+/// embed.add_adapter("names", &[9])?;
+///
+/// embed.activate(&["default", "names"])?;
+/// embed.forward(&ids)?;
+///
+/// let head = embed.tied_head();
+/// let rows = embed.lookup_mixed(&ids, &[Some("default"), None, Some("names")])?;
+/// head.logits_mixed(&rows, &[Some("default"), None, Some("names")])?;
+/// # Ok(())
+/// # }
+/// ```
+///
+/// Methods about *the* rows, such as [`rows`](Self::rows) and [`step`](Self::step), are about the one active adapter;
+/// [`adapter`](Self::adapter) and [`adapter_mut`](Self::adapter_mut) are about any. All words are those of core's
+/// [`TrainableTokens`](CoreLayer), which [`layer`](Self::layer) lends.
 #[derive(Debug)]
 pub struct TrainableTokens {
-    layer: CoreLayer<Candle>,
-    merged: Merged,
+    layer: Shared,
 }
 
 impl TrainableTokens {
@@ -78,16 +112,30 @@ impl TrainableTokens {
         Ok(Self::from_layer(CoreLayer::with_rows(table, tokens, rows)?))
     }
 
-    fn from_layer(layer: CoreLayer<Candle>) -> Self {
-        let merged = Merged::default();
-        Self { layer, merged }
+    /// Starts without any adapter over a table `[V, D]`.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`CandleTable::new`].
+    pub fn frozen(table: Tensor) -> Result<Self> {
+        Ok(Self::from_layer(CoreLayer::frozen(CandleTable::new(table)?)?))
     }
 
-    /// Sets the padding token and the scale of looked-up rows.
+    fn from_layer(layer: CoreLayer<Candle>) -> Self {
+        let layer = Shared::new(layer);
+        Self { layer }
+    }
+
+    /// Sets the padding token, the scale of looked-up rows and the other options.
     #[must_use]
-    pub fn with_options(self, options: LayerOptions) -> Self {
-        let layer = self.layer.with_options(options);
-        Self { layer, ..self }
+    pub fn with_options(mut self, options: LayerOptions) -> Self {
+        let mut layer = self.layer.write();
+        // There is a layer over the table already, so that this cannot fail.
+        if let Ok(stand_in) = CoreLayer::frozen(layer.source().clone()) {
+            *layer = mem::replace(&mut *layer, stand_in).with_options(options);
+        }
+        drop(layer);
+        self
     }
 
     /// The rows of `input_ids`, of any integer type, shape, layout and device: their shape with `D` appended, in the
@@ -98,72 +146,92 @@ impl TrainableTokens {
     ///
     /// For an id that is negative or out of range, for ids that are not integers, and when candle fails.
     pub fn lookup(&self, input_ids: &Tensor) -> Result<Tensor> {
-        let table = self.layer.source();
+        self.lookup_by(input_ids, |layer, ids| layer.lookup(ids))
+    }
+
+    /// The rows of a mixed batch of `input_ids` `[B, ..]`: each of its `B` examples sees the rows of the adapter of its
+    /// name, active or not, or the base's alone.
+    ///
+    /// # Errors
+    ///
+    /// As [`lookup`](Self::lookup); if there are not `B` names, for an unknown one, and while the layer is merged or
+    /// disabled.
+    pub fn lookup_mixed(&self, input_ids: &Tensor, adapters: &[Option<&str>]) -> Result<Tensor> {
+        expect_examples("input_ids of a mixed batch", input_ids.dims(), adapters)?;
+        self.lookup_by(input_ids, |layer, ids| layer.lookup_mixed(ids, adapters))
+    }
+
+    fn lookup_by(
+        &self,
+        input_ids: &Tensor,
+        lookup: impl FnOnce(&CoreLayer<Candle>, &[u32]) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        let layer = self.layer.read();
+        let table = layer.source();
         let ids = read_ids(input_ids, table.vocab_size())?;
-        let rows = self.layer.lookup(&ids)?;
+        let rows = lookup(&layer, &ids)?;
         Ok(rows.reshape([input_ids.dims(), &[table.embedding_dim()]].concat())?)
     }
 
-    /// A head that shares this layer's table and rows; see there.
-    ///
-    /// # Errors
-    ///
-    /// When candle fails.
-    pub fn tied_head(&self) -> Result<TiedHead> {
-        let layer = &self.layer;
-        TiedHead::new(layer.source(), layer.delta(), layer.tokens(), &self.merged)
+    /// A head that shares this layer; see there.
+    pub fn tied_head(&self) -> TiedHead {
+        TiedHead::new(self.layer.clone())
     }
 
-    /// Core's layer, for code that is generic over backends.
-    pub fn layer(&self) -> &CoreLayer<Candle> {
-        &self.layer
+    /// Core's layer, to read; also for code that is generic over backends.
+    pub fn layer(&self) -> impl Deref<Target = CoreLayer<Candle>> {
+        self.layer.read()
     }
 
     /// The frozen table.
-    pub fn table(&self) -> &CandleTable {
-        self.layer.source()
+    pub fn table(&self) -> impl Deref<Target = CandleTable> {
+        RwLockReadGuard::map(self.layer.read(), CoreLayer::source)
     }
 
-    /// The trainable tokens, in slot order.
-    pub fn tokens(&self) -> &TokenSet {
-        self.layer.tokens()
+    /// The trainable tokens, in slot order. For several active adapters see [`CoreLayer::tokens`].
+    pub fn tokens(&self) -> impl Deref<Target = TokenSet> {
+        RwLockReadGuard::map(self.layer.read(), CoreLayer::tokens)
     }
 
-    /// The trained rows as candle's variable, `[k, D]`.
-    pub fn var(&self) -> &Var {
-        self.layer.delta().var()
-    }
-
-    /// Copies the trained rows to the host, `[k, D]` in slot order.
+    /// The trained rows of the one active adapter as candle's variable, `[k, D]`.
     ///
     /// # Errors
     ///
-    /// When candle fails.
+    /// If not exactly one adapter is active.
+    pub fn var(&self) -> Result<Var> {
+        self.layer.read().delta()?.var().cloned()
+    }
+
+    /// Copies the trained rows of the one active adapter to the host, `[k, D]` in slot order.
+    ///
+    /// # Errors
+    ///
+    /// If not exactly one adapter is active, or candle fails.
     pub fn rows(&self) -> Result<TokenRows> {
-        self.layer.rows()
+        self.layer.read().rows()
     }
 
-    /// Replaces the trained rows, converted to their element type.
+    /// Replaces the trained rows of the one active adapter, converted to their element type.
     ///
     /// # Errors
     ///
-    /// For rows of another shape, or while merged.
+    /// If not exactly one adapter is active, for rows of another shape, or while merged.
     pub fn set_rows(&mut self, rows: &TokenRows) -> Result<()> {
-        self.layer.set_rows(rows)
+        self.active_adapter_mut()?.set_rows(rows)
     }
 
-    /// The gradient of the trained rows, `[k, D]`.
+    /// The gradient of the trained rows of the one active adapter, `[k, D]`.
     ///
     /// # Errors
     ///
     /// [`trainable_tokens_core::Error::NoGradient`] if the backward pass did not reach the rows: the loss does not
     /// depend on them, the graph is cut (candle's fused norms, softmax and rotary embeddings cut it), or the layer is
-    /// merged.
+    /// merged. If not exactly one adapter is active.
     pub fn gradient(&self, gradients: &GradStore) -> Result<TokenRows> {
-        self.layer.gradient(gradients)
+        self.layer.read().gradient(gradients)
     }
 
-    /// One optimizer step on the rows, with hooks before and after.
+    /// One optimizer step on the rows of the one active adapter, with hooks before and after.
     ///
     /// # Errors
     ///
@@ -174,50 +242,27 @@ impl TrainableTokens {
         optimizer: &mut dyn RowOptimizer,
         hooks: &mut [&mut dyn OptimizerHook],
     ) -> Result<StepReport> {
-        self.layer.step(gradients, optimizer, hooks)
+        self.active_adapter_mut()?.step(gradients, optimizer, hooks)
     }
 
     /// One optimizer step from a gradient on the host, such as one accumulated over batches.
     ///
     /// # Errors
     ///
-    /// For a gradient of another shape; while merged; those of the optimizer and the hooks.
+    /// If not exactly one adapter is active; for a gradient of another shape; while merged; those of the optimizer and
+    /// the hooks.
     pub fn step_with(
         &mut self,
         gradient: TokenRows,
         optimizer: &mut dyn RowOptimizer,
         hooks: &mut [&mut dyn OptimizerHook],
     ) -> Result<StepReport> {
-        self.layer.step_with(gradient, optimizer, hooks)
-    }
-
-    /// Writes the rows into the table in place, rounded to its element type; the old rows are kept for
-    /// [`unmerge`](Self::unmerge). From then on this layer and its heads use the table alone.
-    ///
-    /// # Errors
-    ///
-    /// If it is merged already, or candle fails.
-    pub fn merge(&mut self) -> Result<()> {
-        self.merged.set(true, || self.layer.merge())
-    }
-
-    /// Restores the exact rows that [`merge`](Self::merge) overwrote.
-    ///
-    /// # Errors
-    ///
-    /// If it is not merged, or candle fails.
-    pub fn unmerge(&mut self) -> Result<()> {
-        self.merged.set(false, || self.layer.unmerge())
-    }
-
-    /// Whether the rows are written into the table.
-    pub fn is_merged(&self) -> bool {
-        self.layer.is_merged()
+        self.active_adapter_mut()?.step_with(gradient, optimizer, hooks)
     }
 
     /// Gives the table back as candle's own embedding, as it is now (merged or not).
     pub fn into_embedding(self) -> Embedding {
-        let table = self.layer.into_source();
+        let table = self.table();
         Embedding::new(table.tensor().clone(), table.embedding_dim())
     }
 }

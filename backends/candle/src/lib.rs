@@ -23,13 +23,15 @@
 //! # }
 //! ```
 //!
-//! - [`TrainableTokens`] is the embedding, [`TiedHead`] the output layer that shares its table.
+//! - [`TrainableTokens`] is the embedding, with any number of adapters by name, [`AdapterMut`] one of them to train, and
+//!   [`TiedHead`] the output layer that shares all of it.
 //! - [`FrozenLinear`] is a linear layer that never makes a gradient of its weight, as candle's own always does.
 //! - [`merged_var_builder`] and [`CompactTable`] serve models whose code cannot be changed.
 //! - [`Candle`], [`CandleTable`] and [`CandleDelta`] implement the traits of `trainable-tokens-core`.
 //!
 //! Features `cuda` and `metal` forward to candle's; the same operations run on every device.
 
+mod adapter;
 mod backend;
 mod convert;
 mod error;
@@ -39,9 +41,11 @@ mod layer;
 mod linear;
 mod ops;
 mod rows;
+mod shared;
 mod table;
 mod var_builder;
 
+pub use adapter::AdapterMut;
 pub use backend::Candle;
 pub use error::{Error, Result};
 pub use head::TiedHead;

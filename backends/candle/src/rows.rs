@@ -1,18 +1,26 @@
 //! The trained rows.
 
-use candle_core::{Device, Var};
-use trainable_tokens_core::{DType, DeltaStore, TokenRows};
+use candle_core::{Device, Tensor, Var};
+use trainable_tokens_core::{DType, DeltaStore, RowMix, TokenRows};
 
-use crate::Result;
 use crate::convert::{core_dtype, to_rows, to_tensor, to_var};
+use crate::ops::mix_rows;
+use crate::{Error, Result};
 
-/// The trained rows `[k, D]` in a candle [`Var`]: a real leaf of candle's graph.
+/// The trained rows `[k, D]` in a candle [`Var`]: a real leaf of candle's graph. Or those of several adapters put together
+/// for one lookup or head: a node of the graph over their leaves, which is never written.
 ///
 /// Clones share the variable, so that what one writes the other reads.
 #[derive(Clone, Debug)]
 pub struct CandleDelta {
-    var: Var,
+    rows: Rows,
     dtype: DType,
+}
+
+#[derive(Clone, Debug)]
+enum Rows {
+    Leaf(Var),
+    Combined(Tensor),
 }
 
 impl CandleDelta {
@@ -24,24 +32,48 @@ impl CandleDelta {
     pub fn new(rows: &TokenRows, device: &Device) -> Result<Self> {
         let var = to_var(rows, device)?;
         let dtype = core_dtype("trained rows", var.dtype())?;
-        Ok(Self { var, dtype })
+        let rows = Rows::Leaf(var);
+        Ok(Self { rows, dtype })
     }
 
-    /// The variable itself, for candle's own optimizers: `candle_nn::AdamW::new(vec![delta.var().clone()], …)`.
-    pub fn var(&self) -> &Var {
-        &self.var
+    /// The rows of several adapters, as a node of their graph.
+    pub(crate) fn combine(parts: &[&Self], mix: &RowMix) -> Result<Self> {
+        let dtype = mix.dtype(parts.iter().map(|part| part.dtype));
+        let tensors: Vec<_> = parts.iter().map(|part| part.tensor()).collect();
+        let rows = Rows::Combined(mix_rows(&tensors, mix, dtype)?);
+        Ok(Self { rows, dtype })
+    }
+
+    /// The rows as a tensor of candle's graph.
+    pub fn tensor(&self) -> &Tensor {
+        match &self.rows {
+            Rows::Leaf(var) => var,
+            Rows::Combined(tensor) => tensor,
+        }
+    }
+
+    /// The variable itself, for candle's own optimizers: `candle_nn::AdamW::new(vec![delta.var()?.clone()], …)`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Combination`].
+    pub fn var(&self) -> Result<&Var> {
+        match &self.rows {
+            Rows::Leaf(var) => Ok(var),
+            Rows::Combined(_) => Err(Error::Combination),
+        }
     }
 }
 
 impl DeltaStore for CandleDelta {
-    type Error = crate::Error;
+    type Error = Error;
 
     fn num_rows(&self) -> usize {
-        self.var.dims()[0]
+        self.tensor().dims()[0]
     }
 
     fn embedding_dim(&self) -> usize {
-        self.var.dims()[1]
+        self.tensor().dims()[1]
     }
 
     fn dtype(&self) -> DType {
@@ -49,13 +81,15 @@ impl DeltaStore for CandleDelta {
     }
 
     fn read(&self) -> Result<TokenRows> {
-        to_rows(self.var.as_tensor())
+        to_rows(self.tensor())
     }
 
+    /// A combination refuses it with [`Error::Combination`].
     fn write(&mut self, rows: &TokenRows) -> Result<()> {
+        let var = self.var()?;
         self.check_write(rows)?;
-        if self.var.elem_count() > 0 {
-            self.var.set(&to_tensor(rows, self.var.device())?)?;
+        if var.elem_count() > 0 {
+            var.set(&to_tensor(rows, var.device())?)?;
         }
         Ok(())
     }

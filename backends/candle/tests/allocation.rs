@@ -74,7 +74,7 @@ fn the_head_costs_its_logits() {
     let _alone = MEASURING.lock();
     for dtype in [DType::F32, DType::BF16, DType::F16] {
         let mut layer = layer(dtype);
-        let head = layer.tied_head().unwrap();
+        let head = layer.tied_head();
         let hidden = Var::from_tensor(&noise(&[HIDDEN, DIM], dtype, 2)).unwrap();
         let mut adam = Adam::new(AdamConfig::ADAMW).unwrap();
         let mut step = |layer: &mut TrainableTokens| {

@@ -1,10 +1,11 @@
-//! The backend's four operations.
+//! The backend's operations.
 
 use std::marker::PhantomData;
+use std::ops::Range;
 
-use ndarray::Array2;
+use ndarray::{Array2, ArrayView2, Axis, concatenate, s};
 use trainable_tokens_core::{
-    Backend, Element, Error, HostTable, LookupPlan, RowTransform, TokenRows, TokenSet,
+    Backend, Element, Error, HostRows, HostTable, LookupPlan, RowMix, RowTransform, TokenRows, TokenSet,
 };
 
 use crate::layer::copy_rows;
@@ -22,7 +23,7 @@ impl<S: HostTable, O: Element> Backend for Ndarray<S, O> {
     type Gradients = NdGradient;
 
     fn delta(_: &S, rows: &TokenRows) -> Result<Self::Delta, S::Error> {
-        Ok(NdRows::new(rows.clone()))
+        Ok(NdRows::new(HostRows::new(rows.clone())))
     }
 
     fn lookup(
@@ -54,7 +55,33 @@ impl<S: HostTable, O: Element> Backend for Ndarray<S, O> {
         Ok(head::logits(hidden, source, delta.map(NdRows::rows), tokens)?)
     }
 
-    fn gradient(gradient: &NdGradient, _: &Self::Delta) -> Result<Option<TokenRows>, S::Error> {
-        Ok(Some(gradient.clone()))
+    fn combine(deltas: &[&Self::Delta], mix: &RowMix) -> Result<Self::Delta, S::Error> {
+        let parts: Vec<_> = deltas.iter().map(|delta| delta.host()).collect();
+        Ok(NdRows::new(HostRows::combine(&parts, mix)?))
+    }
+
+    fn num_rows(tensor: &Array2<O>) -> usize {
+        tensor.nrows()
+    }
+
+    fn split_rows(tensor: Array2<O>, parts: &[Range<usize>]) -> Result<Vec<Array2<O>>, S::Error> {
+        if let [_] = parts {
+            return Ok(vec![tensor]);
+        }
+        let part = |part: &Range<usize>| tensor.slice(s![part.clone(), ..]).to_owned();
+        Ok(parts.iter().map(part).collect())
+    }
+
+    fn join_rows(mut parts: Vec<Array2<O>>) -> Result<Array2<O>, S::Error> {
+        if parts.len() == 1 {
+            return Ok(parts.remove(0));
+        }
+        let views: Vec<_> = parts.iter().map(ArrayView2::from).collect();
+        let unequal = |_| Error::shape("rows to join", &[], &[]);
+        Ok(concatenate(Axis(0), &views).map_err(unequal)?)
+    }
+
+    fn gradient(gradients: &NdGradient, delta: &Self::Delta) -> Result<Option<TokenRows>, S::Error> {
+        Ok(gradients.get(delta.host()).cloned())
     }
 }

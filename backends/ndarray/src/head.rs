@@ -2,7 +2,9 @@
 
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, linalg::general_mat_mul, s};
 use num_traits::{One, Zero};
-use trainable_tokens_core::{Element, Error, HostTable, Result, TokenId, TokenRows, TokenSet};
+use trainable_tokens_core::{
+    Element, Error, HostRows, HostTable, Result, RowGradients, TokenId, TokenRows, TokenSet,
+};
 
 /// Elements of the table that are decoded at a time: 256 KiB of `f32`, which stays in a core's cache.
 const BLOCK_ELEMENTS: usize = 1 << 16;
@@ -25,14 +27,14 @@ pub(crate) fn logits<S: HostTable, O: Element>(
     Ok(logits.mapv_into_any(O::from_compute))
 }
 
-/// The gradients of [`logits`]: returns that of `hidden`, adds that of the trained rows into `gradient`.
+/// The gradients of [`logits`]: returns that of `hidden`, adds those of the trained rows into `gradients`.
 pub(crate) fn logits_backward<S: HostTable, O: Element>(
     hidden: &ArrayView2<'_, O>,
     upstream: &ArrayView2<'_, O>,
     source: &S,
-    delta: Option<&TokenRows>,
+    delta: Option<&HostRows>,
     tokens: &TokenSet,
-    gradient: &mut TokenRows,
+    gradients: &mut RowGradients,
 ) -> Result<Array2<O>> {
     let (vocab_size, dim) = (source.vocab_size(), source.embedding_dim());
     check_hidden(hidden.shape(), dim)?;
@@ -43,10 +45,12 @@ pub(crate) fn logits_backward<S: HostTable, O: Element>(
             upstream.shape(),
         ));
     }
-    gradient.expect_shape("gradient of the trained rows", tokens.len(), dim)?;
-    if delta.is_some() {
-        add_row_gradient(hidden, upstream, tokens, gradient)?;
+    if let Some(delta) = delta {
+        gradients.add(delta, O::Compute::DTYPE, |gradient| {
+            add_row_gradient(hidden, upstream, tokens, gradient)
+        })?;
     }
+    let delta = delta.map(HostRows::rows);
     let mut hidden_gradient = Array2::<O::Compute>::zeros((hidden.nrows(), dim));
     for_each_block(source, delta, tokens, |start, rows| {
         let columns = upstream

@@ -1,8 +1,9 @@
 //! The layer for ndarray: core's, with forward passes into a caller's buffer and explicit backward passes.
 
-use ndarray::{Array2, ArrayView2, ArrayViewMut2};
+use ndarray::{Array2, ArrayView2, ArrayViewMut2, s};
 use trainable_tokens_core::{
-    DeltaStore, Element, Error, HostTable, LookupPlan, Result, RowRef, RowTransform, Slot, TokenId, TokenRows,
+    Element, Error, HostTable, LookupPlan, Result, RowRef, RowTransform, Slot, TokenAdapter, TokenId,
+    TokenRows, TokenSet,
 };
 
 use crate::{NdGradient, NdRows, Ndarray, head};
@@ -11,43 +12,46 @@ use crate::{NdGradient, NdRows, Ndarray, head};
 pub type TrainableTokens<S, O = f32> = trainable_tokens_core::TrainableTokens<Ndarray<S, O>>;
 
 /// What an explicit framework needs besides core's layer: output buffers and backward passes.
+///
+/// A plan may be that of a mixed batch; gradients go to the rows of each adapter that the plan used.
 pub trait TrainableTokensExt<O: Element> {
     /// The table's error.
     type Error;
 
-    /// The rows of a planned batch, written to `out` of shape `[N, D]`. Allocates nothing.
+    /// The rows of a planned batch, written to `out` of shape `[N, D]`. Allocates nothing, unless several adapters are
+    /// combined.
     ///
     /// # Errors
     ///
-    /// [`Error::Shape`] if `out` has another shape, [`Error::ForeignPlan`] if the plan belongs to another token set;
-    /// `out` is unchanged.
+    /// [`Error::Shape`] if `out` has another shape, [`Error::ForeignPlan`] if the plan belongs to another token set, those
+    /// of [`lookup_planned`](trainable_tokens_core::TrainableTokens::lookup_planned); `out` is unchanged.
     fn lookup_into(&self, plan: &LookupPlan, out: ArrayViewMut2<'_, O>) -> Result<(), Self::Error>;
 
-    /// The gradient of the trained rows, `[k, D]`, from that of a lookup's output, `[N, D]`. The work follows the
-    /// positions that hold a trainable token.
+    /// The gradients of the trained rows, `[k, D]` for each adapter, from that of a lookup's output, `[N, D]`. The work
+    /// follows the positions that hold a trainable token.
     ///
     /// # Errors
     ///
-    /// [`Error::Shape`] if `upstream` has another shape, [`Error::NoGradient`] while the layer is merged.
+    /// [`Error::Shape`] if `upstream` has another shape, [`Error::NoGradient`] while the rows are merged or disabled.
     fn backward(&self, plan: &LookupPlan, upstream: ArrayView2<'_, O>) -> Result<NdGradient, Self::Error>;
 
-    /// As [`backward`](Self::backward), added into `gradient`, which must be in the type that `O` computes in.
-    /// Allocates nothing if `upstream` is row-major.
+    /// As [`backward`](Self::backward), added into `gradients`. Allocates nothing if `upstream` is row-major, the plan
+    /// is for one adapter, and `gradients` has its gradient already.
     ///
     /// # Errors
     ///
     /// [`Error::Shape`] or [`Error::DType`](trainable_tokens_core::Error::DType) if something does not fit,
-    /// [`Error::NoGradient`] while the layer is merged.
+    /// [`Error::NoGradient`] while the rows are merged or disabled.
     fn backward_into(
         &self,
         plan: &LookupPlan,
         upstream: ArrayView2<'_, O>,
-        gradient: &mut NdGradient,
+        gradients: &mut NdGradient,
     ) -> Result<(), Self::Error>;
 
-    /// The gradients of a tied head: that of `hidden`, returned as `[N, D]`, and that of the trained rows, added
-    /// into `gradient` (in the type that `O` computes in), from that of the logits, `[N, V]`. While the layer is
-    /// merged the rows have none, and `gradient` stays as it is.
+    /// The gradients of a tied head: that of `hidden`, returned as `[N, D]`, and those of the trained rows, added
+    /// into `gradients`, from that of the logits, `[N, V]`. While the rows are merged or disabled they have none, and
+    /// `gradients` stays as it is.
     ///
     /// # Errors
     ///
@@ -56,10 +60,24 @@ pub trait TrainableTokensExt<O: Element> {
         &self,
         hidden: ArrayView2<'_, O>,
         upstream: ArrayView2<'_, O>,
-        gradient: &mut NdGradient,
+        gradients: &mut NdGradient,
     ) -> Result<Array2<O>, Self::Error>;
 
-    /// A zero gradient for the passes above.
+    /// As [`logits_backward`](Self::logits_backward), for
+    /// [`logits_mixed`](trainable_tokens_core::TrainableTokens::logits_mixed).
+    ///
+    /// # Errors
+    ///
+    /// Those of [`logits_backward`](Self::logits_backward) and of `logits_mixed`.
+    fn logits_mixed_backward(
+        &self,
+        hidden: ArrayView2<'_, O>,
+        upstream: ArrayView2<'_, O>,
+        adapters: &[Option<&str>],
+        gradients: &mut NdGradient,
+    ) -> Result<Array2<O>, Self::Error>;
+
+    /// Zero gradients of the rows that train, for the passes above.
     fn zero_gradient(&self) -> NdGradient;
 }
 
@@ -72,8 +90,8 @@ impl<S: HostTable, O: Element> TrainableTokensExt<O> for TrainableTokens<S, O> {
         if out.shape() != expected {
             return Err(Error::shape("output of the lookup", &expected, out.shape()).into());
         }
-        plan.expect_tokens(self.tokens())?;
-        let (delta, transform) = (self.active().map(NdRows::rows), self.transform());
+        let active = self.rows_for(plan)?;
+        let (delta, transform) = (active.as_deref().map(NdRows::rows), self.transform());
         let mut rows = RowCursor::new(source, delta, plan);
         if let Some(values) = out.as_slice_mut() {
             for out in values.chunks_exact_mut(dim.max(1)) {
@@ -90,59 +108,86 @@ impl<S: HostTable, O: Element> TrainableTokensExt<O> for TrainableTokens<S, O> {
     }
 
     fn backward(&self, plan: &LookupPlan, upstream: ArrayView2<'_, O>) -> Result<NdGradient, S::Error> {
-        let mut gradient = self.zero_gradient();
-        self.backward_into(plan, upstream, &mut gradient)?;
-        Ok(gradient)
+        let mut gradients = NdGradient::default();
+        self.backward_into(plan, upstream, &mut gradients)?;
+        Ok(gradients)
     }
 
     fn backward_into(
         &self,
         plan: &LookupPlan,
         upstream: ArrayView2<'_, O>,
-        gradient: &mut NdGradient,
+        gradients: &mut NdGradient,
     ) -> Result<(), S::Error> {
-        plan.expect_tokens(self.tokens())?;
-        if self.is_merged() && !self.tokens().is_empty() {
-            return Err(Error::NoGradient.into());
-        }
-        let dim = self.source().embedding_dim();
-        gradient.expect_shape("gradient of the trained rows", self.tokens().len(), dim)?;
-        let expected = [plan.len(), dim];
+        let active = self.rows_for(plan)?;
+        let expected = [plan.len(), self.source().embedding_dim()];
         if upstream.shape() != expected {
             return Err(Error::shape("gradient of the lookup", &expected, upstream.shape()).into());
         }
+        let Some(active) = active else {
+            return match plan.num_slots() {
+                0 => Ok(()),
+                _ => Err(Error::NoGradient.into()),
+            };
+        };
         let upstream = upstream.as_standard_layout();
-        plan.accumulate(
-            upstream.as_slice().unwrap_or_default(),
-            self.transform().scale,
-            gradient,
-        )?;
-        Ok(())
+        let upstream = upstream.as_slice().unwrap_or_default();
+        let scale = self.transform().scale;
+        Ok(gradients.add(active.host(), O::Compute::DTYPE, |gradient| {
+            plan.accumulate(upstream, scale, gradient)
+        })?)
     }
 
     fn logits_backward(
         &self,
         hidden: ArrayView2<'_, O>,
         upstream: ArrayView2<'_, O>,
-        gradient: &mut NdGradient,
+        gradients: &mut NdGradient,
     ) -> Result<Array2<O>, S::Error> {
-        let delta = self.active().map(NdRows::rows);
+        let active = self.active()?;
+        let delta = active.as_deref().map(NdRows::host);
+        let (source, tokens) = (self.source(), self.tokens());
         Ok(head::logits_backward(
-            &hidden,
-            &upstream,
-            self.source(),
-            delta,
-            self.tokens(),
-            gradient,
+            &hidden, &upstream, source, delta, tokens, gradients,
         )?)
     }
 
+    fn logits_mixed_backward(
+        &self,
+        hidden: ArrayView2<'_, O>,
+        upstream: ArrayView2<'_, O>,
+        adapters: &[Option<&str>],
+        gradients: &mut NdGradient,
+    ) -> Result<Array2<O>, S::Error> {
+        let source = self.source();
+        let none = TokenSet::new([], source.vocab_size())?;
+        let parts = self.mixed_parts(hidden.nrows(), adapters)?;
+        if upstream.nrows() != hidden.nrows() {
+            let (expected, got) = ([hidden.nrows()], [upstream.nrows()]);
+            return Err(Error::shape("gradient of the logits", &expected, &got).into());
+        }
+        let mut out = Array2::from_elem(hidden.raw_dim(), O::default());
+        for (rows, adapter) in parts {
+            let rows = s![rows, ..];
+            let (hidden, upstream) = (hidden.slice(rows.clone()), upstream.slice(rows.clone()));
+            let tokens = adapter.map_or(&none, TokenAdapter::tokens);
+            let delta = adapter.filter(|_| !tokens.is_empty());
+            let delta = delta.map(|adapter| adapter.delta().host());
+            let part = head::logits_backward(&hidden, &upstream, source, delta, tokens, gradients)?;
+            out.slice_mut(rows).assign(&part);
+        }
+        Ok(out)
+    }
+
     fn zero_gradient(&self) -> NdGradient {
-        TokenRows::zeros(
-            O::Compute::DTYPE,
-            self.delta().num_rows(),
-            self.delta().embedding_dim(),
-        )
+        let mut gradients = NdGradient::default();
+        let adapters = self.active_names().filter_map(|name| self.adapter(name).ok());
+        let training = adapters.filter(|adapter| self.is_enabled() && !adapter.is_merged());
+        for adapter in training.filter(|adapter| !adapter.tokens().is_empty()) {
+            // Zeros of its own cannot fail to fit.
+            let _ = gradients.add(adapter.delta().host(), O::Compute::DTYPE, |_| Ok(()));
+        }
+        gradients
     }
 }
 

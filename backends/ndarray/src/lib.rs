@@ -17,7 +17,7 @@
 //! // The gradient of the rows from that of the output: rows of equal tokens are summed.
 //! let plan = embedding.plan(&[0, 1, 2, 2])?;
 //! let gradient = embedding.backward(&plan, Array2::ones((4, 2)).view())?;
-//! embedding.step_with(gradient, &mut Sgd::new(SgdConfig { lr: 0.5, ..SgdConfig::default() })?, &mut [])?;
+//! embedding.step(&gradient, &mut Sgd::new(SgdConfig { lr: 0.5, ..SgdConfig::default() })?, &mut [])?;
 //! assert_eq!(embedding.lookup(&[2, 1, 0])?, array![[1.0, 1.0], [1.0, 1.0], [-0.5, -0.5]]);
 //! # Ok(())
 //! # }

@@ -2,29 +2,33 @@
 
 use std::marker::PhantomData;
 
-use trainable_tokens_core::{BackendError, DType, DeltaStore, TokenRows};
+use trainable_tokens_core::{BackendError, DType, DeltaStore, HostRows, RowGradients, TokenRows};
 
 /// The trained rows, in host memory; optimizers update them in place.
 ///
 /// `E` is the error of the table that they belong to.
 #[derive(Clone, Debug)]
 pub struct NdRows<E> {
-    rows: TokenRows,
+    host: HostRows,
     error: PhantomData<fn() -> E>,
 }
 
 impl<E> NdRows<E> {
     /// Wraps rows.
-    pub(crate) fn new(rows: TokenRows) -> Self {
+    pub(crate) fn new(host: HostRows) -> Self {
         Self {
-            rows,
+            host,
             error: PhantomData,
         }
     }
 
+    pub(crate) fn host(&self) -> &HostRows {
+        &self.host
+    }
+
     /// Borrows the rows, `[k, D]` in slot order.
     pub fn rows(&self) -> &TokenRows {
-        &self.rows
+        self.host.rows()
     }
 }
 
@@ -32,24 +36,24 @@ impl<E: BackendError> DeltaStore for NdRows<E> {
     type Error = E;
 
     fn num_rows(&self) -> usize {
-        self.rows.num_rows()
+        self.rows().num_rows()
     }
 
     fn embedding_dim(&self) -> usize {
-        self.rows.embedding_dim()
+        self.rows().embedding_dim()
     }
 
     fn dtype(&self) -> DType {
-        self.rows.dtype()
+        self.rows().dtype()
     }
 
     fn read(&self) -> Result<TokenRows, E> {
-        Ok(self.rows.clone())
+        Ok(self.rows().clone())
     }
 
     fn write(&mut self, rows: &TokenRows) -> Result<(), E> {
         self.check_write(rows)?;
-        self.rows.clone_from(rows);
+        self.host.rows_mut().clone_from(rows);
         Ok(())
     }
 
@@ -57,9 +61,9 @@ impl<E: BackendError> DeltaStore for NdRows<E> {
         &mut self,
         change: &mut dyn FnMut(&mut TokenRows) -> trainable_tokens_core::Result<()>,
     ) -> Result<(), E> {
-        Ok(change(&mut self.rows)?)
+        Ok(change(self.host.rows_mut())?)
     }
 }
 
-/// What this backend's explicit backward passes produce: the gradient of the trained rows, `[k, D]`.
-pub type NdGradient = TokenRows;
+/// What this backend's explicit backward passes add up: the gradients of the trained rows of every adapter.
+pub type NdGradient = RowGradients;

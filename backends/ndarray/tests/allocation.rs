@@ -43,7 +43,7 @@ fn a_step_never_allocates_the_table() {
         let rows = layer.lookup_planned(&plan).unwrap();
         assert_eq!(rows.dim(), (N, D));
         let gradient = layer.backward(&plan, upstream.view()).unwrap();
-        layer.step_with(gradient, &mut optimizer, &mut []).unwrap();
+        layer.step(&gradient, &mut optimizer, &mut []).unwrap();
     });
     assert!(largest <= N * D * 4, "a step allocated {largest} bytes at once");
     assert!(total < 8 * N * D * 4, "a step allocated {total} bytes");
@@ -95,7 +95,7 @@ fn mapped(ids: &[u32], upstream: &Array2<f32>) {
         let plan = layer.plan(ids).unwrap();
         layer.lookup_planned(&plan).unwrap();
         let gradient = layer.backward(&plan, upstream.view()).unwrap();
-        layer.step_with(gradient, &mut optimizer, &mut []).unwrap();
+        layer.step(&gradient, &mut optimizer, &mut []).unwrap();
     });
     // The largest is the table of V slots, 4 bytes each.
     assert!(

@@ -147,7 +147,7 @@ fn gradients<T: Element>(case: &Case) {
     }
     let plan = layer.plan(&case.ids).unwrap();
     let mut gradient = layer.backward(&plan, upstream.view()).unwrap();
-    close(&gradient, &select(&want, &case.tokens));
+    close(&layer.gradient(&gradient).unwrap(), &select(&want, &case.tokens));
     // The head adds to it.
     let hidden = values::<f64>(case.seed ^ 9, 3, case.d);
     let upstream = values::<f64>(case.seed ^ 6, 3, case.v);
@@ -155,7 +155,7 @@ fn gradients<T: Element>(case: &Case) {
     let hidden_gradient = layer
         .logits_backward(hidden.view(), upstream.view(), &mut gradient)
         .unwrap();
-    close(&gradient, &select(&want, &case.tokens));
+    close(&layer.gradient(&gradient).unwrap(), &select(&want, &case.tokens));
     let hidden_gradient = TokenRows::new(hidden_gradient.iter().copied().collect(), 3, case.d).unwrap();
     close(&hidden_gradient, &upstream.dot(&dense));
 }
@@ -180,7 +180,7 @@ fn training<T: Element>(case: &Case) {
         let plan = layer.plan(&case.ids).unwrap();
         let upstream = values::<T>(case.seed ^ step, case.ids.len(), case.d);
         let gradient = layer.backward(&plan, upstream.view()).unwrap();
-        layer.step_with(gradient, &mut optimizer, &mut []).unwrap();
+        layer.step(&gradient, &mut optimizer, &mut []).unwrap();
     }
     assert_eq!(
         bits(&layer.source().view().to_owned()),
@@ -222,6 +222,7 @@ fn options(case: &Case, padding: u32, rule: PaddingRule) {
     let gradient = layer
         .backward(&plan, Array2::ones((case.ids.len(), case.d)).view())
         .unwrap();
+    let gradient = layer.gradient(&gradient).unwrap();
     for (slot, token) in case.tokens.iter().enumerate() {
         let count = case.ids.iter().filter(|id| *id == token).count();
         let dropped = TokenId(*token) == padding && rule == PaddingRule::NoLookupGradient;

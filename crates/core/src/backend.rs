@@ -1,8 +1,12 @@
 //! What only a tensor framework can know.
 
-use crate::{BackendError, DeltaStore, EmbeddingSource, LookupPlan, RowTransform, TokenRows, TokenSet};
+use std::ops::Range;
 
-/// A tensor framework, seen by the layer: four operations over its own types.
+use crate::{
+    BackendError, DeltaStore, EmbeddingSource, LookupPlan, RowMix, RowTransform, TokenRows, TokenSet,
+};
+
+/// A tensor framework, seen by the layer: a few operations over its own types.
 ///
 /// # Contract
 ///
@@ -17,6 +21,11 @@ use crate::{BackendError, DeltaStore, EmbeddingSource, LookupPlan, RowTransform,
 ///    slot `s` is `upstream[:, id(s)]ᵀ · hidden`; its gradient for `hidden` is `upstream · W`.
 /// 4. *Frozen base.* No operation gives the base a gradient, or allocates in proportion to `V x D`.
 /// 5. *No-op.* With the delta's rows equal to the base's, the lookup equals the framework's own, bit for bit.
+/// 6. *Combination.* The rows of `combine(deltas, mix)` are those of [`RowMix::apply`], bit for bit. Gradients of lookups
+///    and heads that use them reach every one of `deltas`: zero for rows that the mix leaves out. Later writes to
+///    `deltas` need not show in a combination made before.
+/// 7. *Rows of values.* `join_rows` of what `split_rows` made is the value again, bit for bit, and gradients pass through
+///    both unchanged.
 pub trait Backend {
     /// The backend's error.
     type Error: BackendError;
@@ -60,6 +69,32 @@ pub trait Backend {
         delta: Option<&Self::Delta>,
         tokens: &TokenSet,
     ) -> Result<Self::Tensor, Self::Error>;
+
+    /// The rows of several adapters as one value, for [`lookup`](Self::lookup) and [`logits`](Self::logits) alone: it is
+    /// no leaf, is never written and has no gradient of its own. The adapters' rows are equally long, and as many as
+    /// `mix` says.
+    ///
+    /// # Errors
+    ///
+    /// When the framework fails.
+    fn combine(deltas: &[&Self::Delta], mix: &RowMix) -> Result<Self::Delta, Self::Error>;
+
+    /// The number of rows of a value.
+    fn num_rows(tensor: &Self::Tensor) -> usize;
+
+    /// Cuts a value `[N, M]` into `[parts[i].len(), M]`. The parts are ascending, without gaps, and end at `N`.
+    ///
+    /// # Errors
+    ///
+    /// When the framework fails.
+    fn split_rows(tensor: Self::Tensor, parts: &[Range<usize>]) -> Result<Vec<Self::Tensor>, Self::Error>;
+
+    /// Puts values of equally long rows below each other; there is at least one.
+    ///
+    /// # Errors
+    ///
+    /// When the framework fails.
+    fn join_rows(parts: Vec<Self::Tensor>) -> Result<Self::Tensor, Self::Error>;
 
     /// The gradient of the delta, `[k, D]` on the host; `None` if the backward pass did not reach it.
     ///

@@ -21,8 +21,14 @@ pub enum ErrorKind {
     DType,
     /// A plan belongs to another set of trainable tokens.
     TokenSet,
-    /// The layer is in the wrong state for the call (merged, not merged).
+    /// The layer is in the wrong state for the call (merged, not merged, disabled).
     State,
+    /// No adapter has the name, or the name is taken, or is no name.
+    Adapter,
+    /// Two adapters train the same token.
+    Overlap,
+    /// A value is not finite.
+    NonFinite,
     /// The loss does not reach the trained rows.
     NoGradient,
     /// A hyper-parameter is out of its range.
@@ -86,10 +92,57 @@ pub enum Error {
     },
     /// A plan was made for another token set than the layer's.
     ForeignPlan,
-    /// The rows are already written into the table.
-    AlreadyMerged,
+    /// The adapter's rows are already written into the table.
+    AlreadyMerged {
+        /// The adapter.
+        adapter: String,
+    },
     /// There is no merge to undo.
     NotMerged,
+    /// The layer is disabled.
+    Disabled,
+    /// No adapter has the name.
+    UnknownAdapter {
+        /// The name.
+        name: String,
+        /// The names there are.
+        known: Vec<String>,
+    },
+    /// An adapter cannot have the name.
+    AdapterName {
+        /// The name.
+        name: String,
+        /// What it must be.
+        must: &'static str,
+    },
+    /// An active adapter cannot be deleted.
+    AdapterActive {
+        /// The adapter.
+        name: String,
+    },
+    /// The call is about the one active adapter, but none or several are active.
+    NotOneActive {
+        /// The active adapters.
+        active: Vec<String>,
+    },
+    /// Two adapters train the same token, and nothing says which of them counts.
+    Overlap {
+        /// The token.
+        token: TokenId,
+        /// The adapter that came first.
+        first: String,
+        /// The other adapter.
+        second: String,
+    },
+    /// A row to merge is not finite in the table's element type.
+    NonFinite {
+        /// The adapters that are merged.
+        adapters: Vec<String>,
+        /// The row's token.
+        token: TokenId,
+        /// The column of the first such value.
+        column: usize,
+    },
     /// The gradients hold nothing for the trained rows: the loss does not depend on them, or the graph is cut.
     NoGradient,
     /// A hyper-parameter is out of its range.
@@ -143,8 +196,47 @@ impl fmt::Display for Error {
                 write!(f, "{what} has element type {got}, expected {expected}")
             }
             Self::ForeignPlan => f.write_str("the plan was made for another set of trainable tokens"),
-            Self::AlreadyMerged => f.write_str("the rows are already merged; unmerge them first"),
+            Self::AlreadyMerged { adapter } => {
+                write!(
+                    f,
+                    "adapter {adapter:?} is merged into the table; unmerge it first"
+                )
+            }
             Self::NotMerged => f.write_str("nothing is merged, so there is nothing to unmerge"),
+            Self::Disabled => f.write_str("the adapters are disabled; enable them first"),
+            Self::UnknownAdapter { name, known } => {
+                write!(f, "there is no adapter {name:?}, only {known:?}")
+            }
+            Self::AdapterName { name, must } => write!(f, "adapter name {name:?} must be {must}"),
+            Self::AdapterActive { name } => {
+                write!(
+                    f,
+                    "adapter {name:?} is active; activate others before it is deleted"
+                )
+            }
+            Self::NotOneActive { active } if active.is_empty() => {
+                f.write_str("no adapter is active; activate one or name it")
+            }
+            Self::NotOneActive { active } => {
+                write!(
+                    f,
+                    "several adapters are active, {active:?}; name the one that is meant"
+                )
+            }
+            Self::Overlap { token, first, second } => write!(
+                f,
+                "token id {token} is trained by both adapter {first:?} and adapter {second:?}; \
+                 choose which counts, or adapters of different tokens"
+            ),
+            Self::NonFinite {
+                adapters,
+                token,
+                column,
+            } => write!(
+                f,
+                "adapter {} is not finite for token id {token} at column {column} in the table's element type",
+                adapters.join(" and ")
+            ),
             Self::NoGradient => f.write_str(
                 "no gradient reaches the trained rows: the loss does not depend on them or the graph is cut",
             ),
@@ -166,7 +258,14 @@ impl BackendError for Error {
             Self::Shape { .. } | Self::OptimizerState { .. } => ErrorKind::Shape,
             Self::DType { .. } => ErrorKind::DType,
             Self::ForeignPlan => ErrorKind::TokenSet,
-            Self::AlreadyMerged | Self::NotMerged => ErrorKind::State,
+            Self::AlreadyMerged { .. }
+            | Self::NotMerged
+            | Self::Disabled
+            | Self::AdapterActive { .. }
+            | Self::NotOneActive { .. } => ErrorKind::State,
+            Self::UnknownAdapter { .. } | Self::AdapterName { .. } => ErrorKind::Adapter,
+            Self::Overlap { .. } => ErrorKind::Overlap,
+            Self::NonFinite { .. } => ErrorKind::NonFinite,
             Self::NoGradient => ErrorKind::NoGradient,
             Self::Hyperparameter { .. } => ErrorKind::Hyperparameter,
         }

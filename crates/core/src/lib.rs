@@ -6,20 +6,26 @@
 //!
 //! - [`TokenSet`]: which tokens train, in slot order; [`LookupPlan`]: where a batch meets them.
 //! - [`EmbeddingSource`], [`WriteRows`], [`HostTable`]: the frozen table. [`DeltaStore`]: the trained rows.
-//! - [`Backend`]: the few operations that only a tensor framework can know.
-//! - [`TrainableTokens`]: the layer, written once over them, with exact merge and unmerge.
+//! - [`Backend`]: the few operations that only a tensor framework can know; [`HostRows`] and [`RowGradients`] help those
+//!   without a graph.
+//! - [`TrainableTokens`]: the layer, written once over them, with exact merge and unmerge, and any number of
+//!   [`TokenAdapter`]s by name: one or several active at once, or one per example of a mixed batch.
 //! - [`RowOptimizer`] ([`Sgd`], [`Adam`]) and [`OptimizerHook`] ([`ClipGradNorm`], [`DecayTowardOriginal`]).
 //!
 //! It does no file I/O and knows no framework.
 #![forbid(unsafe_code)]
 
+mod active;
+mod adapter;
 mod backend;
 mod delta;
 mod dtype;
 mod error;
 mod hook;
+mod host;
 mod journal;
 mod layer;
+mod mix;
 mod optim;
 mod options;
 mod plan;
@@ -27,13 +33,17 @@ mod rows;
 mod source;
 mod token;
 
+pub use active::Overlap;
+pub use adapter::TokenAdapter;
 pub use backend::Backend;
 pub use delta::DeltaStore;
 pub use dtype::{DType, Element};
 pub use error::{BackendError, Error, ErrorKind, Result};
 pub use hook::{ClipGradNorm, DecayTowardOriginal, OptimizerHook, StepContext};
+pub use host::{HostRows, RowGradients};
 pub use journal::UndoJournal;
-pub use layer::TrainableTokens;
+pub use layer::{ActiveRows, MergeCheck, MixedPart, TrainableTokens};
+pub use mix::{MixRound, RowMix};
 pub use optim::{
     Adam, AdamConfig, Decay, OptimizerState, RowOptimizer, Sgd, SgdConfig, StepReport, step_delta, step_rows,
 };

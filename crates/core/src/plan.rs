@@ -1,5 +1,8 @@
 //! What one batch asks of the table.
 
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::Arc;
+
 use crate::{
     DType, Element, Error, LayerOptions, Padding, PaddingRule, Result, TokenId, TokenRows, TokenSet,
 };
@@ -18,6 +21,8 @@ pub struct LookupPlan {
     num_slots: usize,
     vocab_size: usize,
     token_set: u64,
+    /// The adapters whose rows the slots count through, by name and token set, if examples choose among them.
+    adapters: Option<Vec<(Arc<str>, u64)>>,
 }
 
 impl LookupPlan {
@@ -28,10 +33,7 @@ impl LookupPlan {
     /// [`Error::TokenOutOfRange`] naming the first id that is not below the vocabulary size, the padding token's
     /// before those of the batch; [`Error::Shape`] for more ids than 32 bits can count.
     pub fn new(tokens: &TokenSet, options: LayerOptions, input_ids: &[u32]) -> Result<Self> {
-        let mut plan = Self {
-            num_slots: tokens.len(),
-            ..Self::default()
-        };
+        let mut plan = Self::default();
         plan.rebuild(tokens, options, input_ids)?;
         Ok(plan)
     }
@@ -42,59 +44,109 @@ impl LookupPlan {
     ///
     /// As [`new`](Self::new); the plan is then empty.
     pub fn rebuild(&mut self, tokens: &TokenSet, options: LayerOptions, input_ids: &[u32]) -> Result<()> {
-        self.clear();
-        if u32::try_from(input_ids.len()).is_err() {
-            return Err(Error::shape(
-                "input_ids",
-                &[u32::MAX as usize],
-                &[input_ids.len()],
-            ));
+        self.reset(tokens.len(), tokens.vocab_size(), tokens.fingerprint());
+        self.fill(options, input_ids, |plan| plan.route(tokens, 0, input_ids))
+    }
+
+    /// Plans a batch of equally long examples, each of which sees the rows of one adapter or none. The slots count
+    /// through the rows of `adapters`, in their order; `choice` holds, for each example, its place among them.
+    pub(crate) fn mixed(
+        vocab_size: usize,
+        options: LayerOptions,
+        input_ids: &[u32],
+        adapters: &[(&Arc<str>, &TokenSet)],
+        choice: &[Option<usize>],
+    ) -> Result<Self> {
+        let mut plan = Self::default();
+        let mut hasher = DefaultHasher::new();
+        let mut stacked = Vec::with_capacity(adapters.len());
+        let mut offsets = Vec::with_capacity(adapters.len());
+        let mut num_slots = 0;
+        for (name, tokens) in adapters {
+            stacked.push((Arc::clone(name), tokens.fingerprint()));
+            offsets.push(num_slots);
+            num_slots += tokens.len();
         }
-        self.num_slots = tokens.len();
-        self.vocab_size = tokens.vocab_size();
-        self.token_set = tokens.fingerprint();
-        if let Some(padding) = options.padding {
-            tokens.slot_index(padding.token.0)?;
-        }
-        for (position, &id) in (0u32..).zip(input_ids) {
-            match tokens.slot_index(id) {
-                Ok(None) => {}
-                Ok(Some(slot)) => {
-                    self.positions.push(position);
-                    self.slots.push(slot);
-                }
-                Err(error) => {
-                    self.clear();
-                    return Err(error);
+        stacked.hash(&mut hasher);
+        plan.reset(num_slots, vocab_size, hasher.finish());
+        plan.adapters = Some(stacked);
+        let none = TokenSet::new([], vocab_size)?;
+        let length = example_len(input_ids.len(), choice.len())?;
+        plan.fill(options, input_ids, |plan| {
+            for (example, choice) in input_ids.chunks_exact(length.max(1)).zip(choice) {
+                match choice.map(|at| (adapters[at].1, offsets[at])) {
+                    Some((tokens, offset)) => plan.route(tokens, offset, example)?,
+                    None => plan.route(&none, 0, example)?,
                 }
             }
+            Ok(())
+        })?;
+        Ok(plan)
+    }
+
+    /// Empties the plan, for slots of another kind.
+    fn reset(&mut self, num_slots: usize, vocab_size: usize, token_set: u64) {
+        self.clear();
+        self.num_slots = num_slots;
+        self.vocab_size = vocab_size;
+        self.token_set = token_set;
+        self.adapters = None;
+    }
+
+    /// Fills an empty plan by `route`; it is empty again if that fails.
+    fn fill(
+        &mut self,
+        options: LayerOptions,
+        input_ids: &[u32],
+        route: impl FnOnce(&mut Self) -> Result<()>,
+    ) -> Result<()> {
+        if u32::try_from(input_ids.len()).is_err() {
+            let (most, got) = ([u32::MAX as usize], [input_ids.len()]);
+            return Err(Error::shape("input_ids", &most, &got));
         }
-        self.ids.extend_from_slice(input_ids);
-        self.drop_padding(tokens, options.padding);
+        if let Some(Padding { token, .. }) = options.padding
+            && token.row() >= self.vocab_size
+        {
+            return Err(Error::TokenOutOfRange {
+                id: i64::from(token.0),
+                vocab_size: self.vocab_size,
+            });
+        }
+        if let Err(error) = route(self) {
+            self.clear();
+            return Err(error);
+        }
+        if let Some(padding) = options.padding {
+            self.drop_padding(padding);
+        }
         if options.scale_grad_by_freq {
             self.weigh_by_frequency();
         }
         Ok(())
     }
 
+    /// Appends ids, with the slots of those that are among `tokens` counted from `offset`.
+    fn route(&mut self, tokens: &TokenSet, offset: usize, ids: &[u32]) -> Result<()> {
+        // Slots and positions fit 32 bits: there are no more of them than ids, or than rows of adapters in memory.
+        #[expect(clippy::cast_possible_truncation, reason = "checked before")]
+        let (offset, start) = (offset as u32, self.ids.len() as u32);
+        for (position, &id) in (start..).zip(ids) {
+            if let Some(slot) = tokens.slot_index(id)? {
+                self.positions.push(position);
+                self.slots.push(offset + slot);
+            }
+        }
+        self.ids.extend_from_slice(ids);
+        Ok(())
+    }
+
     /// torch's rule: the padding token's positions get no gradient. A second list exists only when it differs.
-    fn drop_padding(&mut self, tokens: &TokenSet, padding: Option<Padding>) {
-        let Some(Padding {
-            token,
-            rule: PaddingRule::NoLookupGradient,
-        }) = padding
-        else {
-            return;
-        };
-        let Ok(Some(padded)) = tokens.slot_index(token.0) else {
-            return;
-        };
-        if self.slots.contains(&padded) {
-            let live = self
-                .positions
-                .iter()
-                .zip(&self.slots)
-                .filter(|(_, slot)| **slot != padded);
+    fn drop_padding(&mut self, padding: Padding) {
+        let Self { ids, .. } = self;
+        let padded = |position: &u32| ids[*position as usize] == padding.token.0;
+        if padding.rule == PaddingRule::NoLookupGradient && self.positions.iter().any(padded) {
+            let live = self.positions.iter().zip(&self.slots);
+            let live = live.filter(|(position, _)| !padded(position));
             self.grad_positions = Some(live.map(|(p, s)| (*p, *s)).unzip());
         }
     }
@@ -124,7 +176,7 @@ impl LookupPlan {
     ///
     /// [`Error::ForeignPlan`].
     pub fn expect_tokens(&self, tokens: &TokenSet) -> Result<()> {
-        if self.token_set == tokens.fingerprint() {
+        if self.adapters.is_none() && self.token_set == tokens.fingerprint() {
             return Ok(());
         }
         Err(Error::ForeignPlan)
@@ -150,6 +202,11 @@ impl LookupPlan {
             }
             _ => Ok(()),
         }
+    }
+
+    /// The adapters that the examples of a mixed batch choose among, by name and token set; `None` for any other plan.
+    pub(crate) fn adapters(&self) -> Option<&[(Arc<str>, u64)]> {
+        self.adapters.as_deref()
     }
 
     /// The flattened `input_ids`, all below the vocabulary size.
@@ -261,6 +318,15 @@ impl LookupPlan {
     /// The ids of the batch as [`TokenId`]s.
     pub fn token_ids(&self) -> impl Iterator<Item = TokenId> + '_ {
         self.ids.iter().map(|id| TokenId(*id))
+    }
+}
+
+/// How long each of `examples` equally long examples is.
+pub(crate) fn example_len(rows: usize, examples: usize) -> Result<usize> {
+    match rows.checked_div(examples) {
+        Some(length) if length * examples == rows => Ok(length),
+        None if rows == 0 => Ok(0),
+        _ => Err(Error::shape("examples of a mixed batch", &[examples], &[rows])),
     }
 }
 

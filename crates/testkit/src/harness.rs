@@ -61,15 +61,46 @@ pub trait Harness: 'static {
 /// What one forward and backward pass consists of.
 #[derive(Clone, Debug, Default)]
 pub struct Pass {
-    /// Batches to look up, each with the gradient of its rows, `[N, D]` of the table's element type.
+    /// Batches to look up, mixed ones among them, each with the gradient of its rows, `[N, D]` of the table's element type.
     pub lookups: Vec<(LookupPlan, TokenRows)>,
-    /// Hidden states `[N, D]` of the head, each with the gradient of its logits, `[N, V]`; both of the table's type.
-    pub heads: Vec<(TokenRows, TokenRows)>,
+    /// Hidden states to project.
+    pub heads: Vec<HeadPass>,
+}
+
+/// Hidden states that a head projects.
+#[derive(Clone, Debug)]
+pub struct HeadPass {
+    /// The hidden states, `[N, D]` of the table's element type.
+    pub hidden: TokenRows,
+    /// The gradient of their logits, `[N, V]` of the table's element type.
+    pub upstream: TokenRows,
+    /// The adapter, or none, of each of equally many rows, for
+    /// [`logits_mixed`](trainable_tokens_core::TrainableTokens::logits_mixed); absent for
+    /// [`logits`](trainable_tokens_core::TrainableTokens::logits).
+    pub adapters: Option<Vec<Option<String>>>,
+}
+
+impl HeadPass {
+    /// Hidden states that all see the layer's active adapters.
+    pub fn new(hidden: TokenRows, upstream: TokenRows) -> Self {
+        let adapters = None;
+        Self {
+            hidden,
+            upstream,
+            adapters,
+        }
+    }
+
+    /// The adapters as the layer takes them.
+    pub fn adapters(&self) -> Option<Vec<Option<&str>>> {
+        let adapters = self.adapters.as_ref()?;
+        Some(adapters.iter().map(Option::as_deref).collect())
+    }
 }
 
 /// What a backward pass gave.
 pub struct PassGradients<H: Harness + ?Sized> {
-    /// What the framework returned, for [`TrainableTokens::gradient`](trainable_tokens_core::TrainableTokens::gradient).
+    /// What the framework returned, for [`TokenAdapter::gradient`](trainable_tokens_core::TokenAdapter::gradient).
     pub gradients: Gradients<H>,
     /// The gradients of the hidden states of each of [`Pass::heads`], `[N, D]`.
     pub hidden: Vec<TokenRows>,

@@ -30,4 +30,4 @@ mod world;
 pub use allocation::{Allocated, CountingAllocator, allocated};
 pub use case::{CITATIONS, Case, Group, cases as all_cases, run_case};
 pub use failure::{Failure, Outcome, tolerance};
-pub use harness::{Error, Gradients, Harness, Layer, Pass, PassGradients, Source, Tensor};
+pub use harness::{Error, Gradients, Harness, HeadPass, Layer, Pass, PassGradients, Source, Tensor};

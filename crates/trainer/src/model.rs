@@ -93,7 +93,7 @@ impl Decoder {
                 ..LayerOptions::default()
             });
         let head = if config.tie_word_embeddings {
-            Head::Tied(embedding.tied_head()?)
+            Head::Tied(embedding.tied_head())
         } else {
             Head::Untied(weights.linear(HEAD_MODULE, config.vocab_size, config.hidden_size, false)?)
         };

@@ -1,10 +1,12 @@
-//! The backend's four operations.
+//! The backend's operations.
 
 use std::borrow::Cow;
 use std::marker::PhantomData;
+use std::ops::Range;
 
 use trainable_tokens_core::{
-    Backend, Element, EmbeddingSource, LookupPlan, RowTransform, Slot, TokenId, TokenRows, TokenSet,
+    Backend, Element, EmbeddingSource, HostRows, LookupPlan, RowMix, RowTransform, Slot, TokenId, TokenRows,
+    TokenSet,
 };
 
 use crate::{Error, Gradients, Matrix, VecRows, VecTable};
@@ -60,8 +62,28 @@ impl<T: Element> Backend for NestedVec<T> {
         Matrix::new(logits, source.vocab_size())
     }
 
-    fn gradient(gradients: &Gradients, _: &VecRows) -> Result<Option<TokenRows>, Error> {
-        Ok(gradients.0.clone())
+    fn combine(deltas: &[&VecRows], mix: &RowMix) -> Result<VecRows, Error> {
+        let parts: Vec<_> = deltas.iter().map(|delta| &delta.0).collect();
+        Ok(VecRows(HostRows::combine(&parts, mix)?))
+    }
+
+    fn num_rows(tensor: &Matrix<T>) -> usize {
+        tensor.num_rows()
+    }
+
+    fn split_rows(tensor: Matrix<T>, parts: &[Range<usize>]) -> Result<Vec<Matrix<T>>, Error> {
+        let columns = tensor.columns;
+        let part = |part: &Range<usize>| Matrix::new(tensor.rows[part.clone()].to_vec(), columns);
+        parts.iter().map(part).collect()
+    }
+
+    fn join_rows(parts: Vec<Matrix<T>>) -> Result<Matrix<T>, Error> {
+        let columns = parts[0].columns;
+        Matrix::new(parts.into_iter().flat_map(|part| part.rows).collect(), columns)
+    }
+
+    fn gradient(gradients: &Gradients, delta: &VecRows) -> Result<Option<TokenRows>, Error> {
+        Ok(gradients.0.get(&delta.0).cloned())
     }
 }
 

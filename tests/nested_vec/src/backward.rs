@@ -1,17 +1,19 @@
 //! Backward passes, which a framework with automatic gradients has already.
 
-use trainable_tokens_core::{DeltaStore, Element, EmbeddingSource, Error, LookupPlan, TokenRows, TokenSet};
+use trainable_tokens_core::{
+    Backend, Element, EmbeddingSource, LookupPlan, MixedPart, RowGradients, TokenAdapter, TokenRows, TokenSet,
+};
 
 use crate::backend::overridden;
-use crate::{Matrix, Result, VecRows, VecTable};
+use crate::{Matrix, NestedVec, Result, VecRows, VecTable};
 
-/// What the backward passes of one step add up: the gradient of the trained rows, `[k, D]`, once one reached them.
+/// What the backward passes of one step add up: the gradients of the trained rows.
 #[derive(Clone, Debug, Default)]
-pub struct Gradients(pub Option<TokenRows>);
+pub struct Gradients(pub RowGradients);
 
 impl Gradients {
     /// The backward pass of a lookup whose output has the gradient `upstream`, `[N, D]`. `delta` is the layer's
-    /// `active()`, `scale` that of its `transform()`.
+    /// `rows_for(plan)`, `scale` that of its `transform()`.
     ///
     /// # Errors
     ///
@@ -24,7 +26,9 @@ impl Gradients {
         scale: Option<f64>,
     ) -> Result<()> {
         if let Some(delta) = delta {
-            plan.accumulate(&upstream.rows.concat(), scale, self.of_rows::<T>(delta))?;
+            let upstream = upstream.rows.concat();
+            let add = |sums: &mut TokenRows| plan.accumulate(&upstream, scale, sums);
+            self.0.add(&delta.0, T::Compute::DTYPE, add)?;
         }
         Ok(())
     }
@@ -47,16 +51,15 @@ impl Gradients {
         hidden.expect_shape("hidden states", n, dim)?;
         upstream.expect_shape("gradient of the logits", n, source.vocab_size())?;
         if let Some(delta) = delta {
-            let sums = self.of_rows::<T>(delta);
-            let (what, expected, got) = ("gradient of the rows", T::Compute::DTYPE, sums.dtype());
-            let sums = sums
-                .as_mut_slice::<T::Compute>()
-                .ok_or(Error::DType { what, expected, got })?;
-            for (id, sum) in tokens.ids().iter().zip(sums.chunks_exact_mut(dim.max(1))) {
-                for (hidden, upstream) in hidden.rows.iter().zip(&upstream.rows) {
-                    add(sum, upstream[id.row()], hidden);
+            self.0.add(&delta.0, T::Compute::DTYPE, |sums| {
+                let sums = sums.as_mut_slice::<T::Compute>().unwrap_or_default();
+                for (id, sum) in tokens.ids().iter().zip(sums.chunks_exact_mut(dim.max(1))) {
+                    for (hidden, upstream) in hidden.rows.iter().zip(&upstream.rows) {
+                        add(sum, upstream[id.row()], hidden);
+                    }
                 }
-            }
+                Ok(())
+            })?;
         }
         let mut sums = vec![vec![T::Compute::default(); dim]; n];
         for (id, weight) in overridden(source, delta, tokens) {
@@ -68,10 +71,34 @@ impl Gradients {
         Matrix::new(sums.into_iter().map(round).collect(), dim)
     }
 
-    /// The sum so far; zeros to begin with.
-    fn of_rows<T: Element>(&mut self, delta: &VecRows) -> &mut TokenRows {
-        let zeros = || TokenRows::zeros(T::Compute::DTYPE, delta.num_rows(), delta.embedding_dim());
-        self.0.get_or_insert_with(zeros)
+    /// The backward pass of a head whose parts see the rows of different adapters, the layer's `mixed_parts`; otherwise as
+    /// [`add_head`](Self::add_head).
+    ///
+    /// # Errors
+    ///
+    /// For another shape.
+    pub fn add_mixed_head<T, B>(
+        &mut self,
+        source: &VecTable<T>,
+        parts: &[MixedPart<'_, B>],
+        hidden: &Matrix<T>,
+        upstream: &Matrix<T>,
+    ) -> Result<Matrix<T>>
+    where
+        T: Element,
+        B: Backend<Delta: AsRef<VecRows>>,
+    {
+        let ranges: Vec<_> = parts.iter().map(|(rows, _)| rows.clone()).collect();
+        let hidden = NestedVec::split_rows(hidden.clone(), &ranges)?;
+        let upstream = NestedVec::split_rows(upstream.clone(), &ranges)?;
+        let none = TokenSet::new([], source.vocab_size())?;
+        let outputs = hidden.iter().zip(&upstream).zip(parts);
+        let outputs = outputs.map(|((hidden, upstream), (_, adapter))| {
+            let tokens = adapter.map_or(&none, TokenAdapter::tokens);
+            let delta = adapter.map(|adapter| adapter.delta().as_ref());
+            self.add_head(source, delta, tokens, hidden, upstream)
+        });
+        NestedVec::join_rows(outputs.collect::<Result<_>>()?)
     }
 }
 

@@ -30,6 +30,11 @@ impl<T: Element> Matrix<T> {
         }
     }
 
+    /// How many rows there are.
+    pub fn num_rows(&self) -> usize {
+        self.rows.len()
+    }
+
     /// Copies core's rows, rounded if they are of another type.
     pub fn from_token_rows(rows: &TokenRows) -> Self {
         let columns = rows.embedding_dim();

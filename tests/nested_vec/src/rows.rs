@@ -1,22 +1,28 @@
 //! The trained rows.
 
-use trainable_tokens_core::{DType, DeltaStore, TokenRows};
+use trainable_tokens_core::{DType, DeltaStore, HostRows, TokenRows};
 
 use crate::Error;
 
 /// The trained rows. Without a framework they need no other form than core's.
 #[derive(Clone, Debug)]
-pub struct VecRows(TokenRows);
+pub struct VecRows(pub HostRows);
 
 impl VecRows {
     /// Takes rows `[k, D]` to train.
     pub fn new(rows: TokenRows) -> Self {
-        Self(rows)
+        Self(HostRows::new(rows))
     }
 
     /// The rows, `[k, D]` in slot order.
     pub fn rows(&self) -> &TokenRows {
-        &self.0
+        self.0.rows()
+    }
+}
+
+impl AsRef<Self> for VecRows {
+    fn as_ref(&self) -> &Self {
+        self
     }
 }
 
@@ -24,24 +30,24 @@ impl DeltaStore for VecRows {
     type Error = Error;
 
     fn num_rows(&self) -> usize {
-        self.0.num_rows()
+        self.rows().num_rows()
     }
 
     fn embedding_dim(&self) -> usize {
-        self.0.embedding_dim()
+        self.rows().embedding_dim()
     }
 
     fn dtype(&self) -> DType {
-        self.0.dtype()
+        self.rows().dtype()
     }
 
     fn read(&self) -> Result<TokenRows, Error> {
-        Ok(self.0.clone())
+        Ok(self.rows().clone())
     }
 
     fn write(&mut self, rows: &TokenRows) -> Result<(), Error> {
         self.check_write(rows)?;
-        self.0.clone_from(rows);
+        self.0.rows_mut().clone_from(rows);
         Ok(())
     }
 }

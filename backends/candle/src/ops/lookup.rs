@@ -36,7 +36,7 @@ pub(crate) fn lookup_rows(
         _ => Some(Uploaded::new(table, delta, plan, transform)?),
     };
     if let Some(delta) = delta {
-        return Ok(delta.var().apply_op1(OverrideRows {
+        return Ok(delta.tensor().apply_op1(OverrideRows {
             base: base.clone(),
             plan: Arc::clone(plan),
             transform,

@@ -1,13 +1,15 @@
 //! The projection on a frozen weight, with or without some columns of the result overridden.
 
+mod bias;
 mod overridden;
 mod plain;
 #[cfg(test)]
 mod tests;
 
-use candle_core::{Tensor, Var};
+use candle_core::Tensor;
 use trainable_tokens_core::Error as CoreError;
 
+pub(crate) use self::bias::add_bias;
 use self::overridden::ProjectOverridden;
 use self::plain::Project;
 use crate::convert::core_dtype;
@@ -25,16 +27,16 @@ pub(crate) struct Overrides {
 }
 
 impl Overrides {
-    /// Overrides the rows `columns` (at least one) of `weight`.
-    pub(crate) fn new(weight: &Tensor, delta: &Var, columns: Tensor) -> Result<Self> {
-        let rows = delta.as_detached_tensor();
+    /// Overrides the rows `columns` (at least one) of `weight` with `delta`, a leaf or a node of the graph.
+    pub(crate) fn new(weight: &Tensor, delta: &Tensor, columns: Tensor) -> Result<Self> {
+        let rows = delta.detach();
         let rows = if rows.dtype() == weight.dtype() {
             rows.copy()?
         } else {
             rows.to_dtype(weight.dtype())?
         };
         Ok(Self {
-            delta: delta.as_tensor().clone(),
+            delta: delta.clone(),
             rows,
             base_rows: weight.index_select(&columns, 0)?,
             columns,

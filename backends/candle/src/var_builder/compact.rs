@@ -78,7 +78,7 @@ impl CompactTable {
         let trained = source.read_rows(tokens.ids()).map_err(Error::source)?;
         let delta = CandleDelta::new(&trained.to_dtype(dtype.default_row_dtype()), device)?;
         let rows = to_tensor(&rows.to_dtype(dtype), device)?;
-        let table = delta.var().apply_op1(Graft::new(rows))?;
+        let table = delta.tensor().apply_op1(Graft::new(rows))?;
         Ok(Self {
             delta,
             table,
@@ -130,7 +130,7 @@ impl CompactTable {
     ///
     /// When candle fails.
     pub fn refresh(&self) -> Result<()> {
-        let rows = self.delta.var().as_detached_tensor();
+        let rows = self.delta.tensor().detach();
         if rows.elem_count() > 0 {
             self.table.slice_set(&rows.to_dtype(self.table.dtype())?, 0, 0)?;
         }
@@ -148,7 +148,7 @@ impl CompactTable {
     }
 
     /// The trained rows as candle's variable, `[k, D]`.
-    pub fn var(&self) -> &Var {
+    pub fn var(&self) -> Result<&Var> {
         self.delta.var()
     }
 

@@ -36,9 +36,13 @@ impl<T: Element> Harness for Nd<T> {
         for (plan, upstream) in &pass.lookups {
             layer.backward_into(plan, array(upstream).view(), &mut gradients)?;
         }
-        let heads = pass.heads.iter().map(|(hidden, upstream)| {
-            let (hidden, upstream) = (array(hidden), array(upstream));
-            Self::read(&layer.logits_backward(hidden.view(), upstream.view(), &mut gradients)?)
+        let heads = pass.heads.iter().map(|head| {
+            let (hidden, upstream) = (array(&head.hidden), array(&head.upstream));
+            let (hidden, upstream) = (hidden.view(), upstream.view());
+            Self::read(&match head.adapters() {
+                None => layer.logits_backward(hidden, upstream, &mut gradients)?,
+                Some(adapters) => layer.logits_mixed_backward(hidden, upstream, &adapters, &mut gradients)?,
+            })
         });
         let hidden = heads.collect::<Result<_, Error>>()?;
         Ok(PassGradients { gradients, hidden })

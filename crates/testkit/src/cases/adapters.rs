@@ -13,7 +13,7 @@ pub fn given_rows_keep_bits_and_type<H: Harness>() -> Outcome {
             let rows = world.rows_of(dtype);
             let source = H::source(&world.table::<H>())?;
             let layer = Layer::<H>::with_rows(source, world.token_set()?, &rows)?;
-            equal("dtype", &layer.delta().dtype(), &dtype)?;
+            equal("dtype", &layer.delta()?.dtype(), &dtype)?;
             same("rows", &layer.rows()?, &rows)?;
         }
         Ok(())
@@ -48,7 +48,7 @@ pub fn adapters_of_the_same_tokens_switch<H: Harness>() -> Outcome {
 pub fn other_types_are_converted<H: Harness>() -> Outcome {
     let world = World::fixed(7, 3, &[5, 2], &[]);
     let mut layer = world.fresh::<H>()?;
-    let dtype = layer.delta().dtype();
+    let dtype = layer.delta()?.dtype();
     for other in crate::cases::DTYPES {
         let rows = noise(4, other, 2, 3);
         layer.set_rows(&rows)?;

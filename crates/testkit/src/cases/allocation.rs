@@ -7,7 +7,7 @@ use trainable_tokens_core::{Adam, AdamConfig, Sgd, SgdConfig, TokenSet};
 
 use crate::failure::ensure;
 use crate::world::noise;
-use crate::{Failure, Harness, Layer, Outcome, Pass, allocated};
+use crate::{Failure, Harness, HeadPass, Layer, Outcome, Pass, allocated};
 
 const SMALL: usize = 4_000;
 const LARGE: usize = 40_000;
@@ -96,11 +96,14 @@ pub fn the_head_allocates_no_table<H: Harness>() -> Outcome {
     let layer = layer::<H>(LARGE)?;
     let pass = Pass {
         lookups: Vec::new(),
-        heads: vec![(noise(6, H::DTYPE, 1, DIM), noise(7, H::DTYPE, 1, LARGE))],
+        heads: vec![HeadPass::new(
+            noise(6, H::DTYPE, 1, DIM),
+            noise(7, H::DTYPE, 1, LARGE),
+        )],
     };
     let both = || -> Outcome {
         // A backward pass with explicit gradients runs no forward pass.
-        layer.logits(H::hidden(&layer, &pass.heads[0].0)?)?;
+        layer.logits(H::hidden(&layer, &pass.heads[0].hidden)?)?;
         H::backward(&layer, &pass)?;
         Ok(())
     };

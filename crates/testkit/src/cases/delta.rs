@@ -93,7 +93,7 @@ pub fn a_written_row_is_seen_by_the_next_lookup<H: Harness>() -> Outcome {
     let world = World::fixed(6, 3, &[4, 1], &[]);
     let mut layer = world.fresh::<H>()?;
     for round in 0..3 {
-        let rows = noise(round, layer.delta().dtype(), 2, 3);
+        let rows = noise(round, layer.delta()?.dtype(), 2, 3);
         layer.set_rows(&rows)?;
         same("rows", &lookup::<H>(&layer, &[4, 1])?, &rows.to_dtype(H::DTYPE))?;
     }

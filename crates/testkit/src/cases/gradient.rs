@@ -6,7 +6,7 @@ use trainable_tokens_core::{
 
 use crate::failure::{Exact, close, ensure, equal};
 use crate::world::{World, for_all, noise};
-use crate::{Failure, Harness, Layer, Outcome, Pass};
+use crate::{Failure, Harness, HeadPass, Layer, Outcome, Pass};
 
 /// The rows' gradient of one lookup of the world's batch.
 fn gradient<H: Harness>(layer: &Layer<H>, world: &World) -> Result<TokenRows, Failure> {
@@ -242,7 +242,7 @@ pub fn merged_rows_get_no_gradient<H: Harness>() -> Outcome {
     // A head whose hidden states get a gradient keeps the pass alive in frameworks that refuse an empty one.
     let pass = Pass {
         lookups: vec![(layer.plan(&world.ids)?, world.upstream::<H>())],
-        heads: vec![(noise(1, H::DTYPE, 2, 3), noise(2, H::DTYPE, 2, 8))],
+        heads: vec![HeadPass::new(noise(1, H::DTYPE, 2, 3), noise(2, H::DTYPE, 2, 8))],
     };
     let error = match H::backward(&layer, &pass) {
         Err(error) => error,

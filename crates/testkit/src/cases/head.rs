@@ -6,7 +6,7 @@ use trainable_tokens_core::{
 
 use crate::failure::{Exact, close, ensure, same};
 use crate::world::{World, for_all, logits, lookup, noise, overwritten, select, whole};
-use crate::{Failure, Harness, Layer, Outcome, Pass};
+use crate::{Failure, Harness, HeadPass, Layer, Outcome, Pass};
 
 /// `a · bᵀ` in `f64`.
 fn product(a: &TokenRows, b: &TokenRows) -> Exact {
@@ -41,7 +41,7 @@ fn dense_gradients(hidden: &TokenRows, table: &TokenRows, upstream: &TokenRows) 
 fn backward<H: Harness>(layer: &Layer<H>, world: &World) -> Result<[TokenRows; 2], Failure> {
     let pass = Pass {
         lookups: Vec::new(),
-        heads: vec![(world.hidden::<H>(), world.logits_upstream::<H>())],
+        heads: vec![HeadPass::new(world.hidden::<H>(), world.logits_upstream::<H>())],
     };
     let mut result = H::backward(layer, &pass)?;
     let rows = layer.gradient(&result.gradients)?;
@@ -143,7 +143,7 @@ pub fn lookup_and_head_add_up<H: Harness>() -> Outcome {
         let upstream = world.upstream::<H>();
         let pass = Pass {
             lookups: vec![(layer.plan(&world.ids)?, upstream.clone())],
-            heads: vec![(world.hidden::<H>(), world.logits_upstream::<H>())],
+            heads: vec![HeadPass::new(world.hidden::<H>(), world.logits_upstream::<H>())],
         };
         let got = layer.gradient(&H::backward(&layer, &pass)?.gradients)?;
         let table = world.dense::<H>()?;

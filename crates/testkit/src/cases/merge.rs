@@ -2,11 +2,12 @@
 
 use std::cell::Cell;
 use std::marker::PhantomData;
+use std::ops::Range;
 use std::rc::Rc;
 
 use trainable_tokens_core::{
-    Backend, DType, EmbeddingSource, Error, ErrorKind, LookupPlan, RowTransform, Sgd, SgdConfig, TokenId,
-    TokenRows, TokenSet, TrainableTokens, WriteRows,
+    Backend, DType, EmbeddingSource, Error, ErrorKind, LookupPlan, RowMix, RowTransform, Sgd, SgdConfig,
+    TokenId, TokenRows, TokenSet, TrainableTokens, WriteRows,
 };
 
 use crate::failure::{equal, refused, same};
@@ -198,6 +199,18 @@ impl<B: Backend> Backend for OverBrittle<B> {
         tokens: &TokenSet,
     ) -> Result<B::Tensor, B::Error> {
         B::logits(hidden, &source.table, delta, tokens)
+    }
+    fn combine(deltas: &[&B::Delta], mix: &RowMix) -> Result<B::Delta, B::Error> {
+        B::combine(deltas, mix)
+    }
+    fn num_rows(tensor: &B::Tensor) -> usize {
+        B::num_rows(tensor)
+    }
+    fn split_rows(tensor: B::Tensor, parts: &[Range<usize>]) -> Result<Vec<B::Tensor>, B::Error> {
+        B::split_rows(tensor, parts)
+    }
+    fn join_rows(parts: Vec<B::Tensor>) -> Result<B::Tensor, B::Error> {
+        B::join_rows(parts)
     }
     fn gradient(gradients: &B::Gradients, delta: &B::Delta) -> Result<Option<TokenRows>, B::Error> {
         B::gradient(gradients, delta)

@@ -8,7 +8,7 @@ use trainable_tokens_core::{
 
 use crate::failure::{ensure, equal, refused, same};
 use crate::world::{World, for_all, noise, whole};
-use crate::{Failure, Harness, Outcome, Pass};
+use crate::{Failure, Harness, HeadPass, Outcome, Pass};
 
 pub use settings::{a_state_of_other_rows_is_refused, powers_follow_the_step_count, settings_are_checked};
 
@@ -115,7 +115,7 @@ pub fn training_leaves_the_base<H: Harness>() -> Outcome {
             if !world.tokens.is_empty() {
                 let pass = Pass {
                     lookups: vec![(layer.plan(&world.ids)?, world.upstream::<H>())],
-                    heads: vec![(world.hidden::<H>(), world.logits_upstream::<H>())],
+                    heads: vec![HeadPass::new(world.hidden::<H>(), world.logits_upstream::<H>())],
                 };
                 let gradients = H::backward(&layer, &pass)?.gradients;
                 layer.step(&gradients, &mut *optimizer, &mut [])?;
@@ -209,7 +209,7 @@ pub fn memory_is_like_the_rows<H: Harness>() -> Outcome {
         equal(name, &have, &names.to_vec())?;
         for (_, tensor) in &state.tensors {
             equal(name, &tensor.shape(), &[2, 3])?;
-            equal(name, &tensor.dtype(), &layer.delta().dtype())?;
+            equal(name, &tensor.dtype(), &layer.delta()?.dtype())?;
         }
     }
     Ok(())

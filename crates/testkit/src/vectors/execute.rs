@@ -10,7 +10,7 @@ use super::Tensors;
 use super::schema::{AdapterFile, HookSpec, Operation, OptimizerSpec, VectorCase};
 use crate::failure::{ensure, same};
 use crate::world::{select, whole};
-use crate::{Failure, Harness, Layer, Outcome, Pass};
+use crate::{Failure, Harness, HeadPass, Layer, Outcome, Pass};
 
 /// Why a case ends without values: an error of a known kind, or another reason.
 pub(super) struct Ended {
@@ -136,7 +136,7 @@ fn head<H: Harness>(layer: &Layer<H>, hidden: &TokenRows, upstream: &TokenRows) 
     let logits = H::read(&layer.logits(H::hidden(layer, hidden)?)?)?;
     let pass = Pass {
         lookups: Vec::new(),
-        heads: vec![(hidden.clone(), upstream.clone())],
+        heads: vec![HeadPass::new(hidden.clone(), upstream.clone())],
     };
     let mut result = H::backward(layer, &pass)?;
     let gradient = layer.gradient(&result.gradients)?;

@@ -2,11 +2,12 @@
 
 use std::cell::{Cell, Ref, RefCell};
 use std::marker::PhantomData;
+use std::ops::Range;
 
 use half::f16;
 use trainable_tokens_core::{
-    Backend, DType, DeltaStore, Element, EmbeddingSource, LookupPlan, RowTransform, TokenId, TokenRows,
-    TokenSet, WriteRows,
+    Backend, DType, DeltaStore, Element, EmbeddingSource, LookupPlan, MixedPart, RowMix, RowTransform,
+    TokenId, TokenRows, TokenSet, WriteRows,
 };
 use trainable_tokens_nested_vec::{Error, Gradients, Matrix, NestedVec, Result, VecRows, VecTable};
 use trainable_tokens_testkit::{Harness, Layer, Pass, PassGradients};
@@ -67,7 +68,8 @@ pub(crate) trait Fault<T: Faulty = f32>: Sync {
         upstream: &Matrix<T>,
         gradients: &mut Gradients,
     ) -> Result<()> {
-        let delta = layer.active().map(|delta| &delta.now);
+        let rows = layer.rows_for(plan)?;
+        let delta = rows.as_deref().map(|delta| &delta.now);
         gradients.add_lookup(delta, plan, upstream, layer.transform().scale)
     }
 
@@ -78,8 +80,32 @@ pub(crate) trait Fault<T: Faulty = f32>: Sync {
         upstream: &Matrix<T>,
         gradients: &mut Gradients,
     ) -> Result<Matrix<T>> {
-        let (table, delta) = (layer.source().now(), layer.active().map(|delta| &delta.now));
+        let (table, rows) = (layer.source().now(), layer.active()?);
+        let delta = rows.as_deref().map(|delta| &delta.now);
         gradients.add_head(&table, delta, layer.tokens(), hidden, upstream)
+    }
+
+    fn combine(&self, deltas: &[&Rows<T>], mix: &RowMix) -> Result<VecRows> {
+        let deltas: Vec<_> = deltas.iter().map(|delta| &delta.now).collect();
+        NestedVec::<T>::combine(&deltas, mix)
+    }
+
+    fn split_rows(&self, tensor: Matrix<T>, parts: &[Range<usize>]) -> Result<Vec<Matrix<T>>> {
+        NestedVec::split_rows(tensor, parts)
+    }
+
+    fn join_rows(&self, parts: Vec<Matrix<T>>) -> Result<Matrix<T>> {
+        NestedVec::join_rows(parts)
+    }
+
+    fn mixed_head_backward(
+        &self,
+        layer: &Layer<Broken<T>>,
+        parts: &[MixedPart<'_, Broken<T>>],
+        [hidden, upstream]: [&Matrix<T>; 2],
+        gradients: &mut Gradients,
+    ) -> Result<Matrix<T>> {
+        gradients.add_mixed_head(&layer.source().now(), parts, hidden, upstream)
     }
 }
 
@@ -184,6 +210,12 @@ impl<T: Faulty> DeltaStore for Rows<T> {
     }
 }
 
+impl<T> AsRef<VecRows> for Rows<T> {
+    fn as_ref(&self) -> &VecRows {
+        &self.now
+    }
+}
+
 /// The backend and its harness.
 pub(crate) struct Broken<T = f32>(PhantomData<T>);
 
@@ -218,6 +250,24 @@ impl<T: Faulty> Backend for Broken<T> {
         T::fault().logits(hidden, table, delta, tokens)
     }
 
+    fn combine(deltas: &[&Rows<T>], mix: &RowMix) -> Result<Rows<T>> {
+        let now = T::fault().combine(deltas, mix)?;
+        let (first, table) = (now.clone(), PhantomData);
+        Ok(Rows { now, first, table })
+    }
+
+    fn num_rows(tensor: &Matrix<T>) -> usize {
+        tensor.num_rows()
+    }
+
+    fn split_rows(tensor: Matrix<T>, parts: &[Range<usize>]) -> Result<Vec<Matrix<T>>> {
+        T::fault().split_rows(tensor, parts)
+    }
+
+    fn join_rows(parts: Vec<Matrix<T>>) -> Result<Matrix<T>> {
+        T::fault().join_rows(parts)
+    }
+
     fn gradient(gradients: &Gradients, delta: &Rows<T>) -> Result<Option<TokenRows>> {
         NestedVec::<T>::gradient(gradients, &delta.now)
     }
@@ -247,11 +297,17 @@ impl<T: Faulty> Harness for Broken<T> {
             let upstream = Matrix::from_token_rows(upstream);
             T::fault().lookup_backward(layer, plan, &upstream, &mut gradients)?;
         }
-        let heads = pass.heads.iter().map(|(hidden, upstream)| {
-            let [hidden, upstream] = [hidden, upstream].map(Matrix::from_token_rows);
-            T::fault()
-                .head_backward(layer, &hidden, &upstream, &mut gradients)?
-                .to_token_rows()
+        let heads = pass.heads.iter().map(|head| {
+            let [hidden, upstream] = [&head.hidden, &head.upstream].map(Matrix::from_token_rows);
+            let fault = T::fault();
+            let hidden = match head.adapters() {
+                None => fault.head_backward(layer, &hidden, &upstream, &mut gradients)?,
+                Some(adapters) => {
+                    let parts = layer.mixed_parts(hidden.num_rows(), &adapters)?;
+                    fault.mixed_head_backward(layer, &parts, [&hidden, &upstream], &mut gradients)?
+                }
+            };
+            hidden.to_token_rows()
         });
         let hidden = heads.collect::<Result<_>>()?;
         Ok(PassGradients { gradients, hidden })

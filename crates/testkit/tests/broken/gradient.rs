@@ -1,21 +1,11 @@
 //! Backward passes of the lookup that go wrong.
 
 use half::f16;
-use trainable_tokens_core::{
-    DType, DeltaStore, Element, EmbeddingSource, LookupPlan, TokenId, TokenRows, WriteRows,
-};
+use trainable_tokens_core::{DType, DeltaStore, Element, EmbeddingSource, LookupPlan, TokenId, WriteRows};
 use trainable_tokens_nested_vec::{Gradients, Matrix, Result};
 use trainable_tokens_testkit::Layer;
 
 use crate::faulty::{Broken, Fault, Faulty};
-
-/// The gradient of the rows so far; zeros to begin with.
-fn sums<'a, T: Faulty>(layer: &Layer<Broken<T>>, gradients: &'a mut Gradients) -> &'a mut TokenRows {
-    let [k, dim] = [layer.delta().num_rows(), layer.delta().embedding_dim()];
-    gradients
-        .0
-        .get_or_insert_with(|| TokenRows::zeros(DType::F32, k, dim))
-}
 
 /// Position, slot and factor of every contribution.
 fn contributions<T: Faulty>(layer: &Layer<Broken<T>>, plan: &LookupPlan) -> Vec<(usize, usize, f64)> {
@@ -31,26 +21,27 @@ fn contributions<T: Faulty>(layer: &Layer<Broken<T>>, plan: &LookupPlan) -> Vec<
 /// Sums these contributions, as `add` says.
 fn sum_up<T: Faulty>(
     layer: &Layer<Broken<T>>,
+    plan: &LookupPlan,
     upstream: &Matrix<T>,
     gradients: &mut Gradients,
     contributions: &[(usize, usize, f64)],
     add: impl Fn(f32, f32) -> f32,
 ) -> Result<()> {
-    if layer.active().is_none() {
+    let Some(rows) = layer.rows_for(plan)? else {
         return Ok(());
-    }
-    let (dim, upstream) = (
-        layer.delta().embedding_dim(),
-        upstream.to_token_rows()?.to_f32_vec(),
-    );
-    let sums = sums(layer, gradients).as_mut_slice::<f32>().unwrap_or_default();
-    for (position, slot, factor) in contributions {
-        let upstream = upstream[position * dim..][..dim].iter();
-        for (sum, x) in sums[slot * dim..][..dim].iter_mut().zip(upstream) {
-            *sum = add(*sum, x * f32::from_f64(*factor));
+    };
+    let upstream = upstream.to_token_rows()?.to_f32_vec();
+    let dim = rows.embedding_dim();
+    Ok(gradients.0.add(&rows.now.0, DType::F32, |sums| {
+        let sums = sums.as_mut_slice::<f32>().unwrap_or_default();
+        for (position, slot, factor) in contributions {
+            let upstream = upstream[position * dim..][..dim].iter();
+            for (sum, x) in sums[slot * dim..][..dim].iter_mut().zip(upstream) {
+                *sum = add(*sum, x * f32::from_f64(*factor));
+            }
         }
-    }
-    Ok(())
+        Ok(())
+    })?)
 }
 
 /// Backward passes that sum other contributions.
@@ -69,7 +60,7 @@ macro_rules! contributing {
             ) -> Result<()> {
                 let mut $all = contributions($layer, $plan);
                 $change
-                sum_up($layer, upstream, gradients, &$all, |sum, x| sum + x)
+                sum_up($layer, $plan, upstream, gradients, &$all, |sum, x| sum + x)
             }
         }
     )+ };
@@ -135,7 +126,7 @@ contributing! {
     /// Lets the gradient through the factor that shortened the row.
     MaxNormTrainsThrough: |layer, plan, all| {
         if let Some(max_norm) = layer.options().max_norm {
-            let norms = layer.delta().read()?.row_norms();
+            let norms = layer.rows()?.row_norms();
             let shortened = |slot: usize| max_norm.factor(norms[slot]).unwrap_or(1.0);
             all.iter_mut().for_each(|(_, slot, factor)| *factor *= shortened(*slot));
         }
@@ -158,9 +149,10 @@ impl Fault for LookupOverwrites {
         upstream: &Matrix<f32>,
         gradients: &mut Gradients,
     ) -> Result<()> {
-        gradients.0 = None;
+        *gradients = Gradients::default();
         sum_up(
             layer,
+            plan,
             upstream,
             gradients,
             &contributions(layer, plan),
@@ -181,7 +173,7 @@ impl Fault<f16> for HalfSums {
         gradients: &mut Gradients,
     ) -> Result<()> {
         let add = |sum, x| f16::from_f32(sum + x).to_f32();
-        sum_up(layer, upstream, gradients, &contributions(layer, plan), add)
+        sum_up(layer, plan, upstream, gradients, &contributions(layer, plan), add)
     }
 }
 
@@ -201,6 +193,7 @@ impl Fault for AbsentIsNothing {
         }
         sum_up(
             layer,
+            plan,
             upstream,
             gradients,
             &contributions(layer, plan),
@@ -222,26 +215,25 @@ impl Fault for AbsentIsGarbage {
     ) -> Result<()> {
         sum_up(
             layer,
+            plan,
             upstream,
             gradients,
             &contributions(layer, plan),
             |sum, x| sum + x,
         )?;
-        let Some(sums) = &mut gradients.0 else {
+        let Some(rows) = layer.rows_for(plan)? else {
             return Ok(());
         };
-        let dim = sums.embedding_dim();
-        for (slot, row) in sums
-            .as_mut_slice::<f32>()
-            .unwrap_or_default()
-            .chunks_exact_mut(dim)
-            .enumerate()
-        {
-            if !plan.slots().iter().any(|present| *present as usize == slot) {
-                row.fill(1e-3);
+        Ok(gradients.0.add(&rows.now.0, DType::F32, |sums| {
+            let dim = sums.embedding_dim();
+            let sums = sums.as_mut_slice::<f32>().unwrap_or_default();
+            for (slot, row) in sums.chunks_exact_mut(dim).enumerate() {
+                if !plan.slots().iter().any(|present| *present as usize == slot) {
+                    row.fill(1e-3);
+                }
             }
-        }
-        Ok(())
+            Ok(())
+        })?)
     }
 }
 
@@ -256,7 +248,7 @@ impl Fault for MergedStillTrains {
         upstream: &Matrix<f32>,
         gradients: &mut Gradients,
     ) -> Result<()> {
-        gradients.add_lookup(Some(&layer.delta().now), plan, upstream, layer.transform().scale)
+        gradients.add_lookup(Some(&layer.delta()?.now), plan, upstream, layer.transform().scale)
     }
 }
 
@@ -273,6 +265,7 @@ impl Fault for BaseTrains {
     ) -> Result<()> {
         sum_up(
             layer,
+            plan,
             upstream,
             gradients,
             &contributions(layer, plan),

@@ -1,7 +1,7 @@
 //! Heads that go wrong.
 
 use trainable_tokens_core::{
-    Backend, DeltaStore, EmbeddingSource, LayerOptions, LookupPlan, TokenId, TokenRows, TokenSet, WriteRows,
+    Backend, DType, EmbeddingSource, LayerOptions, LookupPlan, TokenId, TokenRows, TokenSet, WriteRows,
 };
 use trainable_tokens_nested_vec::{Gradients, Matrix, NestedVec, Result, VecRows};
 use trainable_tokens_testkit::Layer;
@@ -191,6 +191,11 @@ macro_rules! backward {
     )+ };
 }
 
+/// The rows that the layer's outputs are made with.
+fn live(layer: &Layer<Broken>) -> Result<Option<VecRows>> {
+    Ok(layer.active()?.map(|rows| rows.now.clone()))
+}
+
 /// The backward pass as it should be, with these rows.
 fn right(
     layer: &Layer<Broken>,
@@ -204,45 +209,49 @@ fn right(
 backward! {
     /// Forgets what the lookup gave.
     HeadOverwritesLookup: |layer, hidden, upstream, gradients| {
-        gradients.0 = None;
-        right(layer, layer.active().map(|delta| &delta.now), [hidden, upstream], gradients)
+        *gradients = Gradients::default();
+        right(layer, live(layer)?.as_ref(), [hidden, upstream], gradients)
     };
     /// Gives the rows no gradient.
     RowsGetNothing: |layer, hidden, upstream, gradients| {
-        let delta = layer.active().map(|delta| &delta.now);
-        let mut scratch = Gradients(gradients.0.clone());
-        let zeros = |delta: &VecRows| TokenRows::zeros(delta.dtype(), delta.num_rows(), delta.embedding_dim());
-        gradients.0 = gradients.0.take().or(delta.map(zeros));
-        right(layer, delta, [hidden, upstream], &mut scratch)
+        if let Some(rows) = live(layer)? {
+            gradients.0.add(&rows.0, DType::F32, |_| Ok(()))?;
+        }
+        right(layer, live(layer)?.as_ref(), [hidden, upstream], &mut Gradients::default())
     };
     /// Gives hidden states the gradient of the base's rows.
     HiddenSeesTheBase: |layer, hidden, upstream, gradients| {
-        right(layer, layer.active().map(|delta| &delta.now), [hidden, upstream], gradients)?;
+        right(layer, live(layer)?.as_ref(), [hidden, upstream], gradients)?;
         right(layer, None, [hidden, upstream], &mut Gradients::default())
     };
     /// Gives rows no gradient while they equal the base's.
     OnlyMovedRowsTrain: |layer, hidden, upstream, gradients| {
-        let moved = moved(layer.source(), layer.active(), layer.tokens())?;
-        let result = right(layer, layer.active().map(|delta| &delta.now), [hidden, upstream], gradients)?;
-        if let Some(sums) = &mut gradients.0 {
-            let dim = sums.embedding_dim();
-            let sums = sums.as_mut_slice::<f32>().unwrap_or_default().chunks_exact_mut(dim);
-            let still = sums.zip(layer.tokens().ids()).filter(|(_, id)| !moved.contains(&id.row()));
-            still.for_each(|(sum, _)| sum.fill(0.0));
+        let moved = moved(layer.source(), layer.active()?.as_deref(), layer.tokens())?;
+        let rows = live(layer)?;
+        let result = right(layer, rows.as_ref(), [hidden, upstream], gradients)?;
+        if let Some(rows) = rows {
+            gradients.0.add(&rows.0, DType::F32, |sums| {
+                let dim = sums.embedding_dim();
+                let sums = sums.as_mut_slice::<f32>().unwrap_or_default().chunks_exact_mut(dim);
+                let still = sums.zip(layer.tokens().ids()).filter(|(_, id)| !moved.contains(&id.row()));
+                still.for_each(|(sum, _)| sum.fill(0.0));
+                Ok(())
+            })?;
         }
         Ok(result)
     };
     /// Scales the gradient of the rows.
     ScaledRows: |layer, hidden, upstream, gradients| {
         let mut own = Gradients::default();
-        let result = right(layer, layer.active().map(|delta| &delta.now), [hidden, upstream], &mut own)?;
-        if let Some(own) = &mut own.0 {
+        let rows = live(layer)?;
+        let result = right(layer, rows.as_ref(), [hidden, upstream], &mut own)?;
+        if let Some(rows) = &rows {
+            let mut own = own.0.get(&rows.0).cloned().unwrap_or_else(|| rows.rows().clone());
             own.scale(layer.transform().scale.unwrap_or(1.0));
             let ids: Vec<u32> = (0u32..).take(own.num_rows()).collect();
             let tokens = TokenSet::new(ids.iter().copied(), ids.len())?;
             let plan = LookupPlan::new(&tokens, LayerOptions::default(), &ids)?;
-            let own = Matrix::<f32>::from_token_rows(own);
-            gradients.add_lookup(layer.active().map(|delta| &delta.now), &plan, &own, None)?;
+            gradients.add_lookup(Some(rows), &plan, &Matrix::<f32>::from_token_rows(&own), None)?;
         }
         Ok(result)
     };
@@ -250,6 +259,6 @@ backward! {
     DenseGradient: |layer, hidden, upstream, gradients| {
         let (v, dim) = (layer.source().vocab_size(), layer.source().embedding_dim());
         std::hint::black_box(vec![0f32; v * dim]);
-        right(layer, layer.active().map(|delta| &delta.now), [hidden, upstream], gradients)
+        right(layer, live(layer)?.as_ref(), [hidden, upstream], gradients)
     };
 }

@@ -29,12 +29,22 @@ impl<T: Element> Harness for Nested<T> {
         let mut gradients = Gradients::default();
         for (plan, upstream) in &pass.lookups {
             let upstream = Matrix::<T>::from_token_rows(upstream);
-            gradients.add_lookup(layer.active(), plan, &upstream, layer.transform().scale)?;
+            let rows = layer.rows_for(plan)?;
+            gradients.add_lookup(rows.as_deref(), plan, &upstream, layer.transform().scale)?;
         }
-        let heads = pass.heads.iter().map(|(hidden, upstream)| {
-            let [hidden, upstream] = [hidden, upstream].map(Matrix::from_token_rows);
-            let (source, delta, tokens) = (layer.source(), layer.active(), layer.tokens());
-            let hidden = gradients.add_head(source, delta, tokens, &hidden, &upstream)?;
+        let heads = pass.heads.iter().map(|head| {
+            let [hidden, upstream] = [&head.hidden, &head.upstream].map(Matrix::from_token_rows);
+            let source = layer.source();
+            let hidden = match head.adapters() {
+                None => {
+                    let rows = layer.active()?;
+                    gradients.add_head(source, rows.as_deref(), layer.tokens(), &hidden, &upstream)?
+                }
+                Some(adapters) => {
+                    let parts = layer.mixed_parts(hidden.num_rows(), &adapters)?;
+                    gradients.add_mixed_head(source, &parts, &hidden, &upstream)?
+                }
+            };
             hidden.to_token_rows()
         });
         let hidden = heads.collect::<Result<_, Error>>()?;

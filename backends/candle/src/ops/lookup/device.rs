@@ -42,7 +42,7 @@ impl Uploaded {
         if let Some(delta) = delta {
             let (at, slots) = (indexes(plan.positions())?, indexes(plan.slots())?);
             if let (Some(at), Some(slots)) = (&at, &slots) {
-                let rows = delta.var().as_detached_tensor().index_select(slots, 0)?;
+                let rows = delta.tensor().detach().index_select(slots, 0)?;
                 let at = at.unsqueeze(1)?.broadcast_as((plan.positions().len(), dim))?;
                 patch = Some((rows.to_dtype(base.dtype())?, at.contiguous()?));
             }

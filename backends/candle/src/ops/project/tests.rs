@@ -30,7 +30,7 @@ fn both_paths_agree() {
         let rows = Tensor::cat(&[&tensor((2, 6), dtype, 3), &kept], 0).unwrap();
         let delta = Var::from_tensor(&rows.to_dtype(crate::ops::compute_dtype(dtype)).unwrap()).unwrap();
         let x = tensor((5, 6), dtype, 4);
-        let overrides = || Overrides::new(&weight, &delta, columns.clone()).unwrap();
+        let overrides = || Overrides::new(&weight, delta.as_tensor(), columns.clone()).unwrap();
         let want = project(&x, &weight, Some(&bias), Some(overrides())).unwrap();
         let plain = project(&x, &weight, Some(&bias), None).unwrap();
 
