@@ -40,6 +40,8 @@ pub struct LoraWeights {
     scaling: f64,
     a: StoredFactor,
     b: StoredFactor,
+    /// What the product is added to, if the file says so: PEFT puts it in the place of the base's.
+    base: Option<StoredFactor>,
     fan_in_fan_out: bool,
 }
 
@@ -79,14 +81,16 @@ impl LoraWeights {
         [self.a.dtype, self.b.dtype]
     }
 
-    /// The names of the factors in the file.
-    pub fn tensors(&self) -> [&str; 2] {
-        [&self.a.name, &self.b.name]
+    /// The names of its tensors in the file: those of the factors, and of the base's weight where it is there too.
+    pub fn tensors(&self) -> impl Iterator<Item = &str> {
+        let all = [Some(&self.a), Some(&self.b), self.base.as_ref()];
+        all.into_iter().flatten().map(|stored| stored.name.as_str())
     }
 
-    /// The first value of a factor that is not finite: the factor's name, row and column.
+    /// The first value of its tensors that is not finite: the tensor's name, row and column.
     pub fn first_non_finite(&self) -> Option<(&str, usize, usize)> {
-        [&self.a, &self.b].into_iter().find_map(|factor| {
+        let all = [Some(&self.a), Some(&self.b), self.base.as_ref()];
+        all.into_iter().flatten().find_map(|factor| {
             let (row, column) = factor.first_non_finite()?;
             Some((factor.name.as_str(), row, column))
         })
@@ -148,6 +152,7 @@ impl Adapter {
         let settings = Settings::new(self.config(), self.origin())?;
         let targets = LoraTargets::new(self.config(), self.origin())?;
         let mut factors: BTreeMap<&str, BTreeMap<Factor, StoredFactor>> = BTreeMap::new();
+        let mut bases = BTreeMap::new();
         for (file, name) in self.stored_extras() {
             let tensor = file.tensor(name)?;
             match key::parse(name) {
@@ -155,15 +160,25 @@ impl Adapter {
                     let stored = StoredFactor::new(file, &tensor, factor.shape())?;
                     factors.entry(path).or_default().insert(factor, stored);
                 }
+                Key::Base(path) => {
+                    bases.insert(path, StoredFactor::new(file, &tensor, "that of a table")?);
+                }
                 Key::Other(path) => return Err(unsupported(&tensor, &other_weights(name, path))),
                 Key::Foreign => return Err(unsupported(&tensor, &foreign(name))),
             }
+        }
+        if let Some((_, stored)) = bases.iter().find(|(path, _)| !factors.contains_key(*path)) {
+            return Err(unsupported(&stored.file.tensor(&stored.name)?, &foreign(&stored.name)));
         }
         let weights = factors.into_iter().map(|(path, found)| {
             if !targets.contain(path)? {
                 return Err(not_targeted(path, self.origin()));
             }
-            pair(path, &found, &settings, self.origin())
+            let base = bases.get(path).cloned();
+            Ok(LoraWeights {
+                base,
+                ..pair(path, &found, &settings, self.origin())?
+            })
         });
         weights.collect()
     }
@@ -207,6 +222,7 @@ fn pair(
         scaling,
         a: of_rank(a, b, 0)?,
         b: of_rank(b, a, 1)?,
+        base: None,
         fan_in_fan_out: settings.fan_in_fan_out,
     })
 }

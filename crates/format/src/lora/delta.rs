@@ -9,6 +9,7 @@ use super::target::LoraTargets;
 use super::{LoraLayer, LoraWeights, StoredFactor};
 use crate::adapter::Adapter;
 use crate::checkpoint::Checkpoint;
+use crate::config::PeftType;
 use crate::error::{Error, Result};
 use crate::table::float_dtype;
 
@@ -30,6 +31,11 @@ impl LoraDelta {
     pub fn weights(&self) -> &LoraWeights {
         &self.weights
     }
+
+    /// Rows of the weight that is in the file of the adapter, in the place of the base's.
+    pub(crate) fn base_rows<T: Element>(&self, rows: Range<usize>) -> Option<Vec<T>> {
+        self.weights.base.as_ref().map(|stored| stored.values(rows))
+    }
 }
 
 impl Adapter {
@@ -43,7 +49,7 @@ impl Adapter {
     /// tokens (so does PEFT refuse it); those of [`Checkpoint::table`].
     pub fn lora_deltas(&self, base: &Checkpoint) -> Result<Vec<LoraDelta>> {
         let weights = self.lora_weights()?;
-        if self.config().peft_type() == crate::PeftType::Lora {
+        if self.config().peft_type() == PeftType::Lora {
             self.check_complete(base, &weights)?;
         }
         let layouts = Layouts::of(base, &weights)?;
@@ -59,6 +65,10 @@ impl Adapter {
             tensor,
             hint,
         };
+        if weights.is_empty() && self.modules().is_empty() {
+            let hint = ", nor any other of LoRA's, and no rows of tokens".to_owned();
+            return Err(missing(super::Factor::LinearA.key("<module>"), hint));
+        }
         for name in base.names() {
             let (path, leaf) = name.rsplit_once('.').unwrap_or_default();
             if targets.save(path)? {
@@ -116,6 +126,10 @@ impl Adapter {
             LoraLayer::Linear => of_shape(have, out_in),
             LoraLayer::Embedding => None,
         };
+        if let Some(stored) = lora.base.as_ref().filter(|stored| stored.shape != have) {
+            let reason = format!("tensor {:?} is {:?}, but {tensor} is {have:?}", stored.name, stored.shape);
+            return misfit(ErrorKind::Shape, reason);
+        }
         match layout {
             Some(layout) => Ok(LoraDelta {
                 weights: lora.clone(),

@@ -5,6 +5,8 @@
 pub(super) enum Key<'a> {
     /// One of the two factors of the module at this path.
     Factor(&'a str, Factor),
+    /// The weight below the factors of the module at this path, which PEFT saves of embeddings and their heads.
+    Base(&'a str),
     /// Something else of LoRA's, of the module at this path.
     Other(&'a str),
     /// Not LoRA's.
@@ -26,6 +28,7 @@ pub(super) enum Factor {
 
 const PREFIX: &str = "base_model.model.";
 const MARK: &str = ".lora_";
+const BASE: &str = ".base_layer.weight";
 
 impl Factor {
     const ALL: [Self; 4] = [Self::LinearA, Self::LinearB, Self::EmbeddingA, Self::EmbeddingB];
@@ -57,7 +60,8 @@ impl Factor {
 
 pub(super) fn parse(name: &str) -> Key<'_> {
     let Some(at) = name.rfind(MARK) else {
-        return Key::Foreign;
+        let base = name.strip_prefix(PREFIX).and_then(|name| name.strip_suffix(BASE));
+        return base.map_or(Key::Foreign, Key::Base);
     };
     let head = &name[..at];
     let path = head.strip_prefix(PREFIX).unwrap_or(head);
@@ -87,6 +91,7 @@ mod tests {
         ] {
             assert_eq!(parse(other), Key::Other("q"), "{other}");
         }
+        assert_eq!(parse("base_model.model.lm_head.base_layer.weight"), Key::Base("lm_head"));
         for foreign in ["base_model.model.lm_head.weight", "lora_A.weight", ""] {
             assert_eq!(parse(foreign), Key::Foreign, "{foreign}");
         }

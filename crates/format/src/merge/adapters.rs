@@ -94,6 +94,11 @@ impl<'a> Merge<'a> {
         Self { check, ..self }
     }
 
+    /// What LoRA's weights of the adapters add, in the order in which it is added.
+    pub fn deltas(&self) -> impl Iterator<Item = &LoraDelta> {
+        self.parts.iter().flat_map(|part| &part.deltas)
+    }
+
     /// Writes the copy as the directory `out`, whole or not at all; see [`merge_checkpoint`](super::merge_checkpoint) for
     /// what becomes of its files.
     ///

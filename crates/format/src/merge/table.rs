@@ -112,6 +112,11 @@ impl TablePlan {
             let bytes = base.get(block.start * size..block.end * size).unwrap_or_default();
             let mut values = vec![T::default(); block.len() * columns];
             RowRef::Bytes(T::DTYPE, bytes).decode_into(&mut values);
+            // PEFT loads a weight that comes with an adapter over the base's, before it merges any.
+            let mut stored = self.deltas.iter().rev();
+            if let Some(stored) = stored.find_map(|(_, delta)| delta.base_rows(block.clone())) {
+                values = stored;
+            }
             for delta in &deltas {
                 delta.add_to(block.clone(), &mut values);
             }
