@@ -73,9 +73,15 @@ fn adapters_in(dir: &Path) -> Result<Vec<(Option<String>, PathBuf)>> {
     const CONFIG: &str = "adapter_config.json";
     let mut named = Vec::new();
     for entry in fs::read_dir(dir).into_iter().flatten() {
-        let path = entry.with_context(|| format!("cannot list {}", dir.display()))?.path();
+        let path = entry
+            .with_context(|| format!("cannot list {}", dir.display()))?
+            .path();
         if path.join(CONFIG).is_file() {
-            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            let name = path
+                .file_name()
+                .unwrap_or_default()
+                .to_string_lossy()
+                .into_owned();
             named.push((Some(name), path));
         }
     }

@@ -111,7 +111,8 @@ impl Model {
             );
         }
         let apart = |module: &&AdapterModule| {
-            module.path() != EMBEDDING_MODULE && self.checkpoint.contains(&format!("{}.weight", module.path()))
+            module.path() != EMBEDDING_MODULE
+                && self.checkpoint.contains(&format!("{}.weight", module.path()))
         };
         match adapter.modules().iter().find(apart) {
             None => Ok(()),

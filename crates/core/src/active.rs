@@ -27,7 +27,10 @@ impl Overlap {
     /// [`Error::Overlap`]; [`Error::Shape`] and [`Error::Hyperparameter`] for weights.
     pub fn unite(&self, adapters: &[(&str, &TokenSet)], vocab_size: usize) -> Result<(TokenSet, RowMix)> {
         let names: Vec<Arc<str>> = adapters.iter().map(|(name, _)| Arc::from(*name)).collect();
-        let named: Vec<_> = names.iter().zip(adapters.iter().map(|(_, tokens)| *tokens)).collect();
+        let named: Vec<_> = names
+            .iter()
+            .zip(adapters.iter().map(|(_, tokens)| *tokens))
+            .collect();
         let ActiveSet { tokens, mix } = ActiveSet::new(&named, self, vocab_size)?;
         Ok((tokens, mix))
     }

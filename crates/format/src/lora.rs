@@ -110,7 +110,10 @@ impl StoredFactor {
     fn new(file: &SafetensorsFile, tensor: &TensorRef<'_>, expected: &str) -> Result<Self> {
         let dtype = tensor.float_dtype()?;
         let [rows, columns] = *tensor.shape else {
-            return Err(wrong_shape(tensor, format!("{expected}; only linear layers and embeddings are merged")));
+            return Err(wrong_shape(
+                tensor,
+                format!("{expected}; only linear layers and embeddings are merged"),
+            ));
         };
         Ok(Self {
             file: file.clone(),
@@ -168,7 +171,10 @@ impl Adapter {
             }
         }
         if let Some((_, stored)) = bases.iter().find(|(path, _)| !factors.contains_key(*path)) {
-            return Err(unsupported(&stored.file.tensor(&stored.name)?, &foreign(&stored.name)));
+            return Err(unsupported(
+                &stored.file.tensor(&stored.name)?,
+                &foreign(&stored.name),
+            ));
         }
         let weights = factors.into_iter().map(|(path, found)| {
             if !targets.contain(path)? {
@@ -212,7 +218,10 @@ fn pair(
         if stored.shape[axis] == rank {
             return Ok(stored.clone());
         }
-        let expected = format!("{} with r = {rank}, as the config says for {path:?}", factor.shape());
+        let expected = format!(
+            "{} with r = {rank}, as the config says for {path:?}",
+            factor.shape()
+        );
         Err(wrong_shape(&stored.file.tensor(&stored.name)?, expected))
     };
     Ok(LoraWeights {
@@ -250,7 +259,8 @@ fn other_weights(name: &str, path: &str) -> String {
 
 fn foreign(name: &str) -> String {
     if name.ends_with(".bias") {
-        return "biases that an adapter replaces (bias \"all\" or \"lora_only\") are not supported".to_owned();
+        return "biases that an adapter replaces (bias \"all\" or \"lora_only\") are not supported"
+            .to_owned();
     }
     "neither rows of tokens nor weights of LoRA: modules that are saved whole (modules_to_save) are not supported"
         .to_owned()
@@ -258,6 +268,7 @@ fn foreign(name: &str) -> String {
 
 fn not_targeted(path: &str, file: &Path) -> Error {
     let config = file.with_file_name(CONFIG_FILE);
-    let reason = format!("the file has weights for module {path:?}, which is not targeted; PEFT would ignore them");
+    let reason =
+        format!("the file has weights for module {path:?}, which is not targeted; PEFT would ignore them");
     Error::field(&config, "target_modules", reason)
 }

@@ -161,9 +161,7 @@ fn adapter(dir: &Path, base: Option<&Path>) -> Result<AdapterOutput> {
         let tokens = adapter.module_metadata(module.path()).tokens;
         let row = |(slot, (id, norm)): (usize, (&TokenId, f64))| RowOutput {
             token_id: id.0,
-            token: tokens
-                .as_ref()
-                .and_then(|tokens| tokens.get(slot).cloned()),
+            token: tokens.as_ref().and_then(|tokens| tokens.get(slot).cloned()),
             norm,
             drift: drift.as_ref().and_then(|drift| drift.get(slot).copied()),
         };

@@ -39,7 +39,9 @@ pub(super) fn run(args: &MergeArgs, cli: &Cli) -> Result<()> {
     }
     let report = merge.write(&args.out, cli.overwrite())?;
     if let Some(table) = merge.deltas().find_map(|delta| tied_table(&base, delta)) {
-        note(&format!("note: the output layer is tied to {table}, so weights of LoRA change it too"));
+        note(&format!(
+            "note: the output layer is tied to {table}, so weights of LoRA change it too"
+        ));
     }
     let output = Output {
         out: &args.out,
@@ -61,7 +63,9 @@ fn overlap(args: &MergeArgs) -> Result<Overlap> {
     Ok(match args.overlap {
         OverlapChoice::Error => Overlap::Refuse,
         OverlapChoice::Last => Overlap::LastWins,
-        OverlapChoice::Mean if args.weights.is_empty() => Overlap::WeightedMean(vec![1.0; args.adapter.len()]),
+        OverlapChoice::Mean if args.weights.is_empty() => {
+            Overlap::WeightedMean(vec![1.0; args.adapter.len()])
+        }
         OverlapChoice::Mean => Overlap::WeightedMean(args.weights.clone()),
     })
 }
@@ -87,7 +91,10 @@ fn to_text(output: &Output<'_>) -> String {
         text += &format!("; {} linked, unchanged", names(&output.shared));
     }
     if !output.left_out.is_empty() {
-        text += &format!("; left out, for they hold the old weights: {}", names(&output.left_out));
+        text += &format!(
+            "; left out, for they hold the old weights: {}",
+            names(&output.left_out)
+        );
     }
     text
 }

@@ -1,6 +1,5 @@
 //! `verify`: whether adapters fit a model.
 
-
 use anyhow::{Result, bail};
 use serde::Serialize;
 use trainable_tokens_core::EmbeddingSource;
@@ -110,7 +109,12 @@ impl Verification<'_> {
         if self.adapter.config().peft_type() == PeftType::Lora {
             checks.push(self.lora());
         }
-        checks.extend([self.tied_copies(), self.base_table()?, self.finite_values(), self.token_strings()?]);
+        checks.extend([
+            self.tied_copies(),
+            self.base_table()?,
+            self.finite_values(),
+            self.token_strings()?,
+        ]);
         Ok(checks)
     }
 
@@ -118,18 +122,31 @@ impl Verification<'_> {
         let fits = self.adapter.check_against(self.base, BaseCheck::Fits);
         let outcome = fits.map_err(|error| error.to_string()).map(|()| {
             let sizes = self.adapter.modules().iter().filter_map(|module| {
-                let table = module.all_paths().find_map(|path| self.base.table(&tensor_of(path)).ok())?;
+                let table = module
+                    .all_paths()
+                    .find_map(|path| self.base.table(&tensor_of(path)).ok())?;
                 let (ids, dim) = (module.token_indices().len(), table.embedding_dim());
-                Some(format!("{}: {ids} ids below {}, rows of {dim}", module.path(), table.vocab_size()))
+                Some(format!(
+                    "{}: {ids} ids below {}, rows of {dim}",
+                    module.path(),
+                    table.vocab_size()
+                ))
             });
             let sizes = sizes.collect::<Vec<_>>().join("; ");
-            if sizes.is_empty() { "no rows of tokens".to_owned() } else { sizes }
+            if sizes.is_empty() {
+                "no rows of tokens".to_owned()
+            } else {
+                sizes
+            }
         });
         Check::of("vocabulary and dimensions", outcome)
     }
 
     fn lora(&self) -> Check {
-        let outcome = self.adapter.lora_deltas(self.base).map_err(|error| error.to_string());
+        let outcome = self
+            .adapter
+            .lora_deltas(self.base)
+            .map_err(|error| error.to_string());
         Check::of("weights of LoRA", outcome.map(|deltas| lora_summary(&deltas)))
     }
 
@@ -138,7 +155,10 @@ impl Verification<'_> {
         let modules = self.adapter.modules().iter();
         match modules.map(|module| module.tied_paths().len()).sum::<usize>() {
             0 => Check::skipped("tied copies", "the file has one copy of the rows"),
-            copies => Check::of("tied copies", Ok(format!("{} copies agree, bit for bit", copies + 1))),
+            copies => Check::of(
+                "tied copies",
+                Ok(format!("{} copies agree, bit for bit", copies + 1)),
+            ),
         }
     }
 
@@ -163,9 +183,13 @@ impl Verification<'_> {
         let weights = self.adapter.lora_weights().unwrap_or_default();
         let weights = weights.iter().find_map(|lora| {
             let (tensor, row, column) = lora.first_non_finite()?;
-            Some(format!("tensor {tensor} is not finite at row {row}, column {column}"))
+            Some(format!(
+                "tensor {tensor} is not finite at row {row}, column {column}"
+            ))
         });
-        let outcome = rows.or(weights).map_or_else(|| Ok("every value is finite".to_owned()), Err);
+        let outcome = rows
+            .or(weights)
+            .map_or_else(|| Ok("every value is finite".to_owned()), Err);
         Check::of("finite values", outcome)
     }
 
@@ -204,7 +228,9 @@ fn same_table(recorded: TableDigest, found: TableDigest) -> Result<String, Strin
     if found == recorded {
         return Ok(recorded.to_string());
     }
-    Err(format!("it was trained on a table of {recorded}, but the model's is {found}"))
+    Err(format!(
+        "it was trained on a table of {recorded}, but the model's is {found}"
+    ))
 }
 
 fn lora_summary(deltas: &[LoraDelta]) -> String {

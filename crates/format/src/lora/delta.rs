@@ -97,7 +97,9 @@ impl Adapter {
         if self.rows(path).is_some() {
             return Err(Error::Unsupported {
                 path: self.origin().to_owned(),
-                what: format!("module {path:?} has both rows of tokens and weights of LoRA; it can have one of them"),
+                what: format!(
+                    "module {path:?} has both rows of tokens and weights of LoRA; it can have one of them"
+                ),
             });
         }
         let tensor = format!("{path}.weight");
@@ -114,7 +116,8 @@ impl Adapter {
             } else {
                 "a head that is tied to the embedding has no weight of its own to change"
             };
-            let reason = format!("module {path:?} has weights of LoRA, but no tensor {tensor:?} there; {why}");
+            let reason =
+                format!("module {path:?} has weights of LoRA, but no tensor {tensor:?} there; {why}");
             return misfit(ErrorKind::File, reason);
         }
         let table = base.table(&tensor)?;
@@ -127,7 +130,10 @@ impl Adapter {
             LoraLayer::Embedding => None,
         };
         if let Some(stored) = lora.base.as_ref().filter(|stored| stored.shape != have) {
-            let reason = format!("tensor {:?} is {:?}, but {tensor} is {have:?}", stored.name, stored.shape);
+            let reason = format!(
+                "tensor {:?} is {:?}, but {tensor} is {have:?}",
+                stored.name, stored.shape
+            );
             return misfit(ErrorKind::Shape, reason);
         }
         match layout {
@@ -233,7 +239,10 @@ impl StoredFactor {
     pub(super) fn first_non_finite(&self) -> Option<(usize, usize)> {
         (0..self.shape[0]).find_map(|row| {
             let values: Vec<f64> = self.values(row..row + 1);
-            values.iter().position(|value| !value.is_finite()).map(|column| (row, column))
+            values
+                .iter()
+                .position(|value| !value.is_finite())
+                .map(|column| (row, column))
         })
     }
 }

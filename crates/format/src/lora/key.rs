@@ -65,7 +65,9 @@ pub(super) fn parse(name: &str) -> Key<'_> {
     };
     let head = &name[..at];
     let path = head.strip_prefix(PREFIX).unwrap_or(head);
-    let factor = Factor::ALL.into_iter().find(|factor| name[at + 1..] == *factor.name());
+    let factor = Factor::ALL
+        .into_iter()
+        .find(|factor| name[at + 1..] == *factor.name());
     match factor {
         Some(factor) if name.starts_with(PREFIX) && !path.is_empty() => Key::Factor(path, factor),
         _ => Key::Other(path),
@@ -91,7 +93,10 @@ mod tests {
         ] {
             assert_eq!(parse(other), Key::Other("q"), "{other}");
         }
-        assert_eq!(parse("base_model.model.lm_head.base_layer.weight"), Key::Base("lm_head"));
+        assert_eq!(
+            parse("base_model.model.lm_head.base_layer.weight"),
+            Key::Base("lm_head")
+        );
         for foreign in ["base_model.model.lm_head.weight", "lora_A.weight", ""] {
             assert_eq!(parse(foreign), Key::Foreign, "{foreign}");
         }

@@ -35,7 +35,9 @@ impl<'a> Layouts<'a> {
             }
         }
         for name in base.names() {
-            let Some(path) = name.strip_suffix(".bias") else { continue };
+            let Some(path) = name.strip_suffix(".bias") else {
+                continue;
+            };
             let weight = format!("{path}.weight");
             if base.contains(&weight)
                 && let [outputs] = *base.tensor(name)?.shape
@@ -54,10 +56,17 @@ impl<'a> Layouts<'a> {
 
     /// How the square weight of `lora` lies: like the nearest weights that are known if they agree, else as the config says.
     pub(super) fn of_square(&self, lora: &LoraWeights) -> Layout {
-        let config = if lora.fan_in_fan_out { Layout::InOut } else { Layout::OutIn };
+        let config = if lora.fan_in_fan_out {
+            Layout::InOut
+        } else {
+            Layout::OutIn
+        };
         let near = |path: &str| shared_parts(path, lora.path());
         let nearest = self.known.iter().map(|(path, _)| near(path)).max().unwrap_or(0);
-        let mut neighbours = self.known.iter().filter(|(path, _)| near(path) == nearest && nearest > 0);
+        let mut neighbours = self
+            .known
+            .iter()
+            .filter(|(path, _)| near(path) == nearest && nearest > 0);
         match neighbours.next() {
             Some((_, layout)) if neighbours.all(|(_, other)| other == layout) => *layout,
             _ => config,

@@ -46,7 +46,9 @@ mod tests {
     use super::*;
 
     fn value(patterns: &[(&str, u32)], path: &str) -> Option<u32> {
-        let entries = patterns.iter().map(|(pattern, value)| ((*pattern).to_owned(), *value));
+        let entries = patterns
+            .iter()
+            .map(|(pattern, value)| ((*pattern).to_owned(), *value));
         Patterns::new(entries).unwrap().of(path).unwrap()
     }
 

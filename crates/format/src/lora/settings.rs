@@ -14,10 +14,16 @@ const REFUSED: [(&str, &str); 11] = [
     ("use_qalora", "QA-LoRA pools its inputs"),
     ("lora_bias", "biases of LoRA are not merged"),
     ("use_bdlora", "block-diagonal LoRA is not merged"),
-    ("arrow_config", "Arrow routes between experts and cannot be merged"),
+    (
+        "arrow_config",
+        "Arrow routes between experts and cannot be merged",
+    ),
     ("kasa_config", "KaSA truncates the base's weights"),
     ("monteclora_config", "MonteCLoRA samples its weights"),
-    ("alora_invocation_tokens", "activated LoRA counts for some positions only and cannot be merged"),
+    (
+        "alora_invocation_tokens",
+        "activated LoRA counts for some positions only and cannot be merged",
+    ),
     ("layer_replication", "the base's layers would be replicated"),
     ("megatron_config", "Megatron's layers are sharded"),
     ("target_parameters", "LoRA of bare parameters is not merged"),
@@ -106,10 +112,20 @@ struct Fields<'a> {
 
 impl Fields<'_> {
     fn wrong(&self, field: impl Into<String>, expected: &str, got: &Value) -> Error {
-        Error::field(self.path, field, format!("expected {expected}, got {}", brief(got)))
+        Error::field(
+            self.path,
+            field,
+            format!("expected {expected}, got {}", brief(got)),
+        )
     }
 
-    fn value<T>(&self, name: &str, default: T, expected: &str, read: impl Fn(&Value) -> Option<T>) -> Result<T> {
+    fn value<T>(
+        &self,
+        name: &str,
+        default: T,
+        expected: &str,
+        read: impl Fn(&Value) -> Option<T>,
+    ) -> Result<T> {
         match self.config.field(name) {
             None => Ok(default),
             Some(value) => read(&value).ok_or_else(|| self.wrong(name, expected, &value)),

@@ -102,7 +102,10 @@ impl LoraTargets {
 /// `modules_to_save`, as far as it is a list of names.
 fn saved_modules(config: &AdapterConfig) -> Vec<String> {
     match config.field("modules_to_save") {
-        Some(Value::Array(items)) => items.iter().filter_map(|item| Some(item.as_str()?.to_owned())).collect(),
+        Some(Value::Array(items)) => items
+            .iter()
+            .filter_map(|item| Some(item.as_str()?.to_owned()))
+            .collect(),
         _ => Vec::new(),
     }
 }
@@ -123,7 +126,9 @@ fn rule(value: &Value) -> Result<Option<Rule>, String> {
         Value::String(pattern) => {
             // By itself first: the anchors must not repair a pattern such as `a)|(b`.
             compile(pattern)?;
-            Ok(Some(Rule::Pattern(Box::new(compile(&format!(r"\A(?:{pattern})\z"))?))))
+            Ok(Some(Rule::Pattern(Box::new(compile(&format!(
+                r"\A(?:{pattern})\z"
+            ))?))))
         }
         Value::Array(items) if items.is_empty() => Ok(None),
         Value::Array(items) => {
@@ -148,7 +153,10 @@ fn layers(config: &AdapterConfig, path: &Path) -> Result<Option<Layers>> {
     let numbers: Vec<_> =
         numbers.ok_or_else(|| wrong("layers_to_transform", "expected the numbers of layers"))?;
     if matches!(config.target_modules(), TargetModules::Pattern(_)) {
-        return Err(wrong("layers_to_transform", "it goes with a list of target_modules only"));
+        return Err(wrong(
+            "layers_to_transform",
+            "it goes with a list of target_modules only",
+        ));
     }
     let names = match field("layers_pattern") {
         Value::Null => Vec::new(),
@@ -179,7 +187,9 @@ impl Layers {
     fn contain(&self, path: &str) -> Result<bool, String> {
         for place in &self.places {
             if let Some(captures) = place.captures(path).map_err(one_line)? {
-                let number = captures.name("number").and_then(|found| found.as_str().parse().ok());
+                let number = captures
+                    .name("number")
+                    .and_then(|found| found.as_str().parse().ok());
                 return Ok(number.is_some_and(|number: u64| self.numbers.contains(&number)));
             }
         }
@@ -188,14 +198,22 @@ impl Layers {
 }
 
 fn compile(pattern: &str) -> Result<Regex, String> {
-    Regex::new(pattern)
-        .map_err(|error| format!("{pattern:?} is not a usable regular expression: {}", one_line(error)))
+    Regex::new(pattern).map_err(|error| {
+        format!(
+            "{pattern:?} is not a usable regular expression: {}",
+            one_line(error)
+        )
+    })
 }
 
 fn is_match(regex: &Regex, path: &str) -> Result<bool, String> {
-    regex
-        .is_match(path)
-        .map_err(|error| format!("{:?} is not a usable regular expression: {}", regex.as_str(), one_line(error)))
+    regex.is_match(path).map_err(|error| {
+        format!(
+            "{:?} is not a usable regular expression: {}",
+            regex.as_str(),
+            one_line(error)
+        )
+    })
 }
 
 #[cfg(test)]
@@ -223,22 +241,62 @@ mod tests {
             (json!({"target_modules": "q_proj"}), q, false),
             (json!({"target_modules": "all-linear"}), q, true),
             (json!({"target_modules": null}), q, true),
-            (json!({"target_modules": ["q_proj"], "exclude_modules": ["layers.1.self_attn.q_proj"]}), q, false),
-            (json!({"target_modules": ["q_proj"], "exclude_modules": "model"}), q, true),
-            (json!({"target_modules": ["q_proj"], "exclude_modules": r".*\.1\..*"}), q, false),
-            (json!({"target_modules": ["q_proj"], "modules_to_save": ["self_attn"]}), q, false),
-            (json!({"target_modules": ["q_proj"], "modules_to_save": ["attn"]}), q, true),
-            (json!({"target_modules": ["q_proj"], "layers_to_transform": [1]}), q, true),
-            (json!({"target_modules": ["q_proj"], "layers_to_transform": 0}), q, false),
-            (json!({"target_modules": ["lm_head"], "layers_to_transform": 0}), "lm_head", false),
+            (
+                json!({"target_modules": ["q_proj"], "exclude_modules": ["layers.1.self_attn.q_proj"]}),
+                q,
+                false,
+            ),
+            (
+                json!({"target_modules": ["q_proj"], "exclude_modules": "model"}),
+                q,
+                true,
+            ),
+            (
+                json!({"target_modules": ["q_proj"], "exclude_modules": r".*\.1\..*"}),
+                q,
+                false,
+            ),
+            (
+                json!({"target_modules": ["q_proj"], "modules_to_save": ["self_attn"]}),
+                q,
+                false,
+            ),
+            (
+                json!({"target_modules": ["q_proj"], "modules_to_save": ["attn"]}),
+                q,
+                true,
+            ),
+            (
+                json!({"target_modules": ["q_proj"], "layers_to_transform": [1]}),
+                q,
+                true,
+            ),
+            (
+                json!({"target_modules": ["q_proj"], "layers_to_transform": 0}),
+                q,
+                false,
+            ),
+            (
+                json!({"target_modules": ["lm_head"], "layers_to_transform": 0}),
+                "lm_head",
+                false,
+            ),
             (
                 json!({"target_modules": ["w1"], "layers_to_transform": [3], "layers_pattern": "experts"}),
                 "model.layers.1.experts.3.w1",
                 true,
             ),
-            (json!({"target_modules": ["w1"], "layers_to_transform": [3]}), "model.layers.1.experts.3.w1", false),
+            (
+                json!({"target_modules": ["w1"], "layers_to_transform": [3]}),
+                "model.layers.1.experts.3.w1",
+                false,
+            ),
         ] {
-            assert_eq!(targets(&fields).unwrap().contain(path).unwrap(), expected, "{fields}");
+            assert_eq!(
+                targets(&fields).unwrap().contain(path).unwrap(),
+                expected,
+                "{fields}"
+            );
         }
     }
 
@@ -250,9 +308,18 @@ mod tests {
             (json!({"target_modules": "(q"}), "target_modules"),
             (json!({"modules_to_save": ["(q"]}), "modules_to_save"),
             (json!({"layers_to_transform": ["a"]}), "layers_to_transform"),
-            (json!({"target_modules": "a", "layers_to_transform": 1}), "layers_to_transform"),
-            (json!({"layers_to_transform": 1, "layers_pattern": 1}), "layers_pattern"),
-            (json!({"layers_to_transform": 1, "layers_pattern": ["(h"]}), "layers_pattern"),
+            (
+                json!({"target_modules": "a", "layers_to_transform": 1}),
+                "layers_to_transform",
+            ),
+            (
+                json!({"layers_to_transform": 1, "layers_pattern": 1}),
+                "layers_pattern",
+            ),
+            (
+                json!({"layers_to_transform": 1, "layers_pattern": ["(h"]}),
+                "layers_pattern",
+            ),
         ] {
             let error = targets(&fields).err().unwrap();
             assert!(error.to_string().contains(&format!(": {field}: ")), "{error}");

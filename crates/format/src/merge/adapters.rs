@@ -72,7 +72,10 @@ impl<'a> Merge<'a> {
         let name = name.into();
         if self.parts.iter().any(|part| part.name == name) {
             let must = "given once: merged twice, its weights of LoRA would be added twice";
-            return Err(Error::Core(trainable_tokens_core::Error::AdapterName { name, must }));
+            return Err(Error::Core(trainable_tokens_core::Error::AdapterName {
+                name,
+                must,
+            }));
         }
         self.parts.push(Part {
             name,
@@ -130,9 +133,14 @@ impl<'a> Merge<'a> {
             return plan.replace(tensor, &rows.ids, &rows.rows, |_| self.parts[place].name.clone());
         }
         let vocab_size = self.base.table(tensor)?.vocab_size();
-        let sets = owned.iter().map(|(_, rows)| TokenSet::new(rows.ids.iter().map(|id| id.0), vocab_size));
+        let sets = owned
+            .iter()
+            .map(|(_, rows)| TokenSet::new(rows.ids.iter().map(|id| id.0), vocab_size));
         let sets = sets.collect::<trainable_tokens_core::Result<Vec<_>>>()?;
-        let names: Vec<_> = owned.iter().map(|(place, _)| self.parts[*place].name.as_str()).collect();
+        let names: Vec<_> = owned
+            .iter()
+            .map(|(place, _)| self.parts[*place].name.as_str())
+            .collect();
         let adapters: Vec<_> = names.iter().copied().zip(&sets).collect();
         let (tokens, mix) = self.overlap_of(owned).unite(&adapters, vocab_size)?;
         let parts: Vec<&TokenRows> = owned.iter().map(|(_, rows)| &rows.rows).collect();
@@ -146,9 +154,12 @@ impl<'a> Merge<'a> {
     /// The policy among the adapters that have rows for one table.
     fn overlap_of(&self, owned: &Owned<'_>) -> Overlap {
         match &self.overlap {
-            Overlap::WeightedMean(weights) => {
-                Overlap::WeightedMean(owned.iter().filter_map(|(place, _)| weights.get(*place).copied()).collect())
-            }
+            Overlap::WeightedMean(weights) => Overlap::WeightedMean(
+                owned
+                    .iter()
+                    .filter_map(|(place, _)| weights.get(*place).copied())
+                    .collect(),
+            ),
             other => other.clone(),
         }
     }

@@ -98,13 +98,19 @@ impl<'a> Plan<'a> {
     pub(super) fn write(&self, file: &SafetensorsFile, target: &Path, out: &mut dyn Write) -> Result<()> {
         let failed = |error: io::Error| Error::io("write", target)(error);
         let mut at = 0;
-        for table in self.by_file.get(file.path()).into_iter().flat_map(BTreeMap::values) {
+        for table in self
+            .by_file
+            .get(file.path())
+            .into_iter()
+            .flat_map(BTreeMap::values)
+        {
             let range = table.file_range();
             out.write_all(file.bytes_at(at..range.start)).map_err(failed)?;
             table.write(self.check, target, out)?;
             at = range.end;
         }
-        out.write_all(file.bytes_at(at..file.content().len())).map_err(failed)?;
+        out.write_all(file.bytes_at(at..file.content().len()))
+            .map_err(failed)?;
         out.flush().map_err(failed)
     }
 }

@@ -103,7 +103,11 @@ impl TablePlan {
     }
 
     fn write_sums<T: Element>(&self, writer: &mut Writer<'_>) -> Result<()> {
-        let deltas: Vec<_> = self.deltas.iter().map(|(_, delta)| LowRank::<T>::new(delta)).collect();
+        let deltas: Vec<_> = self
+            .deltas
+            .iter()
+            .map(|(_, delta)| LowRank::<T>::new(delta))
+            .collect();
         let (base, size, columns) = (self.table.bytes(), self.row_bytes(), self.table.embedding_dim());
         let height = (BLOCK_BYTES / size.max(1)).max(1);
         let mut encoded = Vec::new();
@@ -124,7 +128,9 @@ impl TablePlan {
                 self.expect_finite(block.start, bytes, &values)?;
             }
             encoded.clear();
-            values.iter().for_each(|value| value.extend_le_bytes(&mut encoded));
+            values
+                .iter()
+                .for_each(|value| value.extend_le_bytes(&mut encoded));
             for (id, row) in self.rows_in(&block) {
                 let place = (id.row() - block.start) * size;
                 if let Some(place) = encoded.get_mut(place..place + size) {
@@ -146,7 +152,8 @@ impl TablePlan {
         let columns = self.table.embedding_dim().max(1);
         let old = base.chunks_exact(T::DTYPE.size_in_bytes()).map(T::from_le_bytes);
         let broken = values.iter().zip(old).enumerate().find(|(at, (new, old))| {
-            let replaced = |row: usize| u32::try_from(row).is_ok_and(|id| self.rows.contains_key(&TokenId(id)));
+            let replaced =
+                |row: usize| u32::try_from(row).is_ok_and(|id| self.rows.contains_key(&TokenId(id)));
             !new.to_f64().is_finite() && old.to_f64().is_finite() && !replaced(first_row + at / columns)
         });
         let Some((at, _)) = broken else {
