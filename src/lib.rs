@@ -24,11 +24,12 @@
 pub mod prelude;
 
 pub use trainable_tokens_core::{
-    Adam, AdamConfig, Backend, BackendError, ClipGradNorm, DType, Decay, DecayTowardOriginal, DeltaStore,
-    Element, EmbedScale, EmbeddingSource, Error, ErrorKind, HostTable, LayerOptions, LookupPlan, MaxNorm,
-    OptimizerHook, OptimizerState, Padding, PaddingRule, Result, RowData, RowOptimizer, RowRef, RowTransform,
-    Sgd, SgdConfig, Slot, StepContext, StepReport, TokenId, TokenRows, TokenSet, TrainableTokens,
-    UndoJournal, WriteRows, step_delta, step_rows,
+    ActiveRows, Adam, AdamConfig, Backend, BackendError, ClipGradNorm, DType, Decay, DecayTowardOriginal,
+    DeltaStore, Element, EmbedScale, EmbeddingSource, Error, ErrorKind, HostRows, HostTable, Int8Table,
+    LayerOptions, LookupPlan, MaxNorm, MergeCheck, MixRound, MixedPart, OptimizerHook, OptimizerState,
+    Overlap, Padding, PaddingRule, Result, RowData, RowGradients, RowMix, RowOptimizer, RowRef, RowTransform,
+    Sgd, SgdConfig, Slot, StepContext, StepReport, TokenAdapter, TokenId, TokenRows, TokenSet,
+    TrainableTokens, UndoJournal, WriteRows, step_delta, step_rows,
 };
 
 #[cfg(feature = "burn")]

@@ -44,7 +44,7 @@ impl Backend for Candle {
         delta: Option<&CandleDelta>,
         tokens: &TokenSet,
     ) -> Result<Tensor> {
-        logits(&hidden, source, delta, tokens, None)
+        logits(&hidden, source, delta.map(|delta| (delta, tokens)), None)
     }
 
     fn combine(deltas: &[&CandleDelta], mix: &RowMix) -> Result<CandleDelta> {
@@ -73,7 +73,8 @@ impl Backend for Candle {
     }
 }
 
-/// The logits `[.., V]` of `hidden` `[.., D]` over a table overridden by trained rows, with a detached bias `[V]`.
+/// The logits `[.., V]` of `hidden` `[.., D]` over a table overridden by the trained rows of some tokens, with a detached
+/// bias `[V]`.
 ///
 /// # Errors
 ///
@@ -81,14 +82,13 @@ impl Backend for Candle {
 pub(crate) fn logits(
     hidden: &Tensor,
     source: &CandleTable,
-    delta: Option<&CandleDelta>,
-    tokens: &TokenSet,
+    trained: Option<(&CandleDelta, &TokenSet)>,
     bias: Option<&Tensor>,
 ) -> Result<Tensor> {
     let table = source.tensor();
-    let overrides = match delta.filter(|_| !tokens.is_empty()) {
+    let overrides = match trained.filter(|(_, tokens)| !tokens.is_empty()) {
         None => None,
-        Some(delta) => {
+        Some((delta, tokens)) => {
             let what = "token set of the head";
             let expected = [delta.num_rows(), source.vocab_size()];
             let got = [tokens.len(), tokens.vocab_size()];

@@ -64,6 +64,11 @@ pub enum Error {
         /// The offending id.
         id: u32,
     },
+    /// A compact table holds the rows of adapters, and no means of them.
+    #[error(
+        "a compact table has no place for means of rows; let the last adapter win, or activate disjoint ones"
+    )]
+    NoPlaceForMean,
     /// The table that rows were read from failed.
     #[error("cannot read the embedding table: {source}")]
     Source {
@@ -81,7 +86,9 @@ impl BackendError for Error {
             Self::Candle(_) => ErrorKind::Framework,
             Self::ElementType { .. } => ErrorKind::DType,
             Self::Rank { .. } => ErrorKind::Shape,
-            Self::NotContiguous { .. } | Self::Device { .. } | Self::Combination => ErrorKind::Unsupported,
+            Self::NotContiguous { .. } | Self::Device { .. } | Self::Combination | Self::NoPlaceForMean => {
+                ErrorKind::Unsupported
+            }
             Self::NotInDataSet { .. } => ErrorKind::TokenOutOfRange,
             Self::Source { kind, .. } => *kind,
         }

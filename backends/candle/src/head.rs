@@ -2,14 +2,13 @@
 
 use candle_core::Tensor;
 use candle_nn::Module;
-use trainable_tokens_core::EmbeddingSource;
+use trainable_tokens_core::{Backend, EmbeddingSource, TokenAdapter};
 
 use crate::backend::logits;
 use crate::ids::expect_examples;
 use crate::linear::check_bias;
-use crate::ops::add_bias;
 use crate::shared::Shared;
-use crate::{Error, Result};
+use crate::{Candle, Error, Result};
 
 /// The output layer of a model with tied embeddings: `hidden · Wᵀ`, with the columns of trainable tokens computed
 /// from the trained rows.
@@ -60,13 +59,8 @@ impl TiedHead {
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
         let layer = self.layer.read();
         let rows = layer.active()?;
-        logits(
-            hidden,
-            layer.source(),
-            rows.as_deref(),
-            layer.tokens(),
-            self.bias.as_ref(),
-        )
+        let trained = rows.as_deref().map(|rows| (rows, layer.tokens()));
+        logits(hidden, layer.source(), trained, self.bias.as_ref())
     }
 
     /// The logits `[B, .., V]` of a mixed batch `hidden` `[B, .., D]`: each of its `B` examples sees the rows of the
@@ -84,13 +78,22 @@ impl TiedHead {
             return Err(Error::Rank { what, expected, got });
         };
         expect_examples(what, leading, adapters)?;
-        let flat = hidden.reshape((leading.iter().product::<usize>(), *dim))?;
-        let logits = self.layer.read().logits_mixed(flat, adapters)?;
-        let logits = match &self.bias {
-            None => logits,
-            Some(bias) => add_bias(&logits, bias)?,
+        let num_rows = leading.iter().product::<usize>();
+        let flat = hidden.reshape((num_rows, *dim))?;
+        let (layer, bias) = (self.layer.read(), self.bias.as_ref());
+        let source = layer.source();
+        let (parts, adapters): (Vec<_>, Vec<_>) = layer.mixed_parts(num_rows, adapters)?.into_iter().unzip();
+        let out = if parts.is_empty() {
+            logits(&flat, source, None, bias)?
+        } else {
+            let of = |(hidden, adapter): (Tensor, Option<&TokenAdapter<Candle>>)| {
+                let trained = adapter.map(|adapter| (adapter.delta(), adapter.tokens()));
+                logits(&hidden, source, trained, bias)
+            };
+            let hidden = Candle::split_rows(flat, &parts)?.into_iter();
+            Candle::join_rows(hidden.zip(adapters).map(of).collect::<Result<_>>()?)?
         };
-        Ok(logits.reshape([leading, &[self.vocab_size()]].concat())?)
+        Ok(out.reshape([leading, &[source.vocab_size()]].concat())?)
     }
 }
 

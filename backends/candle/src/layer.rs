@@ -121,7 +121,7 @@ impl TrainableTokens {
         Ok(Self::from_layer(CoreLayer::frozen(CandleTable::new(table)?)?))
     }
 
-    fn from_layer(layer: CoreLayer<Candle>) -> Self {
+    pub(crate) fn from_layer(layer: CoreLayer<Candle>) -> Self {
         let layer = Shared::new(layer);
         Self { layer }
     }
@@ -146,7 +146,7 @@ impl TrainableTokens {
     ///
     /// For an id that is negative or out of range, for ids that are not integers, and when candle fails.
     pub fn lookup(&self, input_ids: &Tensor) -> Result<Tensor> {
-        self.lookup_by(input_ids, |layer, ids| layer.lookup(ids))
+        self.lookup_by(input_ids, CoreLayer::lookup)
     }
 
     /// The rows of a mixed batch of `input_ids` `[B, ..]`: each of its `B` examples sees the rows of the adapter of its

@@ -26,10 +26,14 @@
 //! - [`TrainableTokens`] is the embedding, with any number of adapters by name, [`AdapterMut`] one of them to train, and
 //!   [`TiedHead`] the output layer that shares all of it.
 //! - [`FrozenLinear`] is a linear layer that never makes a gradient of its weight, as candle's own always does.
-//! - [`merged_var_builder`] and [`CompactTable`] serve models whose code cannot be changed.
+//! - [`merged_var_builder`], [`MergedBackend`] and [`CompactTable`] serve models whose code cannot be changed.
 //! - [`Candle`], [`CandleTable`] and [`CandleDelta`] implement the traits of `trainable-tokens-core`.
 //!
 //! Features `cuda` and `metal` forward to candle's; the same operations run on every device.
+
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
 
 mod adapter;
 mod backend;

@@ -10,7 +10,7 @@ mod storage;
 
 pub(crate) use lookup::lookup_rows;
 pub(crate) use mix::{mix_rows, stack_rows};
-pub(crate) use project::{Overrides, add_bias, project};
+pub(crate) use project::{Overrides, project};
 pub(crate) use storage::DeviceStorage;
 
 use candle_core::DType;

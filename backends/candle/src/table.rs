@@ -1,9 +1,9 @@
 //! The frozen table.
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use trainable_tokens_core::{DType, EmbeddingSource, TokenId, TokenRows, WriteRows};
 
-use crate::convert::{core_dtype, to_rows, to_tensor};
+use crate::convert::{candle_dtype, core_dtype, to_rows, to_tensor};
 use crate::{Error, Result};
 
 /// A frozen embedding table `[V, D]` in a candle tensor, on any device.
@@ -39,6 +39,13 @@ impl CandleTable {
             tensor: tensor.detach(),
             dtype,
         })
+    }
+
+    /// What stands for a table of these sizes where none of its rows is ever used: one row for all, of zeros.
+    pub(crate) fn without_rows(vocab_size: usize, dim: usize, dtype: DType, device: &Device) -> Result<Self> {
+        let tensor = Tensor::zeros((1, dim), candle_dtype(dtype), device)?;
+        let tensor = tensor.broadcast_as((vocab_size, dim))?;
+        Ok(Self { tensor, dtype })
     }
 
     /// The table as a detached tensor that shares its storage.

@@ -10,7 +10,7 @@ use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::Module;
 use common::noise;
 use trainable_tokens_candle::{FrozenLinear, TrainableTokens};
-use trainable_tokens_core::{Adam, AdamConfig};
+use trainable_tokens_core::{Adam, AdamConfig, Overlap};
 use trainable_tokens_testkit::{CountingAllocator, allocated};
 
 #[global_allocator]
@@ -90,6 +90,65 @@ fn the_head_costs_its_logits() {
         assert!(largest <= logits, "{dtype:?}: one allocation of {largest} bytes");
         assert!(growth <= 5 * logits, "{dtype:?}: {growth} bytes at once");
     }
+}
+
+#[test]
+fn several_adapters_cost_the_batch_and_their_rows() {
+    let _alone = MEASURING.lock();
+    for dtype in [DType::F32, DType::BF16] {
+        let mut layer = layer(dtype);
+        let other: Vec<u32> = (0..50).map(|i| i * 3_999 + i % 2).collect();
+        layer.add_adapter("other", &other).unwrap();
+        let ids = ids();
+        let mut adam = ["default", "other"].map(|name| (name, Adam::new(AdamConfig::ADAMW).unwrap()));
+        let weights = Overlap::WeightedMean(vec![1.0, 3.0]);
+        for mixed in [None, Some([Some("default"), Some("other")])] {
+            layer
+                .activate_overlapping(&["default", "other"], weights.clone())
+                .unwrap();
+            let mut step = || {
+                let rows = match mixed {
+                    None => layer.forward(&ids).unwrap(),
+                    Some(names) => layer.lookup_mixed(&ids, &names).unwrap(),
+                };
+                let gradients = rows.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+                for (name, adam) in &mut adam {
+                    let mut adapter = layer.adapter_mut(name).unwrap();
+                    adapter.step(&gradients, adam, &mut []).unwrap();
+                }
+            };
+            step();
+            let ((), growth, largest) = measure(&format!("adapters {dtype:?} {mixed:?}"), step);
+            let rows = (BATCH + 100) * DIM * 4;
+            // A mixed batch's plan has a slot, of four bytes, for each token of the vocabulary.
+            let slots = if mixed.is_some() { VOCAB * 4 } else { 0 };
+            assert!(
+                largest <= rows.max(slots),
+                "{dtype:?}: one allocation of {largest} bytes"
+            );
+            assert!(growth <= 16 * rows + slots, "{dtype:?}: {growth} bytes at once");
+        }
+    }
+}
+
+#[test]
+fn a_mixed_head_costs_its_logits() {
+    let _alone = MEASURING.lock();
+    let mut layer = layer(DType::F32);
+    layer.add_adapter("other", &[5, 8]).unwrap();
+    let head = layer.tied_head();
+    let hidden = Var::from_tensor(&noise(&[HIDDEN, DIM], DType::F32, 2)).unwrap();
+    let names = [Some("default"), None, Some("other"), Some("other")];
+    let ((), growth, largest) = measure("mixed head", || {
+        let loss = head.logits_mixed(&hidden, &names).unwrap().sum_all().unwrap();
+        let gradients = loss.backward().unwrap();
+        for name in ["default", "other"] {
+            layer.adapter(name).unwrap().gradient(&gradients).unwrap();
+        }
+    });
+    let logits = HIDDEN * VOCAB * 4;
+    assert!(largest <= logits, "one allocation of {largest} bytes");
+    assert!(growth <= 6 * logits, "{growth} bytes at once");
 }
 
 #[test]

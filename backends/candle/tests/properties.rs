@@ -9,7 +9,7 @@ use candle_nn::{Embedding, Module};
 use common::{DTYPES, assert_close, bytes, noise, tolerance, values};
 use proptest::prelude::*;
 use trainable_tokens_candle::TrainableTokens;
-use trainable_tokens_core::{Adam, AdamConfig, EmbedScale, LayerOptions};
+use trainable_tokens_core::{Adam, AdamConfig, EmbedScale, LayerOptions, Overlap};
 
 /// A table's size and type, its trainable tokens, and a batch.
 #[derive(Clone, Debug)]
@@ -190,5 +190,42 @@ proptest! {
         layer.unmerge().unwrap();
         prop_assert_eq!(bytes(&base), before);
         prop_assert_eq!(&bytes(&layer.forward(&setup.batch()).unwrap()), &live);
+    }
+
+    #[test]
+    fn several_adapters_are_what_merging_them_makes(
+        setup in setup(),
+        shift in 1..24u32,
+        weights in prop::option::of([0.01..9.0f64, 0.01..9.0f64]),
+    ) {
+        let base = setup.base();
+        let mut layer = setup.trained(&base);
+        let last = u32::try_from(setup.vocab).unwrap();
+        let others: Vec<u32> = setup.tokens.iter().rev().map(|id| (id + shift) % last).collect();
+        let rows = values(&noise(&[others.len(), setup.dim], DType::F64, setup.seed + 9));
+        let rows = trainable_tokens_core::TokenRows::new(rows, others.len(), setup.dim).unwrap();
+        layer.add_adapter_with_rows("other", &others, &rows).unwrap();
+        let head = layer.tied_head();
+        let hidden = noise(&[2, setup.dim], setup.dtype, 5);
+        let overlap = weights.map_or(Overlap::LastWins, |weights| Overlap::WeightedMean(weights.to_vec()));
+        layer.activate_overlapping(&["default", "other"], overlap).unwrap();
+        let live = bytes(&layer.forward(&setup.batch()).unwrap());
+        let logits = values(&head.forward(&hidden).unwrap());
+        layer.merge().unwrap();
+        prop_assert_eq!(&bytes(&layer.forward(&setup.batch()).unwrap()), &live);
+        let merged = values(&head.forward(&hidden).unwrap());
+        assert_close("logits", &logits, &merged, tolerance(setup.dtype));
+        layer.unmerge().unwrap();
+        prop_assert_eq!(bytes(&base), bytes(&setup.base()));
+        prop_assert_eq!(&bytes(&layer.forward(&setup.batch()).unwrap()), &live);
+
+        // Each half of a mixed batch sees one adapter alone.
+        let both = Tensor::stack(&[setup.batch(), setup.batch()], 0).unwrap();
+        let mixed = layer.lookup_mixed(&both, &[Some("other"), None]).unwrap();
+        layer.activate(&["other"]).unwrap();
+        let other = layer.forward(&setup.batch()).unwrap();
+        layer.activate(&[]).unwrap();
+        let none = layer.forward(&setup.batch()).unwrap();
+        prop_assert_eq!(bytes(&mixed), [bytes(&other), bytes(&none)].concat());
     }
 }

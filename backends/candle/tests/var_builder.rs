@@ -6,14 +6,17 @@ mod common;
 
 use std::collections::HashMap;
 
+use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::var_builder::SimpleBackend;
 use candle_nn::{Embedding, Init, Linear, Module, Optimizer, VarBuilder};
-use common::{DTYPES, bytes, noise};
+use common::{DTYPES, assert_close, bytes, noise};
 use trainable_tokens_candle::{
-    CandleTable, CompactTable, MergedBackend, TrainableTokens, merged_var_builder,
+    AdapterMut, CandleTable, CompactTable, MergedBackend, TrainableTokens, merged_var_builder,
 };
-use trainable_tokens_core::{Adam, AdamConfig, BackendError, ErrorKind, RowOptimizer, TokenRows};
+use trainable_tokens_core::{
+    Adam, AdamConfig, BackendError, ErrorKind, MergeCheck, Overlap, RowOptimizer, TokenRows,
+};
 
 const VOCAB: usize = 40;
 const DIM: usize = 6;
@@ -117,6 +120,43 @@ fn a_head_under_another_name_gets_the_merged_weight_too() {
 }
 
 #[test]
+fn several_adapters_are_merged_as_a_layer_merges_them() {
+    let other: [u32; 2] = [2, 9];
+    let more = TokenRows::new((0..12u8).map(|i| f32::from(i) * -0.2).collect(), 2, DIM).unwrap();
+    let means = Overlap::WeightedMean(vec![3.0, 1.0]);
+    for (dtype, overlap) in DTYPES
+        .iter()
+        .flat_map(|dtype| [(*dtype, Overlap::LastWins), (*dtype, means.clone())])
+    {
+        let tensors = checkpoint(dtype);
+        let serve = |overlap: &Overlap| {
+            let inner: Box<dyn SimpleBackend> = Box::new(tensors.clone());
+            MergedBackend::new(inner, TABLE, &TOKENS, rows())
+                .with_adapter("more", &other, more.clone())
+                .with_overlap(overlap.clone())
+                .with_check(MergeCheck::Finite)
+                .get_unchecked(TABLE, dtype, &Device::Cpu)
+        };
+        let mut layer = TrainableTokens::with_rows(tensors[TABLE].copy().unwrap(), &TOKENS, &rows()).unwrap();
+        layer.add_adapter_with_rows("more", &other, &more).unwrap();
+        let names = ["default", "more"];
+        layer
+            .merge_adapters(&names, &overlap, MergeCheck::Finite)
+            .unwrap();
+        let served = serve(&overlap).unwrap();
+        assert_eq!(bytes(&served), bytes(layer.table().tensor()));
+        assert_ne!(bytes(&served), bytes(&tensors[TABLE]));
+        let error = serve(&Overlap::Refuse).unwrap_err().to_string();
+        assert!(error.contains("token id 2 is trained by both adapter"), "{error}");
+    }
+    let inner: Box<dyn SimpleBackend> = Box::new(checkpoint(DType::F32));
+    let bad = TokenRows::new(vec![f32::NAN; DIM], 1, DIM).unwrap();
+    let served = MergedBackend::new(inner, TABLE, &[4], bad).with_check(MergeCheck::Finite);
+    let error = served.get_unchecked(TABLE, DType::F32, &Device::Cpu).unwrap_err();
+    assert!(error.to_string().contains("token id 4 "), "{error}");
+}
+
+#[test]
 fn rows_that_do_not_fit_the_weight_are_refused() {
     let load = |tokens: &[u32], rows: TokenRows| {
         let vb = merged_var_builder(builder(&checkpoint(DType::F32), DType::F32), TABLE, tokens, rows);
@@ -139,7 +179,7 @@ fn logits_over_the_compact_table_are_the_whole_ones() {
     for dtype in DTYPES {
         let tensors = checkpoint(dtype);
         let compact = compact(&tensors, dtype);
-        assert_eq!(compact.tensor().dims(), [7, DIM]);
+        assert_eq!(compact.tensor().dims(), [3 + 7, DIM]);
         let model = Model::load(&compact.var_builder(builder(&tensors, dtype), TABLE)).unwrap();
         let whole = Model::load(&builder(&tensors, dtype)).unwrap();
         let got = model.forward(&compact.remap(&ids()).unwrap()).unwrap();
@@ -214,7 +254,7 @@ fn training_over_the_compact_table_is_training_over_the_whole() {
 fn candles_own_optimizer_trains_the_compact_table() {
     let mut adam = None;
     let (compact, seen) = train(DType::BF16, |compact, loss| {
-        let new = || candle_nn::AdamW::new_lr(vec![compact.var().unwrap().clone()], 0.05).unwrap();
+        let new = || candle_nn::AdamW::new_lr(vec![compact.var().unwrap()], 0.05).unwrap();
         adam.get_or_insert_with(new).backward_step(loss).unwrap();
     });
     assert!(seen.windows(2).all(|pair| pair[0] != pair[1]));
@@ -262,5 +302,115 @@ fn a_compact_table_without_tokens_or_without_other_rows_works() {
     none.refresh().unwrap();
     let all = CompactTable::new(&table, &[4, 1], [1, 4], DType::F32, &Device::Cpu).unwrap();
     let gradients = all.tensor().sum_all().unwrap().backward().unwrap();
-    assert_eq!(gradients.get(all.var().unwrap()).unwrap().dims(), [2, DIM]);
+    assert_eq!(gradients.get(&all.var().unwrap()).unwrap().dims(), [2, DIM]);
+}
+
+/// Adapters `a` and `b`, which share token 2.
+fn two_adapters(dtype: DType) -> CompactTable {
+    let table = CandleTable::new(checkpoint(dtype)[TABLE].clone()).unwrap();
+    let adapters = [("a", &[30, 2][..]), ("b", &[2, 17])];
+    let used = [1, 9, 39, 0];
+    let mut compact = CompactTable::with_adapters(&table, &adapters, used, dtype, &Device::Cpu).unwrap();
+    for (seed, name) in ["a", "b"].into_iter().enumerate() {
+        let values = noise(&[2, DIM], DType::F64, 40 + seed).flatten_all().unwrap();
+        let rows = TokenRows::new(values.to_vec1::<f64>().unwrap(), 2, DIM).unwrap();
+        compact.adapter_mut(name).unwrap().set_rows(&rows).unwrap();
+    }
+    compact
+}
+
+/// A layer over the whole table with the adapters of a compact one.
+fn whole_layer(dtype: DType, compact: &CompactTable) -> TrainableTokens {
+    let mut layer = TrainableTokens::frozen(checkpoint(dtype)[TABLE].clone()).unwrap();
+    for name in compact.adapter_names() {
+        let adapter = compact.adapter(&name).unwrap();
+        let (tokens, rows) = (adapter.tokens().to_vec(), adapter.rows().unwrap());
+        layer.add_adapter_with_rows(&name, &tokens, &rows).unwrap();
+    }
+    layer
+}
+
+#[test]
+fn a_compact_table_sends_ids_to_the_adapters_that_are_active() {
+    for dtype in DTYPES {
+        let mut compact = two_adapters(dtype);
+        let mut layer = whole_layer(dtype, &compact);
+        assert_eq!(compact.adapter_names(), ["a", "b"]);
+        let vb = compact.var_builder(builder(&checkpoint(dtype), dtype), TABLE);
+        let embed = candle_nn::embedding(VOCAB, DIM, vb.pp("model.embed_tokens")).unwrap();
+        let check = |compact: &CompactTable, layer: &TrainableTokens, what: &str| {
+            let got = embed.forward(&compact.remap(&ids()).unwrap()).unwrap();
+            assert_eq!(bytes(&got), bytes(&layer.forward(&ids()).unwrap()), "{what}");
+        };
+        check(&compact, &layer, "none");
+        assert_eq!(
+            compact.activate(&["a", "b"]).unwrap_err().kind(),
+            ErrorKind::Overlap
+        );
+        for names in [&["a"][..], &["b"], &["a", "b"], &["b", "a"]] {
+            compact.activate_overlapping(names, Overlap::LastWins).unwrap();
+            layer.activate_overlapping(names, Overlap::LastWins).unwrap();
+            assert_eq!(compact.active_names(), names);
+            check(&compact, &layer, "active");
+        }
+        compact.disable().unwrap();
+        layer.disable().unwrap();
+        check(&compact, &layer, "disabled");
+        let names = [Some("b"), None];
+        assert_eq!(
+            compact.remap_mixed(&ids(), &names).unwrap_err().kind(),
+            ErrorKind::State
+        );
+        compact.enable();
+        layer.enable();
+        let got = embed
+            .forward(&compact.remap_mixed(&ids(), &names).unwrap())
+            .unwrap();
+        assert_eq!(bytes(&got), bytes(&layer.lookup_mixed(&ids(), &names).unwrap()));
+        let few = compact.remap_mixed(&ids(), &names[..1]).unwrap_err();
+        assert_eq!(few.kind(), ErrorKind::Shape);
+        let mean = Overlap::WeightedMean(vec![1.0, 1.0]);
+        let error = compact.activate_overlapping(&["a", "b"], mean).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unsupported);
+        check(&compact, &layer, "after refusals");
+    }
+}
+
+#[test]
+fn adapters_of_a_compact_table_train_as_over_the_whole() {
+    let mut compact = two_adapters(DType::F64);
+    let mut layer = whole_layer(DType::F64, &compact);
+    let tensors = checkpoint(DType::F64);
+    let model = Model::load(&compact.var_builder(builder(&tensors, DType::F64), TABLE)).unwrap();
+    let whole = Model::load(&builder(&tensors, DType::F64)).unwrap();
+    let names = [Some("b"), Some("a")];
+    let mut adam = [(); 4].map(|()| Adam::new(AdamConfig::ADAMW).unwrap());
+    for _ in 0..3 {
+        let mixed = compact.remap_mixed(&ids(), &names).unwrap();
+        // Another batch before the first one's backward pass: places stay.
+        compact.remap_mixed(&ids(), &[None, Some("b")]).unwrap();
+        let loss = model.forward(&mixed).unwrap().sqr().unwrap().mean_all().unwrap();
+        let gradients = loss.backward().unwrap();
+        let rows = layer.lookup_mixed(&ids(), &names).unwrap();
+        let hidden = whole.up.forward(&rows).unwrap().silu().unwrap();
+        let want = whole
+            .head
+            .forward(&hidden)
+            .unwrap()
+            .sqr()
+            .unwrap()
+            .mean_all()
+            .unwrap();
+        assert_eq!(bytes(&loss), bytes(&want));
+        let want = want.backward().unwrap();
+        for (at, name) in ["a", "b"].into_iter().enumerate() {
+            let step = |mut adapter: AdapterMut<'_>, gradients: &GradStore, adam: &mut Adam| {
+                adapter.step(gradients, adam, &mut []).unwrap();
+                adapter.rows().unwrap().to_f64_vec()
+            };
+            let got = step(compact.adapter_mut(name).unwrap(), &gradients, &mut adam[at]);
+            let want = step(layer.adapter_mut(name).unwrap(), &want, &mut adam[2 + at]);
+            assert_close(name, &got, &want, 1e-12);
+        }
+    }
 }

@@ -169,7 +169,7 @@ impl<S: HostTable, O: Element> TrainableTokensExt<O> for TrainableTokens<S, O> {
         let mut out = Array2::from_elem(hidden.raw_dim(), O::default());
         for (rows, adapter) in parts {
             let rows = s![rows, ..];
-            let (hidden, upstream) = (hidden.slice(rows.clone()), upstream.slice(rows.clone()));
+            let (hidden, upstream) = (hidden.slice(rows), upstream.slice(rows));
             let tokens = adapter.map_or(&none, TokenAdapter::tokens);
             let delta = adapter.filter(|_| !tokens.is_empty());
             let delta = delta.map(|adapter| adapter.delta().host());

@@ -5,7 +5,8 @@
 //! never added to them). This crate holds what every backend shares:
 //!
 //! - [`TokenSet`]: which tokens train, in slot order; [`LookupPlan`]: where a batch meets them.
-//! - [`EmbeddingSource`], [`WriteRows`], [`HostTable`]: the frozen table. [`DeltaStore`]: the trained rows.
+//! - [`EmbeddingSource`], [`WriteRows`], [`HostTable`]: the frozen table; [`Int8Table`]: a quantised one. [`DeltaStore`]:
+//!   the trained rows.
 //! - [`Backend`]: the few operations that only a tensor framework can know; [`HostRows`] and [`RowGradients`] help those
 //!   without a graph.
 //! - [`TrainableTokens`]: the layer, written once over them, with exact merge and unmerge, and any number of
@@ -29,6 +30,7 @@ mod mix;
 mod optim;
 mod options;
 mod plan;
+mod quantized;
 mod rows;
 mod source;
 mod token;
@@ -49,6 +51,7 @@ pub use optim::{
 };
 pub use options::{EmbedScale, LayerOptions, MaxNorm, RowTransform};
 pub use plan::LookupPlan;
+pub use quantized::Int8Table;
 pub use rows::{RowData, TokenRows};
 pub use source::{EmbeddingSource, HostTable, RowRef, WriteRows};
 pub use token::{Padding, PaddingRule, Slot, TokenId, TokenSet};

@@ -130,6 +130,15 @@ pub enum RowRef<'a> {
     BF16(&'a [bf16]),
     /// Little-endian bytes of a file, of any alignment.
     Bytes(DType, &'a [u8]),
+    /// Integers that stand for `value * scale`, computed in `f32` and rounded to `dtype`.
+    Int8 {
+        /// The integers.
+        values: &'a [i8],
+        /// Their factor.
+        scale: f32,
+        /// The type of the elements that they stand for.
+        dtype: DType,
+    },
 }
 
 impl RowRef<'_> {
@@ -151,6 +160,12 @@ impl RowRef<'_> {
             Self::Bytes(DType::F32, bytes) => decode::<f32, T>(bytes, out),
             Self::Bytes(DType::F16, bytes) => decode::<f16, T>(bytes, out),
             Self::Bytes(DType::BF16, bytes) => decode::<bf16, T>(bytes, out),
+            Self::Int8 { values, scale, dtype } => match dtype {
+                DType::F64 => dequantize::<f64, T>(values, scale, out),
+                DType::F32 => dequantize::<f32, T>(values, scale, out),
+                DType::F16 => dequantize::<f16, T>(values, scale, out),
+                DType::BF16 => dequantize::<bf16, T>(values, scale, out),
+            },
         }
     }
 }
@@ -200,6 +215,7 @@ impl RowRef<'_> {
             Self::F16(row) => row.len(),
             Self::BF16(row) => row.len(),
             Self::Bytes(dtype, bytes) => bytes.len() / dtype.size_in_bytes(),
+            Self::Int8 { values, .. } => values.len(),
         }
     }
 
@@ -215,7 +231,7 @@ impl RowRef<'_> {
             Self::F32(_) => DType::F32,
             Self::F16(_) => DType::F16,
             Self::BF16(_) => DType::BF16,
-            Self::Bytes(dtype, _) => dtype,
+            Self::Bytes(dtype, _) | Self::Int8 { dtype, .. } => dtype,
         }
     }
 }
@@ -232,6 +248,11 @@ impl<'a> RowRef<'a> {
                 let size = dtype.size_in_bytes();
                 Self::Bytes(dtype, &bytes[start * size..end * size])
             }
+            Self::Int8 { values, scale, dtype } => Self::Int8 {
+                values: &values[start..end],
+                scale,
+                dtype,
+            },
         }
     }
 }
@@ -251,6 +272,14 @@ fn convert<S: Element, T: Element>(row: &[S], out: &mut [T]) {
     out.iter_mut()
         .zip(row)
         .for_each(|(out, value)| *out = cast(*value));
+}
+
+/// By way of the table's type `S`.
+#[inline]
+fn dequantize<S: Element, T: Element>(values: &[i8], scale: f32, out: &mut [T]) {
+    out.iter_mut()
+        .zip(values)
+        .for_each(|(out, value)| *out = cast(S::from_f32(f32::from(*value) * scale)));
 }
 
 #[inline]

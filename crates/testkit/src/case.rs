@@ -23,6 +23,8 @@ pub enum Group {
     Merge,
     /// Saved rows, put over a table and taken off again.
     Adapters,
+    /// Several adapters by name over one table: active together, mixed in a batch, merged.
+    Several,
     /// The shared optimizers over the framework's rows.
     Optimizer,
     /// What happens around a step.
@@ -182,6 +184,7 @@ macro_rules! unless_left_out {
     (head [head $($rest:ident)*] $items:tt) => {};
     (merge [merge $($rest:ident)*] $items:tt) => {};
     (adapters [adapters $($rest:ident)*] $items:tt) => {};
+    (several [several $($rest:ident)*] $items:tt) => {};
     (optimizer [optimizer $($rest:ident)*] $items:tt) => {};
     (hooks [hooks $($rest:ident)*] $items:tt) => {};
     (serialization [serialization $($rest:ident)*] $items:tt) => {};
@@ -272,6 +275,46 @@ list! { $
         merged_adapters_of_disjoint_tokens_add_up: "M2, M11",
         rows_that_do_not_fit_are_refused: "T10, E3, E4",
     }
+    several Several {
+        a_new_layers_only_adapter_is_called_default: "A3",
+        adapters_of_disjoint_tokens_act_together: "A3, A4, L5, R5",
+        inactive_adapters_leave_no_trace: "A2, A3",
+        several_untrained_adapters_are_a_no_op: "A4, L12, H4",
+        the_last_of_overlapping_adapters_wins: "A6",
+        overlapping_rows_are_averaged_by_weight: "A7, A8, R8",
+        adapters_of_several_types_act_together: "A8, R4, R7",
+        options_apply_to_the_rows_in_effect: "A4, L6",
+        the_head_sees_the_rows_in_effect: "A4, A6, A7, H1",
+        rewritten_rows_are_seen_by_the_next_lookup_and_head: "A2, A4, L4",
+        disabling_shows_the_table_until_enabled: "A9",
+        each_adapter_gets_its_own_gradient: "A4, A16, G13, H7",
+        shadowed_rows_get_a_zero_gradient: "A6, G9",
+        weighted_rows_get_their_share_of_the_gradient: "A7",
+        hidden_states_get_the_gradient_of_the_rows_in_effect: "A4, H6",
+        inactive_and_merged_adapters_get_no_gradient: "A4, A11, G11",
+        a_step_by_name_moves_one_adapter_only: "A2, A14",
+        examples_see_the_adapters_that_they_choose: "A15, L5",
+        options_apply_to_mixed_batches: "A15, L6",
+        a_mixed_head_projects_by_the_adapters_of_its_examples: "A15, H1",
+        mixed_examples_train_their_own_adapters: "A16, G4, G5, G13, H7",
+        chosen_adapters_without_a_token_in_the_batch_get_zeros: "A16, G9",
+        hidden_states_get_the_gradient_of_their_examples_rows: "A15, H6",
+        mixed_batches_may_be_empty: "A15, L1",
+        several_adapters_merge_as_one_entry: "A10, M2, M3",
+        stacked_merges_are_undone_in_order: "A10, A11, M4",
+        merged_and_active_adapters_act_together: "A4, A11",
+        a_checked_merge_names_the_culprit: "A12, E2, R3",
+        a_checked_merge_looks_at_the_rows_written_only: "A12",
+        names_are_checked: "A1, A17, E4",
+        a_token_of_two_active_adapters_is_refused: "A5, A11, A17, E4",
+        weights_are_checked: "A7, A17, E4",
+        adapters_in_use_are_not_deleted: "A13, A17, E4",
+        the_one_active_adapter_must_be_one: "A14, A17, E4",
+        merged_rows_are_not_left_out_or_started_from: "A3, A9, A16, A17, E4",
+        mixed_batches_that_do_not_fit_are_refused: "A1, A15, A16, A17, E4",
+        plans_of_other_adapters_are_refused: "A15, A17, L14",
+        any_sequence_of_calls_agrees_with_the_dense_model: "A2, A3, A5, A10, A11, A17, M3, M4",
+    }
     optimizer Optimizer {
         equal_gradients_give_equal_bits: "O3, O4, O6, O7, O8, O9, O11, O19",
         a_step_takes_the_frameworks_gradients: "O1, G14, K7",
@@ -352,6 +395,7 @@ list! { $
         the_head_allocates_no_table: "H11",
         wrapping_allocates_no_table: "T11",
         merging_allocates_no_table: "T11, M2",
+        several_adapters_allocate_no_table: "A4, A10, A15, T11",
         the_optimizer_keeps_rows_only: "O5",
     }
 }

@@ -14,6 +14,7 @@ pub mod lookup;
 pub mod merge;
 pub mod optimizer;
 pub mod serialization;
+pub mod several;
 pub mod source;
 
 use trainable_tokens_core::DType;

@@ -159,6 +159,24 @@ pub(crate) fn refused<T, E: BackendError>(what: &str, result: Result<T, E>, kind
     }
 }
 
+/// The call must be refused, with this kind of error and these words in its message.
+pub(crate) fn refused_naming<T, E: BackendError>(
+    what: &str,
+    result: Result<T, E>,
+    kind: ErrorKind,
+    words: &[&str],
+) -> Outcome {
+    let text = result.as_ref().err().map(ToString::to_string).unwrap_or_default();
+    refused(what, result, kind)?;
+    for word in words {
+        ensure!(
+            text.contains(word),
+            "{what} is refused without naming {word}: {text}"
+        );
+    }
+    Ok(())
+}
+
 /// Equality of anything that can be shown.
 pub(crate) fn equal<T: PartialEq + Debug>(what: &str, got: &T, want: &T) -> Outcome {
     ensure!(got == want, "{what} is {got:?}, expected {want:?}");

@@ -14,6 +14,8 @@ use crate::{Failure, Harness, Layer, Outcome};
 pub(crate) const SEED_VARIABLE: &str = "TRAINABLE_TOKENS_SEED";
 /// Inputs that each property is tried with.
 const INPUTS: u32 = 24;
+/// Smaller inputs that are tried for one that fails.
+const SHRINKS: u32 = 500;
 
 /// One table, token set and batch.
 #[derive(Clone, Debug)]
@@ -26,7 +28,7 @@ pub(crate) struct World {
 }
 
 /// Tables from 1 x 1; token sets from none to all, in any order; batches with repeats and both edges.
-fn world() -> impl Strategy<Value = World> {
+pub(crate) fn world() -> impl Strategy<Value = World> {
     (1usize..30, 1usize..9, any::<u64>()).prop_flat_map(|(v, d, seed)| {
         let all: Vec<u32> = (0u32..).take(v).collect();
         let last = all[v - 1];
@@ -50,6 +52,11 @@ fn world() -> impl Strategy<Value = World> {
 
 /// Tries a property with many worlds; the failure says how to see them again.
 pub(crate) fn for_all(property: impl Fn(&World) -> Outcome) -> Outcome {
+    for_each_of(world(), property)
+}
+
+/// Tries a property with many inputs; the failure says how to see them again.
+pub(crate) fn for_each_of<S: Strategy>(inputs: S, property: impl Fn(&S::Value) -> Outcome) -> Outcome {
     let seed = match std::env::var(SEED_VARIABLE) {
         Ok(text) => u64::from_str_radix(&text, 16)?,
         Err(_) => RandomState::new().hash_one(0),
@@ -58,14 +65,16 @@ pub(crate) fn for_all(property: impl Fn(&World) -> Outcome) -> Outcome {
     let config = Config {
         cases: INPUTS,
         failure_persistence: None,
+        max_shrink_iters: SHRINKS,
         ..Config::default()
     };
     let bytes = [seed; 4].map(u64::to_le_bytes).concat();
     let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &bytes);
-    let test =
-        |world: World| property(&world).map_err(|failure| TestCaseError::fail(failure.reason().to_owned()));
+    let test = |input: S::Value| {
+        property(&input).map_err(|failure| TestCaseError::fail(failure.reason().to_owned()))
+    };
     TestRunner::new_with_rng(config, rng)
-        .run(&world(), test)
+        .run(&inputs, test)
         .map_err(|error| {
             Failure::new(format!(
                 "{error}\n({SEED_VARIABLE}={seed:016x} repeats these inputs)"
@@ -260,4 +269,13 @@ pub(crate) fn logits<H: Harness + ?Sized>(
     hidden: &TokenRows,
 ) -> Result<TokenRows, Failure> {
     Ok(H::read(&layer.logits(H::hidden(layer, hidden)?)?)?)
+}
+
+/// What the layer returns for a batch of examples that choose their adapters, on the host.
+pub(crate) fn lookup_mixed<H: Harness + ?Sized>(
+    layer: &Layer<H>,
+    ids: &[u32],
+    adapters: &[Option<&str>],
+) -> Result<TokenRows, Failure> {
+    Ok(H::read(&layer.lookup_mixed(ids, adapters)?)?)
 }

@@ -1,6 +1,5 @@
 //! The projection on a frozen weight, with or without some columns of the result overridden.
 
-mod bias;
 mod overridden;
 mod plain;
 #[cfg(test)]
@@ -9,7 +8,6 @@ mod tests;
 use candle_core::Tensor;
 use trainable_tokens_core::Error as CoreError;
 
-pub(crate) use self::bias::add_bias;
 use self::overridden::ProjectOverridden;
 use self::plain::Project;
 use crate::convert::core_dtype;

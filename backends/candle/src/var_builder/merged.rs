@@ -5,15 +5,16 @@ use std::sync::{Mutex, PoisonError};
 use candle_core::{DType, Device, Result, Shape, Tensor};
 use candle_nn::var_builder::SimpleBackend;
 use candle_nn::{Init, VarBuilder};
-use trainable_tokens_core::{EmbeddingSource, Error as CoreError, TokenRows, TokenSet, WriteRows};
+use trainable_tokens_core::{Error as CoreError, MergeCheck, Overlap, TokenRows};
 
 use super::wrapped::Wrapped;
-use crate::CandleTable;
+use crate::TrainableTokens;
 
 /// A variable builder that serves the tensor `name` with the rows `token_ids` replaced by `rows`, so that any model,
 /// unmodified, runs with them: its outputs equal those after a merge.
 ///
-/// Names are relative to the prefix of `inner`. For more than one name see [`MergedBackend`].
+/// Names are relative to the prefix of `inner`. For more than one name of the tensor, or more than one adapter, see
+/// [`MergedBackend`].
 ///
 /// ```
 /// # use std::collections::HashMap;
@@ -42,7 +43,7 @@ pub fn merged_var_builder<'a>(
     VarBuilder::new_with_args(Box::new(backend) as Box<dyn SimpleBackend + 'a>, dtype, &device)
 }
 
-/// A source of tensors for [`VarBuilder`] that merges trained rows into one of them.
+/// A source of tensors for [`VarBuilder`] that merges the trained rows of one or several adapters into one of them.
 ///
 /// The rows are rounded to the type in which the tensor is asked for, as merging into the loaded table does. The
 /// merged tensor is made once, from a copy, and every request for it shares its storage; all other tensors pass
@@ -51,22 +52,57 @@ pub struct MergedBackend<'a> {
     inner: Box<dyn SimpleBackend + 'a>,
     name: String,
     aliases: Vec<String>,
-    token_ids: Vec<u32>,
-    rows: TokenRows,
+    adapters: Vec<Adapter>,
+    overlap: Overlap,
+    check: MergeCheck,
     made: Mutex<Option<Tensor>>,
 }
 
+struct Adapter {
+    name: String,
+    token_ids: Vec<u32>,
+    rows: TokenRows,
+}
+
 impl<'a> MergedBackend<'a> {
-    /// Replaces the rows `token_ids` of the tensor `name`.
+    /// Replaces the rows `token_ids` of the tensor `name`, by an adapter called `default`.
     pub fn new(inner: Box<dyn SimpleBackend + 'a>, name: &str, token_ids: &[u32], rows: TokenRows) -> Self {
         Self {
             inner,
             name: name.to_owned(),
             aliases: Vec::new(),
-            token_ids: token_ids.to_vec(),
-            rows,
+            adapters: Vec::new(),
+            overlap: Overlap::default(),
+            check: MergeCheck::default(),
             made: Mutex::default(),
         }
+        .with_adapter("default", token_ids, rows)
+    }
+
+    /// Merges another adapter together with those before. A name that is taken is an error when the tensor is asked for,
+    /// as is a token that two of them train; see [`with_overlap`](Self::with_overlap).
+    #[must_use]
+    pub fn with_adapter(mut self, name: &str, token_ids: &[u32], rows: TokenRows) -> Self {
+        self.adapters.push(Adapter {
+            name: name.to_owned(),
+            token_ids: token_ids.to_vec(),
+            rows,
+        });
+        self
+    }
+
+    /// Sets what counts for tokens that several adapters train.
+    #[must_use]
+    pub fn with_overlap(mut self, overlap: Overlap) -> Self {
+        self.overlap = overlap;
+        self
+    }
+
+    /// Sets what is checked of the rows when the tensor is asked for.
+    #[must_use]
+    pub fn with_check(mut self, check: MergeCheck) -> Self {
+        self.check = check;
+        self
     }
 
     /// Serves the merged tensor under another name too: a tied checkpoint lacks the `lm_head.weight` that some models
@@ -90,12 +126,18 @@ impl<'a> MergedBackend<'a> {
         }
         // The inner source may hand out storage that others share.
         let copy = load()?.detach().force_contiguous()?;
-        let mut table = CandleTable::new(copy)?;
-        let tokens = TokenSet::new(self.token_ids.iter().copied(), table.vocab_size());
-        let tokens = tokens.map_err(crate::Error::from)?;
-        let rows = self.rows.to_dtype(table.dtype());
-        table.write_rows(tokens.ids(), &rows)?;
-        Ok(made.insert(table.tensor().clone()).clone())
+        let mut layer = TrainableTokens::frozen(copy)?;
+        for Adapter {
+            name,
+            token_ids,
+            rows,
+        } in &self.adapters
+        {
+            layer.add_adapter_with_rows(name, token_ids, rows)?;
+        }
+        let names: Vec<_> = self.adapters.iter().map(|adapter| &*adapter.name).collect();
+        layer.merge_adapters(&names, &self.overlap, self.check)?;
+        Ok(made.insert(layer.table().tensor().clone()).clone())
     }
 }
 

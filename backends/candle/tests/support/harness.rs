@@ -48,10 +48,14 @@ impl<T: Element + WithDType> Harness for OnCpu<T> {
             loss = (loss + (out * tensor::<T>(upstream)?)?.sum_all()?)?;
         }
         let mut leaves = Vec::new();
-        for (hidden, upstream) in &pass.heads {
-            let leaf = Var::from_tensor(&tensor::<T>(hidden)?)?;
-            let out = layer.logits(leaf.as_tensor().clone())?;
-            loss = (loss + (out * tensor::<T>(upstream)?)?.sum_all()?)?;
+        for head in &pass.heads {
+            let leaf = Var::from_tensor(&tensor::<T>(&head.hidden)?)?;
+            let hidden = leaf.as_tensor().clone();
+            let out = match head.adapters() {
+                None => layer.logits(hidden)?,
+                Some(adapters) => layer.logits_mixed(hidden, &adapters)?,
+            };
+            loss = (loss + (out * tensor::<T>(&head.upstream)?)?.sum_all()?)?;
             leaves.push(leaf);
         }
         let gradients = loss.backward()?;

@@ -3,7 +3,7 @@
 //! What a step allocates is bounded below one table, all told where that can be, at once elsewhere: so that no single
 //! allocation is a table either.
 
-use trainable_tokens_core::{Adam, AdamConfig, Sgd, SgdConfig, TokenSet};
+use trainable_tokens_core::{Adam, AdamConfig, Overlap, Sgd, SgdConfig, TokenSet};
 
 use crate::failure::ensure;
 use crate::world::noise;
@@ -149,6 +149,63 @@ pub fn merging_allocates_no_table<H: Harness>() -> Outcome {
         cost.total < table / 8,
         "merging allocates {} bytes, the table has {table}",
         cost.total
+    );
+    Ok(())
+}
+
+/// Several active adapters, a mixed batch, and merging them all at once, cost rows, not tables.
+pub fn several_adapters_allocate_no_table<H: Harness>() -> Outcome {
+    let mut layer = layer::<H>(LARGE)?;
+    let names = ["default", "second", "third"];
+    for (name, salt) in names.into_iter().skip(1).zip(1..) {
+        let rows = noise(salt, H::DTYPE.default_row_dtype(), TOKENS as usize, DIM);
+        layer.add_adapter_with_rows(name, token_set(LARGE)?, &rows)?;
+    }
+    let weights = Overlap::WeightedMean(vec![1.0, 2.0, 0.5]);
+    let (ids, upstream) = (ids(LARGE)?, noise(5, H::DTYPE, BATCH, DIM));
+    let examples = [Some(names[0]), None, Some(names[2]), Some(names[1])];
+    let mut all = || -> Outcome {
+        layer.activate_overlapping(&names, weights.clone())?;
+        let [plan, mixed] = [layer.plan(&ids)?, layer.plan_mixed(&ids, &examples)?];
+        // A backward pass with explicit gradients runs no forward pass.
+        layer.lookup_planned(&plan)?;
+        layer.lookup_planned(&mixed)?;
+        let pass = Pass {
+            lookups: vec![(plan, upstream.clone()), (mixed, upstream.clone())],
+            heads: Vec::new(),
+        };
+        H::backward(&layer, &pass)?;
+        layer.merge()?;
+        Ok(layer.unmerge()?)
+    };
+    all()?;
+    let (result, cost) = allocated(all)?;
+    result?;
+    let table = table_bytes::<H>(LARGE);
+    ensure!(
+        cost.growth < table / 8,
+        "the adapters hold {} bytes at once, the table has {table}",
+        cost.growth
+    );
+    let logits = Pass {
+        lookups: Vec::new(),
+        heads: vec![HeadPass {
+            adapters: Some(examples.iter().map(|name| name.map(str::to_owned)).collect()),
+            ..HeadPass::new(noise(6, H::DTYPE, 4, DIM), noise(7, H::DTYPE, 4, LARGE))
+        }],
+    };
+    let both = || -> Outcome {
+        layer.logits_mixed(H::hidden(&layer, &logits.heads[0].hidden)?, &examples)?;
+        H::backward(&layer, &logits)?;
+        Ok(())
+    };
+    both()?;
+    let (result, cost) = allocated(both)?;
+    result?;
+    ensure!(
+        cost.growth < table / 2,
+        "a mixed head holds {} bytes at once, the table has {table}",
+        cost.growth
     );
     Ok(())
 }

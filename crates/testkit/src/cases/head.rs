@@ -9,7 +9,7 @@ use crate::world::{World, for_all, logits, lookup, noise, overwritten, select, w
 use crate::{Failure, Harness, HeadPass, Layer, Outcome, Pass};
 
 /// `a · bᵀ` in `f64`.
-fn product(a: &TokenRows, b: &TokenRows) -> Exact {
+pub(super) fn product(a: &TokenRows, b: &TokenRows) -> Exact {
     let (a, b) = (Exact::of(a), Exact::of(b));
     let mut out = Exact::zeros(a.shape[0], b.shape[0]);
     for i in 0..a.shape[0] {
@@ -21,7 +21,7 @@ fn product(a: &TokenRows, b: &TokenRows) -> Exact {
 }
 
 /// `upstream · table` and `upstreamᵀ · hidden` in `f64`: the gradients of the hidden states and of the whole table.
-fn dense_gradients(hidden: &TokenRows, table: &TokenRows, upstream: &TokenRows) -> [Exact; 2] {
+pub(super) fn dense_gradients(hidden: &TokenRows, table: &TokenRows, upstream: &TokenRows) -> [Exact; 2] {
     let [hidden, table, upstream] = [hidden, table, upstream].map(Exact::of);
     let mut of_hidden = Exact::zeros(hidden.shape[0], hidden.shape[1]);
     let mut of_table = Exact::zeros(table.shape[0], table.shape[1]);

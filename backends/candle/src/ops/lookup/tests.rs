@@ -33,7 +33,7 @@ fn both_passes(
         transform,
         uploaded,
     };
-    let out = delta.var().apply_op1(operation).unwrap();
+    let out = delta.tensor().apply_op1(operation).unwrap();
     let count = u32::try_from(out.elem_count()).unwrap();
     let weights: Vec<f64> = (0..count).map(|i| f64::from(i) * 0.25 - 2.0).collect();
     let weights = Tensor::from_vec(weights, out.shape(), &Device::Cpu).unwrap();
@@ -42,7 +42,7 @@ fn both_passes(
         .sum_all()
         .unwrap();
     let gradients = loss.backward().unwrap();
-    let gradient = gradients.get(delta.var()).unwrap();
+    let gradient = gradients.get(delta.tensor()).unwrap();
     [to_rows(&out).unwrap(), to_rows(gradient).unwrap()]
 }
 

@@ -1,9 +1,9 @@
 //! `x · Wᵀ + b` with a gradient for `x` alone.
 
+use candle_core::op::Add;
 use candle_core::{CpuStorage, CudaStorage, CustomOp1, Layout, MetalStorage, Result, Shape, Tensor};
 use half::{bf16, f16};
 
-use super::bias;
 use crate::convert::unsupported;
 use crate::ops::product::{product, product_on_cpu, product_transposed};
 use crate::ops::storage::{DeviceStorage, elements};
@@ -29,10 +29,12 @@ impl Project {
 
     /// Adds the bias to a product, on any device.
     pub(super) fn add_bias<S: DeviceStorage>(&self, product: S, shape: &Shape) -> Result<S> {
-        match &self.bias {
-            None => Ok(product),
-            Some(bias) => bias::add(&product, &Layout::contiguous(shape), bias),
-        }
+        let Some(bias) = self.bias.as_ref().filter(|_| shape.elem_count() > 0) else {
+            return Ok(product);
+        };
+        let bias = bias.broadcast_as(shape)?;
+        let (bias, layout) = bias.storage_and_layout();
+        product.binary_impl::<Add>(S::of(&bias)?, &Layout::contiguous(shape), layout)
     }
 
     /// Adds the bias to a product in place.

@@ -1,6 +1,6 @@
 //! The path of all devices against the CPU's own.
 
-use candle_core::{CpuStorage, DType, Device, Layout, Storage, op::BackpropOp};
+use candle_core::{CpuStorage, DType, Device, Layout, Storage, Var, op::BackpropOp};
 
 use super::*;
 use crate::convert::to_rows;
