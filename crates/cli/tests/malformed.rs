@@ -38,6 +38,7 @@ fn decision(case: &Path, name: &str) -> Decision {
 /// What a refusal must name: the file at fault, or what does not fit the model.
 fn culprit(name: &str) -> &'static str {
     match name {
+        "config_missing" => "adapter_config.json",
         "pickle_only" => "adapter_model.bin",
         "wrong_dim" => "\"emb\"",
         "target_missing" => "no_such_module",

@@ -37,13 +37,17 @@ fn merge(base: &Path, adapters: &[&Adapter], out: &Path) -> Result<(), Failure> 
     let base = Checkpoint::open(base)?;
     let named = adapters.iter().enumerate();
     named
-        .fold(Ok(Merge::new(&base)), |merge, (at, adapter)| merge?.with(at.to_string(), adapter))?
+        .fold(Ok(Merge::new(&base)), |merge, (at, adapter)| {
+            merge?.with(at.to_string(), adapter)
+        })?
         .write(out, Overwrite::Replace)?;
     Ok(())
 }
 
 /// A checkpoint that can be replaced, and where its merged copy goes.
-fn model(tensors: &[(&str, &TokenRows)]) -> Result<(TempDir, std::path::PathBuf, std::path::PathBuf), Failure> {
+fn model(
+    tensors: &[(&str, &TokenRows)],
+) -> Result<(TempDir, std::path::PathBuf, std::path::PathBuf), Failure> {
     let (home, dir) = checkpoint_of(tensors)?;
     fs::write(dir.join("config.json"), "{}")?;
     let out = home.path().join("out");
@@ -65,11 +69,35 @@ pub fn lora_adds_its_scaled_product<H: Harness>() -> Outcome {
     for (fields, times, names, shape, want) in [
         (r#""r": 2, "lora_alpha": 2"#, 1, linear, [2, 3], product),
         (r#""r": 2, "lora_alpha": 2"#, 1, linear, [3, 2], turned),
-        (r#""r": 2, "lora_alpha": 2, "fan_in_fan_out": true"#, 1, linear, [2, 3], product),
+        (
+            r#""r": 2, "lora_alpha": 2, "fan_in_fan_out": true"#,
+            1,
+            linear,
+            [2, 3],
+            product,
+        ),
         (r#""r": 2, "lora_alpha": 6"#, 3, embedding, [3, 2], turned),
-        (r#""r": 5, "lora_alpha": 9, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"h\\.\\d.q_proj": 8}"#, 4, linear, [2, 3], product),
-        (r#""r": 9, "lora_alpha": 2, "rank_pattern": {"h.0.q_proj": 2, "q_proj": 7, "proj": 3}"#, 1, linear, [2, 3], product),
-        (r#""r": 1, "lora_alpha": 2, "use_rslora": true, "rank_pattern": {"proj": 1, "^h.*": 2}, "alpha_pattern": {"k": 3}"#, 0, linear, [2, 3], product),
+        (
+            r#""r": 5, "lora_alpha": 9, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"h\\.\\d.q_proj": 8}"#,
+            4,
+            linear,
+            [2, 3],
+            product,
+        ),
+        (
+            r#""r": 9, "lora_alpha": 2, "rank_pattern": {"h.0.q_proj": 2, "q_proj": 7, "proj": 3}"#,
+            1,
+            linear,
+            [2, 3],
+            product,
+        ),
+        (
+            r#""r": 1, "lora_alpha": 2, "use_rslora": true, "rank_pattern": {"proj": 1, "^h.*": 2}, "alpha_pattern": {"k": 3}"#,
+            0,
+            linear,
+            [2, 3],
+            product,
+        ),
     ] {
         for stored in crate::cases::DTYPES {
             let base = whole_numbers(H::DTYPE, shape[0], shape[1], &[1, 2, 3, 4, 5, 6])?;
@@ -91,7 +119,11 @@ pub fn lora_adds_its_scaled_product<H: Harness>() -> Outcome {
                 close(fields, &merged, &exact, H::DTYPE)?;
             } else {
                 let sums: Vec<f64> = (0..shape[0]).flat_map(|row| exact.row(row).to_vec()).collect();
-                same(fields, &merged, &TokenRows::new(sums, shape[0], shape[1])?.to_dtype(H::DTYPE))?;
+                same(
+                    fields,
+                    &merged,
+                    &TokenRows::new(sums, shape[0], shape[1])?.to_dtype(H::DTYPE),
+                )?;
             }
         }
     }
@@ -100,12 +132,12 @@ pub fn lora_adds_its_scaled_product<H: Harness>() -> Outcome {
 
 /// Sums are rounded adapter by adapter; what is added to an embedding is rounded before, too.
 pub fn lora_sums_are_rounded_one_by_one<H: Harness>() -> Outcome {
-    // One and a half units of the table's type above 1, less or more a little: what a delta of that adds to 1.
+    // What lies between 1 and the next value of the type, and a little that is lost when half of it is rounded.
     let (unit, little) = match H::DTYPE {
         DType::F64 => return Ok(()),
         DType::F32 => (2f32.powi(-23), 2f32.powi(-40)),
-        DType::F16 => (2f32.powi(-10), 2f32.powi(-26)),
-        DType::BF16 => (2f32.powi(-7), 2f32.powi(-24)),
+        DType::F16 => (2f32.powi(-10), 2f32.powi(-23)),
+        DType::BF16 => (2f32.powi(-7), 2f32.powi(-23)),
     };
     let delta = 0.5 * unit + little;
     let one = TokenRows::new(vec![1f32], 1, 1)?;
@@ -126,7 +158,11 @@ pub fn lora_sums_are_rounded_one_by_one<H: Harness>() -> Outcome {
             same("a little above half a unit", &read(&out, &tensor)?, &want)?;
         }
         // Two quarters are lost one by one, though not together.
-        merge(&dir, &[&adapter(0.25 * unit)?, &adapter(0.25 * unit + little)?], &out)?;
+        merge(
+            &dir,
+            &[&adapter(0.25 * unit)?, &adapter(0.25 * unit + little)?],
+            &out,
+        )?;
         same("two quarters", &read(&out, &tensor)?, &one.to_dtype(H::DTYPE))?;
     }
     Ok(())
@@ -152,8 +188,15 @@ pub fn rows_win_over_lora<H: Harness>() -> Outcome {
         }
         let wrapped = key(MODULE).replace(".trainable", ".token_adapter.trainable");
         let fields = format!(r#""r": 2, "trainable_token_indices": {:?}"#, world.tokens);
-        let both = lora(&fields, &[(&a, &a_rows), (&b, &b_rows), (&wrapped, &world.rows::<H>())])?;
-        refused("both on one module", both.lora_deltas(&Checkpoint::open(&dir)?), ErrorKind::Unsupported)
+        let both = lora(
+            &fields,
+            &[(&a, &a_rows), (&b, &b_rows), (&wrapped, &world.rows::<H>())],
+        )?;
+        refused(
+            "both on one module",
+            both.lora_deltas(&Checkpoint::open(&dir)?),
+            ErrorKind::Unsupported,
+        )
     })
 }
 
@@ -168,7 +211,9 @@ pub fn lora_of_other_kinds_is_refused<H: Harness>() -> Outcome {
     let plain = [(&*a, &a_rows), (&*b, &b_rows)];
     let refuse = |base: &Checkpoint, fields: &str, tensors: &[(&str, &TokenRows)], name: &str, kind| {
         let result = lora(fields, tensors)?.lora_deltas(base);
-        let message = result.as_ref().map_or_else(ToString::to_string, |_| String::new());
+        let message = result
+            .as_ref()
+            .map_or_else(ToString::to_string, |_| String::new());
         refused(fields, result, kind)?;
         ensure!(message.contains(name), "{fields}: {name} is not in: {message}");
         Ok(())
@@ -192,7 +237,13 @@ pub fn lora_of_other_kinds_is_refused<H: Harness>() -> Outcome {
         r#""init_lora_weights": "lora_ga""#,
     ] {
         let name = field.split('"').nth(1).unwrap_or_default();
-        refuse(&base, &format!(r#""r": 2, {field}"#), &plain, name, ErrorKind::Unsupported)?;
+        refuse(
+            &base,
+            &format!(r#""r": 2, {field}"#),
+            &plain,
+            name,
+            ErrorKind::Unsupported,
+        )?;
     }
     for field in [
         r#""r": 0"#,
@@ -206,10 +257,20 @@ pub fn lora_of_other_kinds_is_refused<H: Harness>() -> Outcome {
         r#""exclude_modules": 1"#,
     ] {
         let name = field.split('"').nth(1).unwrap_or_default();
-        let fields = if name == "r" { field.to_owned() } else { format!(r#""r": 2, {field}"#) };
+        let fields = if name == "r" {
+            field.to_owned()
+        } else {
+            format!(r#""r": 2, {field}"#)
+        };
         refuse(&base, &fields, &plain, name, ErrorKind::File)?;
     }
-    for extra in ["lora_magnitude_vector", "lora_B.bias", "lora_A.default.weight", "weight", "base_layer.bias"] {
+    for extra in [
+        "lora_magnitude_vector",
+        "lora_B.bias",
+        "lora_A.default.weight",
+        "weight",
+        "base_layer.bias",
+    ] {
         let extra = named(Q, extra);
         let tensors = [plain[0], plain[1], (&*extra, &a_rows)];
         refuse(&base, r#""r": 2"#, &tensors, &extra, ErrorKind::Unsupported)?;
@@ -219,10 +280,26 @@ pub fn lora_of_other_kinds_is_refused<H: Harness>() -> Outcome {
     refuse(&base, r#""r": 2"#, &[], "lora_A", ErrorKind::File)?;
     let (_home, dir, _) = model(&[(&tensor, &weight), (other, &weight)])?;
     let larger = Checkpoint::open(&dir)?;
-    refuse(&larger, r#""r": 2, "target_modules": ["q_proj"]"#, &plain, "h.1.q_proj", ErrorKind::File)?;
-    refuse(&larger, r#""r": 2, "modules_to_save": ["h.1"]"#, &plain, other, ErrorKind::File)?;
+    refuse(
+        &larger,
+        r#""r": 2, "target_modules": ["q_proj"]"#,
+        &plain,
+        "h.1.q_proj",
+        ErrorKind::File,
+    )?;
+    refuse(
+        &larger,
+        r#""r": 2, "modules_to_save": ["h.1"]"#,
+        &plain,
+        other,
+        ErrorKind::File,
+    )?;
     let untargeted = r#""r": 2, "target_modules": ["q_proj"], "exclude_modules": ["h.1.q_proj"]"#;
-    equal("deltas", &lora(untargeted, &plain)?.lora_deltas(&larger)?.len(), &1)?;
+    equal(
+        "deltas",
+        &lora(untargeted, &plain)?.lora_deltas(&larger)?.len(),
+        &1,
+    )?;
     for (tensors, kind) in [
         (vec![(other, &weight)], ErrorKind::File),
         (vec![(&*tensor, &b_rows)], ErrorKind::Shape),
@@ -237,14 +314,28 @@ pub fn lora_of_other_kinds_is_refused<H: Harness>() -> Outcome {
 pub fn a_stored_base_weight_counts<H: Harness>() -> Outcome {
     let [a, b, stored] =
         ["lora_embedding_A", "lora_embedding_B", "base_layer.weight"].map(|name| named(MODULE, name));
-    let (a_rows, b_rows) = (whole_numbers(DType::F32, 1, 2, &[1, 2])?, whole_numbers(DType::F32, 1, 1, &[3])?);
+    let (a_rows, b_rows) = (
+        whole_numbers(DType::F32, 1, 2, &[1, 2])?,
+        whole_numbers(DType::F32, 1, 1, &[3])?,
+    );
     let weight = whole_numbers(DType::F32, 2, 1, &[10, 20])?;
-    let adapter = lora(r#""r": 1, "lora_alpha": 1"#, &[(&a, &a_rows), (&b, &b_rows), (&stored, &weight)])?;
+    let adapter = lora(
+        r#""r": 1, "lora_alpha": 1"#,
+        &[(&a, &a_rows), (&b, &b_rows), (&stored, &weight)],
+    )?;
     let (_home, dir, out) = model(&[(TABLE, &noise(1, H::DTYPE, 2, 1))])?;
     merge(&dir, &[&adapter], &out)?;
-    same("the sum", &read(&out, TABLE)?, &whole_numbers(H::DTYPE, 2, 1, &[13, 26])?)?;
+    same(
+        "the sum",
+        &read(&out, TABLE)?,
+        &whole_numbers(H::DTYPE, 2, 1, &[13, 26])?,
+    )?;
     let (_home, dir, _) = model(&[(TABLE, &noise(1, H::DTYPE, 3, 1))])?;
-    refused("another size", adapter.lora_deltas(&Checkpoint::open(&dir)?), ErrorKind::Shape)
+    refused(
+        "another size",
+        adapter.lora_deltas(&Checkpoint::open(&dir)?),
+        ErrorKind::Shape,
+    )
 }
 
 /// On request a value that is not finite is refused, unless the base's is not either; the error names the adapter, the
@@ -256,7 +347,10 @@ pub fn a_checked_merge_names_what_is_not_finite<H: Harness>() -> Outcome {
     let (_home, dir, out) = model(&[(&tensor, &base), (TABLE, &base)])?;
     let base = Checkpoint::open(&dir)?;
     let adapter = |value: f32| {
-        let (a_rows, b_rows) = (TokenRows::new(vec![1.0, value], 1, 2)?, TokenRows::new(vec![0f32, 1.0], 2, 1)?);
+        let (a_rows, b_rows) = (
+            TokenRows::new(vec![1.0, value], 1, 2)?,
+            TokenRows::new(vec![0f32, 1.0], 2, 1)?,
+        );
         lora(r#""r": 1, "lora_alpha": 1"#, &[(&a, &a_rows), (&b, &b_rows)])
     };
     let rows = |value: f32| {
@@ -265,7 +359,9 @@ pub fn a_checked_merge_names_what_is_not_finite<H: Harness>() -> Outcome {
         lora(r#""trainable_token_indices": [1]"#, &[(&name, &rows)])
     };
     let check = |weights: f32, row: f32| {
-        let merge = Merge::new(&base).with("one", &adapter(weights)?)?.with("two", &rows(row)?)?;
+        let merge = Merge::new(&base)
+            .with("one", &adapter(weights)?)?
+            .with("two", &rows(row)?)?;
         Ok::<_, Failure>(merge.check(MergeCheck::Finite).write(&out, Overwrite::Refuse))
     };
     let infinity = f32::INFINITY;
@@ -275,7 +371,9 @@ pub fn a_checked_merge_names_what_is_not_finite<H: Harness>() -> Outcome {
         (-infinity, infinity, ["two", TABLE, "token id 1", "column 1"]),
     ] {
         let result = check(weights, row)?;
-        let message = result.as_ref().map_or_else(ToString::to_string, |_| String::new());
+        let message = result
+            .as_ref()
+            .map_or_else(ToString::to_string, |_| String::new());
         refused("not finite", result, ErrorKind::NonFinite)?;
         for part in parts {
             ensure!(message.contains(part), "{part} is not in: {message}");
@@ -298,23 +396,48 @@ pub fn adapters_with_common_tokens_merge_as_asked<H: Harness>() -> Outcome {
     };
     let (first, second) = (adapter("[3, 1]", &[4, 8])?, adapter("[2, 3]", &[16, 32])?);
     let merge = |overlap: Overlap| {
-        let merge = Merge::new(&checkpoint).with("first", &first)?.with("second", &second)?;
+        let merge = Merge::new(&checkpoint)
+            .with("first", &first)?
+            .with("second", &second)?;
         merge.overlap(overlap).write(&out, Overwrite::Replace)
     };
     let result = merge(Overlap::Refuse);
-    let message = result.as_ref().map_or_else(ToString::to_string, |_| String::new());
+    let message = result
+        .as_ref()
+        .map_or_else(ToString::to_string, |_| String::new());
     refused("a common token", result, ErrorKind::Overlap)?;
     for part in ["token id 3", "first", "second"] {
         ensure!(message.contains(part), "{part} is not in: {message}");
     }
-    for (overlap, common) in [(Overlap::LastWins, 32), (Overlap::WeightedMean(vec![3.0, 1.0]), 11)] {
+    for (overlap, common) in [
+        (Overlap::LastWins, 32),
+        (Overlap::WeightedMean(vec![3.0, 1.0]), 11),
+    ] {
         let report = merge(overlap)?;
         equal("rows", &report.rows, &3)?;
         let rows = whole_numbers(H::DTYPE, 3, 1, &[8, 16, common])?;
-        same("the table", &read(&out, TABLE)?, &overwritten(&base, &[1, 2, 3], &rows)?)?;
+        same(
+            "the table",
+            &read(&out, TABLE)?,
+            &overwritten(&base, &[1, 2, 3], &rows)?,
+        )?;
     }
-    refused("too many weights", merge(Overlap::WeightedMean(vec![1.0; 3])), ErrorKind::Shape)?;
-    refused("no weight", merge(Overlap::WeightedMean(vec![1.0, 0.0])), ErrorKind::Hyperparameter)?;
-    let twice = Merge::new(&checkpoint).with("first", &first)?.with("first", &second);
-    equal("a name twice", &twice.map(drop).map_err(|error| error.kind()), &Err(ErrorKind::Adapter))
+    refused(
+        "too many weights",
+        merge(Overlap::WeightedMean(vec![1.0; 3])),
+        ErrorKind::Shape,
+    )?;
+    refused(
+        "no weight",
+        merge(Overlap::WeightedMean(vec![1.0, 0.0])),
+        ErrorKind::Hyperparameter,
+    )?;
+    let twice = Merge::new(&checkpoint)
+        .with("first", &first)?
+        .with("first", &second);
+    equal(
+        "a name twice",
+        &twice.map(drop).map_err(|error| error.kind()),
+        &Err(ErrorKind::Adapter),
+    )
 }
