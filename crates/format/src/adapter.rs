@@ -2,10 +2,12 @@
 
 mod builder;
 mod check;
+mod extend;
 mod key;
 mod metadata;
 mod parts;
 mod read;
+mod set;
 mod write;
 
 use std::collections::BTreeMap;
@@ -13,8 +15,10 @@ use std::path::{Path, PathBuf};
 
 pub use builder::AdapterBuilder;
 pub use check::BaseCheck;
+pub use extend::SaveEmbeddingLayers;
 use key::key_of;
 pub use metadata::{AdapterMetadata, ModuleMetadata};
+pub use set::AdapterSet;
 use trainable_tokens_core::{TokenId, TokenRows, TokenSet};
 
 use crate::config::{AdapterConfig, TokenIndices};

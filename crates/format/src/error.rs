@@ -132,6 +132,37 @@ pub enum Error {
         /// The other module.
         second: String,
     },
+    /// A target names no module of the model.
+    #[error("no module of {} is {target:?}; it has the tables {tables:?}", shown(path))]
+    NoTarget {
+        /// The model.
+        path: PathBuf,
+        /// What was asked for.
+        target: String,
+        /// A few of the model's tables.
+        tables: Vec<String>,
+    },
+    /// A module is targeted that is no table of token vectors.
+    #[error(
+        "module {module:?} of {} is no embedding table: {reason}; target the embedding or the head",
+        shown(path)
+    )]
+    NotATable {
+        /// The model.
+        path: PathBuf,
+        /// The module.
+        module: String,
+        /// What tells it.
+        reason: String,
+    },
+    /// An adapter cannot have this name.
+    #[error("{name:?} cannot be the name of an adapter: {reason}")]
+    AdapterName {
+        /// The name.
+        name: String,
+        /// Why.
+        reason: String,
+    },
     /// A file is not the JSON it should be.
     #[error("{} is not valid JSON: {reason}", shown(path))]
     Json {
@@ -220,7 +251,7 @@ impl BackendError for Error {
             Self::Core(error) => error.kind(),
             Self::Base { kind, .. } => *kind,
             Self::TiedTokens { .. } => ErrorKind::TokenSet,
-            Self::TensorShape { .. } => ErrorKind::Shape,
+            Self::TensorShape { .. } | Self::NotATable { .. } => ErrorKind::Shape,
             Self::TensorDType { .. } => ErrorKind::DType,
             Self::NonFinite { .. } => ErrorKind::NonFinite,
             Self::Unsupported { .. } => ErrorKind::Unsupported,

@@ -16,8 +16,11 @@ use serde_json::value::RawValue;
 use crate::error::{Error, Result, one_line};
 
 /// The largest config that is read: enough for the ids of every token of the largest vocabularies, and little
-/// enough that a hostile file takes no more than a few hundred megabytes to refuse.
+/// enough that a hostile file takes less than 200 MB to refuse.
 pub(crate) const MAX_CONFIG_BYTES: u64 = 4 << 20;
+
+/// Most objects in a value; more is no config, and they take much more memory than their text.
+const MAX_OBJECTS: usize = 1 << 16;
 
 /// Deepest nesting of a value; more is no config.
 const MAX_DEPTH: usize = 64;
@@ -38,26 +41,32 @@ impl Json {
     /// Parses a text. The error is one line.
     pub(crate) fn parse(text: &str) -> Result<Self, String> {
         let raw: &RawValue = serde_json::from_str(text).map_err(one_line)?;
-        Self::from_raw(raw, 0)
+        Self::from_raw(raw, 0, &mut 0)
     }
 
-    fn from_raw(raw: &RawValue, depth: usize) -> Result<Self, String> {
+    fn from_raw(raw: &RawValue, depth: usize, objects: &mut usize) -> Result<Self, String> {
         if depth > MAX_DEPTH {
             return Err(format!("nested deeper than {MAX_DEPTH} levels"));
         }
         let text = raw.get();
         Ok(match text.as_bytes().first() {
             Some(b'{') => {
+                *objects += 1;
+                if *objects > MAX_OBJECTS {
+                    return Err(format!("more than {MAX_OBJECTS} objects"));
+                }
                 let UniqueMap(fields) =
                     serde_json::from_str::<UniqueMap<&RawValue>>(text).map_err(one_line)?;
                 let fields = fields
                     .into_iter()
-                    .map(|(key, value)| Ok((key, Self::from_raw(value, depth + 1)?)));
+                    .map(|(key, value)| Ok((key, Self::from_raw(value, depth + 1, objects)?)));
                 Self::Object(fields.collect::<Result<_, String>>()?)
             }
             Some(b'[') => {
                 let items: Vec<&RawValue> = serde_json::from_str(text).map_err(one_line)?;
-                let items = items.into_iter().map(|item| Self::from_raw(item, depth + 1));
+                let items = items
+                    .into_iter()
+                    .map(|item| Self::from_raw(item, depth + 1, objects));
                 Self::Array(items.collect::<Result<_, String>>()?)
             }
             Some(b'"') => Self::String(serde_json::from_str(text).map_err(one_line)?),

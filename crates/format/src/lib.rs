@@ -44,10 +44,14 @@ mod header;
 mod json;
 mod lora;
 mod merge;
+mod model;
 mod state;
 mod table;
 
-pub use adapter::{Adapter, AdapterBuilder, AdapterMetadata, AdapterModule, BaseCheck, ModuleMetadata};
+pub use adapter::{
+    Adapter, AdapterBuilder, AdapterMetadata, AdapterModule, AdapterSet, BaseCheck, ModuleMetadata,
+    SaveEmbeddingLayers,
+};
 pub use atomic::{Overwrite, write_dir_atomically, write_file_atomically};
 pub use checkpoint::Checkpoint;
 pub use config::{AdapterConfig, PeftType, TargetModules, TaskType, TokenIndices};
@@ -56,5 +60,6 @@ pub use error::{Error, Result};
 pub use file::{SafetensorsFile, TensorRef};
 pub use lora::{LoraDelta, LoraLayer, LoraWeights};
 pub use merge::{Merge, MergeReport, RowReplacement, merge_checkpoint};
+pub use model::{ModelTables, TargetedTable};
 pub use state::TrainingState;
-pub use table::MappedTable;
+pub use table::{ExtendedTable, MappedTable};

@@ -5,6 +5,7 @@ mod copy;
 mod plan;
 mod table;
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::BufWriter;
 use std::path::{Path, PathBuf};
@@ -17,6 +18,7 @@ use crate::adapter::Adapter;
 use crate::atomic::{Overwrite, write_dir_atomically};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
+use crate::model::ModelTables;
 
 /// Rows to put into one table of a checkpoint.
 #[derive(Clone, Debug)]
@@ -60,18 +62,21 @@ impl Adapter {
     /// Those of [`check_against`](Self::check_against).
     pub fn replacements(&self, base: &Checkpoint) -> Result<Vec<RowReplacement>> {
         self.check_against(base, crate::BaseCheck::Fits)?;
-        let tables = self.modules().iter().flat_map(|module| {
-            let names = module.all_paths().map(|path| format!("{path}.weight"));
-            names.map(move |name| (name, module))
-        });
-        let replacements = tables
-            .filter(|(name, _)| base.contains(name))
-            .map(|(tensor, module)| RowReplacement {
-                tensor,
-                ids: module.token_ids(),
-                rows: module.rows().clone(),
-            });
-        Ok(replacements.collect())
+        let model = ModelTables::of(base)?;
+        // Modules that share a table have the same rows, as was checked.
+        let mut seen = BTreeSet::new();
+        let mut replacements = Vec::new();
+        for module in self.modules() {
+            let tensors = module.weights(base, &model).into_iter();
+            for tensor in tensors.filter(|tensor| seen.insert(tensor.clone())) {
+                replacements.push(RowReplacement {
+                    tensor,
+                    ids: module.token_ids(),
+                    rows: module.rows().clone(),
+                });
+            }
+        }
+        Ok(replacements)
     }
 }
 

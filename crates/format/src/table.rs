@@ -1,9 +1,12 @@
 //! A frozen table in a mapped file.
 
+mod extended;
+
 use std::fmt;
 use std::ops::Range;
 use std::path::Path;
 
+pub use extended::ExtendedTable;
 use safetensors::Dtype;
 use safetensors::tensor::TensorInfo;
 use trainable_tokens_core::{DType, EmbeddingSource, HostTable, RowRef, TokenId, TokenRows};

@@ -5,9 +5,9 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use safetensors::Dtype;
-use trainable_tokens_core::{DType, TokenRows, TokenSet};
+use trainable_tokens_core::{DType, EmbeddingSource, TokenId, TokenRows, TokenSet};
 
-use super::key::{self, Key, key_of};
+use super::key::{self, Key, Layer, key_of, layer_key};
 use super::metadata::{AdapterMetadata, ModuleMetadata};
 use super::parts::Targets;
 use super::{Adapter, AdapterModule, ExtraTensor, ROWS_FILE};
@@ -16,6 +16,7 @@ use crate::digest::TableDigest;
 use crate::error::{Error, Result};
 use crate::file::SafetensorsFile;
 use crate::header::{TensorData, write_safetensors};
+use crate::table::file_dtype;
 
 /// Collects what an adapter needs; [`build`](Self::build) checks it. Made by [`Adapter::builder`].
 #[derive(Clone, Debug)]
@@ -28,6 +29,7 @@ pub struct AdapterBuilder {
     base_model: Option<String>,
     init_weights: Option<bool>,
     extra: Vec<(String, Dtype, Vec<usize>, Vec<u8>)>,
+    layers: Vec<(String, Layer, TokenRows)>,
     init: Option<String>,
     metadata: bool,
 }
@@ -42,6 +44,7 @@ impl AdapterBuilder {
             base_model: None,
             init_weights: None,
             extra: Vec::new(),
+            layers: Vec::new(),
             init: None,
             metadata: true,
         };
@@ -110,6 +113,37 @@ impl AdapterBuilder {
     ) -> Self {
         self.extra.push((name.into(), dtype, shape.into(), bytes));
         self
+    }
+
+    /// Stores the whole table of the last module beside its rows, and for each module that is tied to it, as PEFT does
+    /// with `save_embedding_layers`; see [`SaveEmbeddingLayers`](crate::SaveEmbeddingLayers). It is read into memory.
+    ///
+    /// # Errors
+    ///
+    /// Those of reading the table's rows.
+    pub fn embedding_layer<S: EmbeddingSource>(mut self, table: &S) -> Result<Self, S::Error> {
+        let rows = whole(table)?;
+        if let Some((module, _)) = self.modules.last() {
+            let paths = module.all_paths().map(str::to_owned);
+            self.layers
+                .extend(paths.map(|path| (path, Layer::UnderRows, rows.clone())));
+        }
+        Ok(self)
+    }
+
+    /// Stores the whole table of a module without rows, such as an untied head of a model whose vocabulary has grown;
+    /// PEFT loads it, but may leave it out itself.
+    ///
+    /// # Errors
+    ///
+    /// Those of reading the table's rows.
+    pub fn head_layer<S: EmbeddingSource>(
+        mut self,
+        path: impl Into<String>,
+        table: &S,
+    ) -> Result<Self, S::Error> {
+        self.layers.push((path.into(), Layer::Plain, whole(table)?));
+        Ok(self)
     }
 
     /// `target_modules` of the config. By default, the last part of each module's path (`embed_tokens`); with LoRA,
@@ -184,6 +218,15 @@ impl AdapterBuilder {
         let kind = config.peft_type();
         // Checked before they are left out: they must be no module's own path.
         check_paths(self.modules.iter().map(|(module, _)| module), &config)?;
+        for (path, layer, rows) in std::mem::take(&mut self.layers) {
+            let name = layer_key(kind, &path, layer);
+            self.extra.push((
+                name,
+                file_dtype(rows.dtype()),
+                rows.shape().to_vec(),
+                rows.to_le_bytes(),
+            ));
+        }
         if kind == PeftType::Lora {
             self.modules
                 .iter_mut()
@@ -279,6 +322,12 @@ impl AdapterBuilder {
         }
         names
     }
+}
+
+/// The rows of a whole table.
+fn whole<S: EmbeddingSource>(table: &S) -> Result<TokenRows, S::Error> {
+    let ids: Vec<_> = (0..=u32::MAX).map(TokenId).take(table.vocab_size()).collect();
+    table.read_rows(&ids)
 }
 
 fn last_part(path: &str) -> String {

@@ -4,8 +4,10 @@ use trainable_tokens_core::{EmbeddingSource, ErrorKind};
 
 use super::{Adapter, AdapterModule, parts};
 use crate::checkpoint::Checkpoint;
+use crate::config::is_path_or_suffix;
 use crate::error::{Error, Result};
-use crate::table::MappedTable;
+use crate::model::ModelTables;
+use crate::table::ExtendedTable;
 
 /// How closely the base must be the one that the adapter was trained on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,28 +20,37 @@ pub enum BaseCheck {
 
 impl Adapter {
     /// Checks that the adapter can be used with `base`: each module has a table `<module>.weight` there, or is
-    /// tied to one that has; ids are below its rows; rows are as long as its rows; modules that share a table have
-    /// the same tokens and rows.
+    /// tied to one that has; ids are below its rows, or those of the [`table`](Self::table) that the adapter makes of
+    /// it; rows are as long as its rows; modules that share a table have the same tokens and rows.
     ///
     /// # Errors
     ///
-    /// [`Error::Base`] naming what does not fit, [`Error::TiedTokens`], [`Error::TiedCopies`], and those of
-    /// [`Checkpoint::table`].
+    /// [`Error::Base`] naming what does not fit, [`Error::TiedTokens`], [`Error::TiedCopies`], [`Error::NotATable`],
+    /// and those of [`Checkpoint::table`].
     pub fn check_against(&self, base: &Checkpoint, check: BaseCheck) -> Result<()> {
+        let model = ModelTables::of(base)?;
+        self.check_shared(base, &model)?;
         for module in &self.modules {
-            let mut found = false;
-            for path in module.all_paths() {
-                let name = weight_name(path);
-                if base.contains(&name) {
-                    found = true;
-                    self.check_table(module, path, &base.table(&name)?, base, check)?;
-                }
-            }
-            if !found {
+            model.check_table(&module.path)?;
+            let weights = module.weights(base, &model);
+            if weights.is_empty() {
                 self.check_tied(module, base)?;
+                continue;
+            }
+            for path in module
+                .all_paths()
+                .filter(|path| base.contains(&weight_name(path)))
+            {
+                let table = self.table_of(path, base, &model)?;
+                self.check_table(module, path, &table, base, check)?;
+            }
+            if !base.contains(&weight_name(&module.path)) {
+                let table = self.table_of(&module.path, base, &model)?;
+                self.check_table(module, &module.path, &table, base, check)?;
             }
         }
-        Ok(())
+        self.check_names(base, &model)?;
+        self.check_head(base, &model)
     }
 
     /// Checks ids and row length of every module against a table of `vocab_size x embedding_dim`.
@@ -62,13 +73,13 @@ impl Adapter {
         &self,
         module: &AdapterModule,
         path: &str,
-        table: &MappedTable,
+        table: &ExtendedTable,
         base: &Checkpoint,
         check: BaseCheck,
     ) -> Result<()> {
-        let misfit = |kind, reason| misfit(base, kind, reason);
+        let misfit = |kind, reason| Err(misfit(base, kind, reason));
         let (vocab_size, dim) = (table.vocab_size(), table.embedding_dim());
-        let name = table.name();
+        let name = table.base().name();
         let mut ids = module.token_indices.iter().enumerate();
         if let Some((slot, id)) = ids.find(|(_, id)| **id as usize >= vocab_size) {
             let field = self.config.peft_type().tokens_field();
@@ -96,13 +107,65 @@ impl Adapter {
             let reason = format!("it was trained on {recorded}, but {name} is {}", table.dtype());
             return misfit(ErrorKind::DType, reason);
         }
+        // The digest of a table that was larger than the base's says nothing about the base's.
         if let Some(recorded) = metadata.base_digest
             && module.path == path
+            && table.added().num_rows() == 0
         {
-            let digest = table.digest();
+            let digest = table.base().digest();
             if digest != recorded {
                 let reason = format!("it was trained on a table of {recorded}, but {name} is {digest}");
                 return misfit(ErrorKind::File, reason);
+            }
+        }
+        Ok(())
+    }
+
+    /// Modules that share the input embedding's table must have the same tokens and rows.
+    fn check_shared(&self, base: &Checkpoint, model: &ModelTables) -> Result<()> {
+        let Some(embedding) = model.input_embedding().filter(|_| !model.tied().is_empty()) else {
+            return Ok(());
+        };
+        let is_shared =
+            |module: &&AdapterModule| module.all_paths().any(|path| model.shares_input_embedding(path));
+        let mut shared = self.modules.iter().filter(is_shared);
+        let Some(first) = self.module(embedding).or_else(|| shared.clone().next()) else {
+            return Ok(());
+        };
+        let tied_tokens = |first: &str, second: &str| Error::TiedTokens {
+            path: base.dir().to_owned(),
+            first: first.to_owned(),
+            second: second.to_owned(),
+        };
+        if !first.all_paths().any(|path| path == embedding) {
+            // Rows of the head alone: merging would put them into the embedding too.
+            return Err(tied_tokens(embedding, &first.path));
+        }
+        match shared
+            .find(|module| !module.rows.bits_eq(&first.rows) || module.token_indices != first.token_indices)
+        {
+            None => Ok(()),
+            Some(other) if other.token_indices != first.token_indices => {
+                Err(tied_tokens(&first.path, &other.path))
+            }
+            Some(other) => Err(parts::tied_copies_differ(
+                std::slice::from_ref(first),
+                &other.path,
+                &other.rows,
+                self.config.peft_type(),
+                self.origin(),
+            )),
+        }
+    }
+
+    /// A name with token ids but without rows must be that of a module that is tied.
+    fn check_names(&self, base: &Checkpoint, model: &ModelTables) -> Result<()> {
+        for (name, _) in parts::names_without_rows(&self.config, &self.modules) {
+            let mut paths = model.paths().filter(|path| is_path_or_suffix(name, path));
+            if let Some(path) = paths.find(|path| !model.shares_input_embedding(path)) {
+                let reason =
+                    format!("module {path:?} is not tied there, but the adapter has no rows for {name:?}");
+                return Err(misfit(base, ErrorKind::File, reason));
             }
         }
         Ok(())
@@ -124,7 +187,7 @@ impl Adapter {
                 module.path,
                 weight_name(&module.path)
             );
-            return misfit(base, ErrorKind::File, reason);
+            return Err(misfit(base, ErrorKind::File, reason));
         };
         let same_tokens = |owner: &&AdapterModule| owner.token_indices == module.token_indices;
         let Some(like) = owners.iter().find(same_tokens) else {
@@ -156,10 +219,10 @@ pub(super) fn weight_name(path: &str) -> String {
     format!("{path}.weight")
 }
 
-fn misfit(base: &Checkpoint, kind: ErrorKind, reason: String) -> Result<()> {
-    Err(Error::Base {
+pub(super) fn misfit(base: &Checkpoint, kind: ErrorKind, reason: String) -> Error {
+    Error::Base {
         path: base.dir().to_owned(),
         kind,
         reason,
-    })
+    }
 }

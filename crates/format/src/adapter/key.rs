@@ -30,6 +30,23 @@ fn wrapper(kind: PeftType) -> &'static str {
     }
 }
 
+/// Where PEFT keeps the whole table of a module.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Layer {
+    /// Under the rows that replace some of its own.
+    UnderRows,
+    /// A module without rows.
+    Plain,
+}
+
+/// The name of the whole table of the module at `path`, which PEFT writes with `save_embedding_layers`.
+pub(super) fn layer_key(kind: PeftType, path: &str, layer: Layer) -> String {
+    match layer {
+        Layer::UnderRows => format!("{PREFIX}{path}{}.base_layer.weight", wrapper(kind)),
+        Layer::Plain => format!("{PREFIX}{path}.weight"),
+    }
+}
+
 pub(super) fn parse(kind: PeftType, name: &str) -> Key<'_> {
     // The last place where the name of rows ends, or goes on after another dot.
     let found = name

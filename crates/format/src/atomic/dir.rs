@@ -5,16 +5,19 @@ use std::path::Path;
 
 use super::Overwrite;
 use super::target::{Target, builder, sync_dir};
+use crate::checkpoint::MODEL_CONFIG_FILE;
+use crate::config::CONFIG_FILE;
 use crate::error::{Error, Result, shown};
 
 /// Files of which one marks a directory that may be replaced.
-const OURS: [&str; 2] = ["adapter_config.json", "config.json"];
+const OURS: [&str; 2] = [CONFIG_FILE, MODEL_CONFIG_FILE];
 
 /// Writes a directory through `fill`, which gets an empty temporary sibling; its files are then synced and it is
 /// renamed into place. Missing parent directories are created. After any error nothing has changed.
 ///
-/// A directory is replaced only if it is empty or holds an `adapter_config.json` or a `config.json`: then it is
-/// an adapter or a model, and all that it holds goes.
+/// A directory is replaced only if it is empty, or holds an `adapter_config.json` or a `config.json`, or nothing but
+/// directories with an `adapter_config.json`: then it is an adapter, a model or several adapters, and all that it
+/// holds goes.
 ///
 /// # Errors
 ///
@@ -57,7 +60,7 @@ fn check_replaceable(target: &Path, overwrite: Overwrite) -> Result<()> {
     }
     let reason = if !target.is_dir() {
         "it is a file, not a directory"
-    } else if !OURS.iter().any(|name| target.join(name).is_file()) && !is_empty(target)? {
+    } else if !OURS.iter().any(|name| target.join(name).is_file()) && !holds_only_ours(target)? {
         "it holds files, but neither adapter_config.json nor config.json; remove it by hand"
     } else {
         return Ok(());
@@ -66,9 +69,15 @@ fn check_replaceable(target: &Path, overwrite: Overwrite) -> Result<()> {
     Err(Error::Target { path, reason })
 }
 
-fn is_empty(dir: &Path) -> Result<bool> {
-    let mut entries = fs::read_dir(dir).map_err(Error::io("list", dir))?;
-    Ok(entries.next().is_none())
+/// Whether a directory is empty, or all that it holds are adapters in directories of their own.
+fn holds_only_ours(dir: &Path) -> Result<bool> {
+    for entry in fs::read_dir(dir).map_err(Error::io("list", dir))? {
+        let path = entry.map_err(Error::io("list", dir))?.path();
+        if !path.join(CONFIG_FILE).is_file() {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// Moves the old directory aside, the new one in, and removes the old one; puts it back if the new one does not

@@ -183,6 +183,7 @@ pub fn files_without_rows_are_kept<H: Harness>() -> Outcome {
     {
         write(name, name.as_bytes())?;
     }
+    write("config.json", b"{ }")?;
     let table = world.table::<H>();
     let adapter = adapter_of::<H>(&world.trained::<H>()?)?;
     let files = |names: &[&str]| {

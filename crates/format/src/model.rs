@@ -1,0 +1,188 @@
+//! What a model's config and names tell about its tables.
+
+mod names;
+mod resolve;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+pub use resolve::TargetedTable;
+
+use crate::checkpoint::{Checkpoint, MODEL_CONFIG_FILE};
+use crate::error::{Error, Result, one_line};
+use crate::json::{MAX_CONFIG_BYTES, read_text};
+
+/// The modules of a model that hold a table or could, and which of them are its input embedding, its head, and tied.
+///
+/// Of a checkpoint, [`of`](Self::of) tells this from `config.json` and from the tensors' names, for the architectures
+/// of transformers. Of any other model, [`named`](Self::named) takes it from the caller.
+#[derive(Clone, Debug)]
+pub struct ModelTables {
+    origin: PathBuf,
+    modules: BTreeMap<String, Module>,
+    input_embedding: Option<String>,
+    head: Option<String>,
+    tied: Vec<String>,
+    vocab_size: Option<usize>,
+}
+
+/// What is known of a module.
+#[derive(Clone, Debug, Default)]
+struct Module {
+    /// The shape of its weight, if it is known.
+    shape: Option<Vec<usize>>,
+    has_bias: bool,
+}
+
+impl ModelTables {
+    /// The tables of a checkpoint.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Json`] and those of reading, if there is a `config.json` but it cannot be read.
+    pub fn of(checkpoint: &Checkpoint) -> Result<Self> {
+        let mut modules: BTreeMap<String, Module> = BTreeMap::new();
+        for name in checkpoint.names() {
+            if let Some(path) = name.strip_suffix(".weight") {
+                let shape = Some(checkpoint.tensor(name)?.shape.to_vec());
+                let has_bias = checkpoint.contains(&format!("{path}.bias"));
+                modules.insert(path.to_owned(), Module { shape, has_bias });
+            }
+        }
+        let config = ModelConfig::read(&checkpoint.config_path())?;
+        let names: Vec<_> = checkpoint.names().collect();
+        let known = names::roles(&config, &names);
+        Ok(Self {
+            origin: checkpoint.dir().to_owned(),
+            modules,
+            input_embedding: known.input_embedding,
+            head: known.head,
+            tied: known.tied,
+            vocab_size: config.vocab_size,
+        })
+    }
+
+    /// The modules of a model that is no checkpoint, by their paths, such as `model.embed_tokens`.
+    pub fn named<S: Into<String>>(paths: impl IntoIterator<Item = S>) -> Self {
+        let modules = paths.into_iter().map(|path| (path.into(), Module::default()));
+        Self {
+            origin: PathBuf::from("the model"),
+            modules: modules.collect(),
+            input_embedding: None,
+            head: None,
+            tied: Vec::new(),
+            vocab_size: None,
+        }
+    }
+
+    /// Says which module is the input embedding: what PEFT asks `get_input_embeddings()` for.
+    pub fn with_input_embedding(mut self, path: impl Into<String>) -> Self {
+        let path = path.into();
+        self.modules.entry(path.clone()).or_default();
+        self.input_embedding = Some(path);
+        self
+    }
+
+    /// Says which modules share the input embedding's table, such as `lm_head`.
+    pub fn with_tied<S: Into<String>>(mut self, paths: impl IntoIterator<Item = S>) -> Self {
+        self.tied = paths.into_iter().map(Into::into).collect();
+        self.tied.sort();
+        self
+    }
+
+    /// The paths of all modules that may be targeted, those without a table of their own too.
+    pub fn paths(&self) -> impl Iterator<Item = &str> {
+        let tied = self.tied.iter().filter(|path| !self.modules.contains_key(*path));
+        self.modules.keys().chain(tied).map(String::as_str)
+    }
+
+    /// The input embedding, if it is known.
+    pub fn input_embedding(&self) -> Option<&str> {
+        self.input_embedding.as_deref()
+    }
+
+    /// The head that has a table of its own, if one is known.
+    pub fn head(&self) -> Option<&str> {
+        self.head.as_deref()
+    }
+
+    /// The modules that share the input embedding's table, sorted: for each of them PEFT stores a copy of the rows.
+    pub fn tied(&self) -> &[String] {
+        &self.tied
+    }
+
+    /// The size of the vocabulary that `config.json` states.
+    pub fn vocab_size(&self) -> Option<usize> {
+        self.vocab_size
+    }
+
+    /// Whether the module has the input embedding's table: it is the input embedding, or tied with it.
+    pub fn shares_input_embedding(&self, path: &str) -> bool {
+        self.input_embedding() == Some(path) || self.tied.iter().any(|tied| tied == path)
+    }
+
+    /// Refuses a module that is no table: PEFT replaces rows of whatever linear layer a pattern hits.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotATable`] with what tells it.
+    pub fn check_table(&self, path: &str) -> Result<()> {
+        let is_known = self.shares_input_embedding(path) || self.head() == Some(path);
+        let Some(module) = self.modules.get(path).filter(|_| !is_known) else {
+            return Ok(());
+        };
+        let rows = module.shape.as_ref().and_then(|shape| shape.first().copied());
+        let is_vocabulary = self.vocab_size.is_some() && rows == self.vocab_size;
+        let reason = match (&module.shape, self.vocab_size) {
+            (Some(shape), _) if shape.len() != 2 => format!("its weight has the shape {shape:?}"),
+            _ if names::is_head(path) && (is_vocabulary || self.vocab_size.is_none()) => return Ok(()),
+            _ if module.has_bias => "it has a bias, as linear layers have".to_owned(),
+            _ if names::is_embedding(path) => return Ok(()),
+            _ if names::is_in_layer(path) => "it is part of a numbered layer".to_owned(),
+            (Some(shape), Some(vocab_size)) if !is_vocabulary => {
+                format!("its weight has the shape {shape:?}, and the vocabulary {vocab_size} tokens")
+            }
+            _ => return Ok(()),
+        };
+        Err(Error::NotATable {
+            path: self.origin.clone(),
+            module: path.to_owned(),
+            reason,
+        })
+    }
+}
+
+/// What `config.json` says that matters here.
+#[derive(Debug, Default)]
+struct ModelConfig {
+    architecture: Option<String>,
+    tie_word_embeddings: Option<bool>,
+    vocab_size: Option<usize>,
+}
+
+impl ModelConfig {
+    /// An absent file says nothing.
+    fn read(path: &Path) -> Result<Self> {
+        if !path.exists() {
+            return Ok(Self::default());
+        }
+        let text = read_text(path, MAX_CONFIG_BYTES)?;
+        let config: serde_json::Value = serde_json::from_str(&text).map_err(|error| Error::Json {
+            path: path.to_owned(),
+            reason: format!("{}, in the model's {MODEL_CONFIG_FILE}", one_line(error)),
+        })?;
+        // Models of several parts keep the language model's fields apart.
+        let field = |name: &str| {
+            let text = config.get("text_config").and_then(|text| text.get(name));
+            config.get(name).filter(|value| !value.is_null()).or(text)
+        };
+        let architecture = config.get("architectures").and_then(|list| list.get(0));
+        Ok(Self {
+            architecture: architecture.and_then(|name| name.as_str()).map(str::to_owned),
+            tie_word_embeddings: field("tie_word_embeddings").and_then(serde_json::Value::as_bool),
+            vocab_size: field("vocab_size")
+                .and_then(serde_json::Value::as_u64)
+                .and_then(|size| size.try_into().ok()),
+        })
+    }
+}
