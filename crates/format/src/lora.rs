@@ -163,10 +163,11 @@ impl Adapter {
                     let stored = StoredFactor::new(file, &tensor, factor.shape())?;
                     factors.entry(path).or_default().insert(factor, stored);
                 }
+                Key::Other(path) => return Err(unsupported(&tensor, &other_weights(name, path))),
+                Key::Base(_) | Key::Foreign if self.is_whole_table(name) => {}
                 Key::Base(path) => {
                     bases.insert(path, StoredFactor::new(file, &tensor, "that of a table")?);
                 }
-                Key::Other(path) => return Err(unsupported(&tensor, &other_weights(name, path))),
                 Key::Foreign => return Err(unsupported(&tensor, &foreign(name))),
             }
         }

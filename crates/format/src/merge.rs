@@ -2,6 +2,7 @@
 
 mod adapters;
 mod copy;
+mod grow;
 mod plan;
 mod table;
 
@@ -127,6 +128,7 @@ fn write(base: &Checkpoint, plan: &Plan<'_>, out: &Path, overwrite: Overwrite) -
             }
         }
         copy::others(base, dir, &mut report)?;
+        grow::adjust(base, plan, dir)?;
         Ok(report)
     })
 }

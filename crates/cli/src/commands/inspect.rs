@@ -148,12 +148,10 @@ fn adapter(dir: &Path, base: Option<&Path>) -> Result<AdapterOutput> {
     let config = adapter.config();
     let metadata = adapter.metadata();
     let module = |module: &trainable_tokens_format::AdapterModule| -> Result<ModuleOutput> {
-        let table = match &base {
-            Some(base) => module
-                .all_paths()
-                .find_map(|path| base.table(&format!("{path}.weight")).ok()),
-            None => None,
-        };
+        let table = base
+            .as_ref()
+            .map(|base| adapter.table(module.path(), base))
+            .transpose()?;
         let ids = module.token_ids();
         let drift = table
             .map(|table| drift(module.rows(), &table.read_rows(&ids)?))

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, bail};
 use serde::Serialize;
 use trainable_tokens_core::{MergeCheck, Overlap};
-use trainable_tokens_format::{Adapter, BaseCheck, Checkpoint, LoraDelta, LoraLayer, Merge};
+use trainable_tokens_format::{Adapter, BaseCheck, Checkpoint, LoraDelta, Merge, ModelTables};
 
 use super::check_free;
 use crate::args::{Cli, MergeArgs, OverlapChoice};
@@ -38,7 +38,8 @@ pub(super) fn run(args: &MergeArgs, cli: &Cli) -> Result<()> {
         merge = merge.with(dir.display().to_string(), &adapter)?;
     }
     let report = merge.write(&args.out, cli.overwrite())?;
-    if let Some(table) = merge.deltas().find_map(|delta| tied_table(&base, delta)) {
+    let model = ModelTables::of(&base)?;
+    if let Some(table) = merge.deltas().find_map(|delta| tied_table(&model, delta)) {
         note(&format!(
             "note: the output layer is tied to {table}, so weights of LoRA change it too"
         ));
@@ -70,15 +71,10 @@ fn overlap(args: &MergeArgs) -> Result<Overlap> {
     })
 }
 
-/// The embedding that the delta is for, if the model's config says that the output layer is the same table.
-fn tied_table<'a>(base: &Checkpoint, delta: &'a LoraDelta) -> Option<&'a str> {
-    if delta.weights().layer() != LoraLayer::Embedding {
-        return None;
-    }
-    let config = std::fs::read(base.config_path()).ok()?;
-    let config: serde_json::Value = serde_json::from_slice(&config).ok()?;
-    let tied = config["tie_word_embeddings"] == true && !base.contains("lm_head.weight");
-    tied.then(|| delta.tensor())
+/// The embedding that the delta is for, if the head is tied to it.
+fn tied_table<'a>(model: &ModelTables, delta: &'a LoraDelta) -> Option<&'a str> {
+    let is_shared = model.shares_input_embedding(delta.weights().path()) && !model.tied().is_empty();
+    is_shared.then(|| delta.tensor())
 }
 
 fn to_text(output: &Output<'_>) -> String {

@@ -11,7 +11,8 @@ use crate::adapter::Adapter;
 use crate::checkpoint::Checkpoint;
 use crate::config::PeftType;
 use crate::error::{Error, Result};
-use crate::table::float_dtype;
+use crate::model::ModelTables;
+use crate::table::{ExtendedTable, float_dtype};
 
 /// LoRA's weights of one module, matched with the tensor of a checkpoint that they are added to.
 #[derive(Clone, Debug)]
@@ -32,9 +33,11 @@ impl LoraDelta {
         &self.weights
     }
 
-    /// Rows of the weight that is in the file of the adapter, in the place of the base's.
-    pub(crate) fn base_rows<T: Element>(&self, rows: Range<usize>) -> Option<Vec<T>> {
-        self.weights.base.as_ref().map(|stored| stored.values(rows))
+    /// The weight that is in the file of the adapter, in the place of the base's.
+    pub(crate) fn base_table(&self) -> Result<Option<ExtendedTable>> {
+        let stored = self.weights.base.as_ref();
+        let table = stored.map(|stored| stored.file.table(&stored.name)).transpose()?;
+        Ok(table.map(ExtendedTable::from))
     }
 }
 
@@ -52,8 +55,10 @@ impl Adapter {
         if self.config().peft_type() == PeftType::Lora {
             self.check_complete(base, &weights)?;
         }
-        let layouts = Layouts::of(base, &weights)?;
-        let deltas = weights.iter().map(|lora| self.match_with(base, lora, &layouts));
+        let (layouts, model) = (Layouts::of(base, &weights)?, ModelTables::of(base)?);
+        let deltas = weights
+            .iter()
+            .map(|lora| self.match_with(base, &model, lora, &layouts));
         deltas.collect()
     }
 
@@ -92,7 +97,13 @@ impl Adapter {
         Ok(())
     }
 
-    fn match_with(&self, base: &Checkpoint, lora: &LoraWeights, layouts: &Layouts<'_>) -> Result<LoraDelta> {
+    fn match_with(
+        &self,
+        base: &Checkpoint,
+        model: &ModelTables,
+        lora: &LoraWeights,
+        layouts: &Layouts<'_>,
+    ) -> Result<LoraDelta> {
         let path = lora.path();
         if self.rows(path).is_some() {
             return Err(Error::Unsupported {
@@ -110,18 +121,29 @@ impl Adapter {
                 reason,
             })
         };
-        if !base.contains(&tensor) {
-            let why = if base.contains(&format!("{path}.qweight")) {
+        let is_tied = model.tied().iter().any(|tied| tied == path);
+        if is_tied || !base.contains(&tensor) {
+            let why = if is_tied {
+                "its table is that of the embedding, which would change too; untie the model, or leave the head out"
+            } else if base.contains(&format!("{path}.qweight")) {
                 "its weight is quantised"
             } else {
-                "a head that is tied to the embedding has no weight of its own to change"
+                "weights of LoRA are added to that"
             };
-            let reason =
-                format!("module {path:?} has weights of LoRA, but no tensor {tensor:?} there; {why}");
+            let reason = format!(
+                "module {path:?} has weights of LoRA, but no tensor {tensor:?} of its own there; {why}"
+            );
             return misfit(ErrorKind::File, reason);
         }
         let table = base.table(&tensor)?;
-        let have = [table.vocab_size(), table.embedding_dim()];
+        let own = [table.vocab_size(), table.embedding_dim()];
+        let have = lora.base.as_ref().map_or(own, |stored| stored.shape);
+        let grows = model.shares_input_embedding(path) || model.head() == Some(path);
+        if own[1] != have[1] || (own[0] != have[0] && !(grows && own[0] < have[0])) {
+            let name = lora.base.as_ref().map_or("", |stored| &stored.name);
+            let reason = format!("tensor {name:?} is {have:?}, but {tensor} is {own:?}");
+            return misfit(ErrorKind::Shape, reason);
+        }
         let out_in = [lora.out_features(), lora.in_features()];
         let layout = match lora.layer() {
             LoraLayer::Embedding if have == [out_in[1], out_in[0]] => Some(Layout::InOut),
@@ -129,13 +151,6 @@ impl Adapter {
             LoraLayer::Linear => of_shape(have, out_in),
             LoraLayer::Embedding => None,
         };
-        if let Some(stored) = lora.base.as_ref().filter(|stored| stored.shape != have) {
-            let reason = format!(
-                "tensor {:?} is {:?}, but {tensor} is {have:?}",
-                stored.name, stored.shape
-            );
-            return misfit(ErrorKind::Shape, reason);
-        }
         match layout {
             Some(layout) => Ok(LoraDelta {
                 weights: lora.clone(),

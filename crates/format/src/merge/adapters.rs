@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use trainable_tokens_core::{EmbeddingSource as _, MergeCheck, Overlap, TokenRows, TokenSet};
+use trainable_tokens_core::{MergeCheck, Overlap, TokenRows, TokenSet};
 
 use super::plan::Plan;
 use super::{MergeReport, RowReplacement, write};
@@ -12,12 +12,16 @@ use crate::atomic::Overwrite;
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::lora::LoraDelta;
+use crate::table::ExtendedTable;
 
 /// Adapters to bake into a copy of a checkpoint: their rows, and LoRA's weights if they have them.
 ///
 /// LoRA's weights are added in the order of the adapters, each sum rounded to the tensor's type, as PEFT's
 /// `merge_and_unload` does. Rows are replaced after that: a row that an adapter trained is the new row, whatever LoRA adds
 /// to the table.
+///
+/// A vocabulary that an adapter extends ([`Adapter::table`]) is larger in the copy: so are the tensors, and `vocab_size` of
+/// `config.json`.
 ///
 /// ```no_run
 /// use trainable_tokens_core::MergeCheck;
@@ -45,6 +49,7 @@ pub struct Merge<'a> {
 #[derive(Clone, Debug)]
 struct Part {
     name: String,
+    tables: Vec<(String, ExtendedTable)>,
     rows: Vec<RowReplacement>,
     deltas: Vec<LoraDelta>,
 }
@@ -79,6 +84,7 @@ impl<'a> Merge<'a> {
         }
         self.parts.push(Part {
             name,
+            tables: adapter.other_tables(self.base)?,
             rows: adapter.replacements(self.base)?,
             deltas: adapter.lora_deltas(self.base)?,
         });
@@ -114,6 +120,16 @@ impl<'a> Merge<'a> {
         let mut plan = Plan::new(self.base, self.check);
         let mut tables: BTreeMap<&str, Owned<'_>> = BTreeMap::new();
         self.check_weights()?;
+        for part in &self.parts {
+            for (tensor, table) in &part.tables {
+                plan.start_from(tensor, table.clone())?;
+            }
+            for delta in &part.deltas {
+                if let Some(table) = delta.base_table()? {
+                    plan.start_from(delta.tensor(), table)?;
+                }
+            }
+        }
         for (place, part) in self.parts.iter().enumerate() {
             for delta in &part.deltas {
                 plan.add(&part.name, delta.clone())?;
@@ -132,7 +148,7 @@ impl<'a> Merge<'a> {
         if let [(place, rows)] = owned[..] {
             return plan.replace(tensor, &rows.ids, &rows.rows, |_| self.parts[place].name.clone());
         }
-        let vocab_size = self.base.table(tensor)?.vocab_size();
+        let vocab_size = plan.vocab_size(tensor)?;
         let sets = owned
             .iter()
             .map(|(_, rows)| TokenSet::new(rows.ids.iter().map(|id| id.0), vocab_size));

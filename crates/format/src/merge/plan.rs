@@ -11,7 +11,7 @@ use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::file::SafetensorsFile;
 use crate::lora::LoraDelta;
-use crate::table::MappedTable;
+use crate::table::{ExtendedTable, MappedTable};
 
 /// Changes of tensors, by the file that holds them and by where they start in it.
 pub(super) struct Plan<'a> {
@@ -27,6 +27,40 @@ impl<'a> Plan<'a> {
             check,
             by_file: BTreeMap::new(),
         }
+    }
+
+    /// Starts a tensor from another table than the checkpoint's.
+    pub(super) fn start_from(&mut self, tensor: &str, source: ExtendedTable) -> Result<()> {
+        let table = self.base.table(tensor)?;
+        self.of(table).start_from(source);
+        Ok(())
+    }
+
+    /// The rows of a tensor in the result.
+    pub(super) fn vocab_size(&self, tensor: &str) -> Result<usize> {
+        let planned = self.tables().find(|table| table.name() == tensor);
+        planned.map_or_else(
+            || Ok(self.base.table(tensor)?.vocab_size()),
+            |table| Ok(table.vocab_size()),
+        )
+    }
+
+    /// The tensors with more rows than before, and their new numbers.
+    pub(super) fn grown(&self) -> BTreeMap<&str, usize> {
+        let grown = self
+            .tables()
+            .filter_map(|table| Some((table.name(), table.grown()?)));
+        grown.collect()
+    }
+
+    /// How many elements are added.
+    pub(super) fn added_elements(&self) -> usize {
+        self.tables().map(TablePlan::added_elements).sum()
+    }
+
+    /// How many bytes are added.
+    pub(super) fn added_bytes(&self) -> usize {
+        self.tables().map(TablePlan::added_bytes).sum()
     }
 
     /// Replaces rows of a table; `adapters` tells whose the row of a token is.
@@ -98,6 +132,12 @@ impl<'a> Plan<'a> {
     pub(super) fn write(&self, file: &SafetensorsFile, target: &Path, out: &mut dyn Write) -> Result<()> {
         let failed = |error: io::Error| Error::io("write", target)(error);
         let mut at = 0;
+        let grown = self.grown();
+        if grown.keys().any(|name| file.contains(name)) {
+            out.write_all(&file.header_with(&grown).map_err(failed)?)
+                .map_err(failed)?;
+            at = file.data_start();
+        }
         for table in self
             .by_file
             .get(file.path())

@@ -6,18 +6,21 @@ use std::ops::Range;
 use std::path::Path;
 
 use half::{bf16, f16};
-use trainable_tokens_core::{DType, Element, EmbeddingSource as _, MergeCheck, RowRef, TokenId};
+use trainable_tokens_core::{DType, Element, EmbeddingSource, HostTable as _, MergeCheck, RowRef, TokenId};
 
 use crate::error::{Error, Result};
 use crate::lora::{LoraDelta, LowRank};
-use crate::table::MappedTable;
+use crate::table::{ExtendedTable, MappedTable};
 
 /// Bytes of a tensor that are in memory at a time, if a row is not longer.
 const BLOCK_BYTES: usize = 1 << 20;
 
 /// What becomes of one tensor: first LoRA's weights are added, in the order of their adapters, then rows are replaced.
 pub(super) struct TablePlan {
+    /// Where it lies in the checkpoint.
     table: MappedTable,
+    /// What it is before anything is added, if that is another table: larger, or from an adapter's file.
+    source: Option<ExtendedTable>,
     deltas: Vec<(String, LoraDelta)>,
     rows: BTreeMap<TokenId, Row>,
 }
@@ -31,6 +34,7 @@ impl TablePlan {
     pub(super) fn new(table: MappedTable) -> Self {
         Self {
             table,
+            source: None,
             deltas: Vec::new(),
             rows: BTreeMap::new(),
         }
@@ -40,11 +44,42 @@ impl TablePlan {
         self.deltas.push((adapter.to_owned(), delta));
     }
 
+    /// Starts from another table. The largest of several counts, and of those the last.
+    pub(super) fn start_from(&mut self, source: ExtendedTable) {
+        if source.vocab_size() >= self.vocab_size() {
+            self.source = Some(source);
+        }
+    }
+
+    /// The rows of the result.
+    pub(super) fn vocab_size(&self) -> usize {
+        let source = self.source.as_ref();
+        source.map_or(self.table.vocab_size(), EmbeddingSource::vocab_size)
+    }
+
+    /// The rows of the result, if they are more than before.
+    pub(super) fn grown(&self) -> Option<usize> {
+        (self.vocab_size() > self.table.vocab_size()).then_some(self.vocab_size())
+    }
+
+    /// How many elements are added.
+    pub(super) fn added_elements(&self) -> usize {
+        (self.vocab_size() - self.table.vocab_size()) * self.table.embedding_dim()
+    }
+
+    /// How many bytes are added.
+    pub(super) fn added_bytes(&self) -> usize {
+        self.added_elements() * self.table.dtype().size_in_bytes()
+    }
+
     /// Replaces rows by those of `bytes`, one after another.
     pub(super) fn replace(&mut self, ids: &[TokenId], bytes: &[u8]) -> Result<()> {
         let size = self.row_bytes();
         for (slot, id) in ids.iter().enumerate() {
-            self.table.check_ids(std::slice::from_ref(id))?;
+            match &self.source {
+                Some(source) => source.check_ids(std::slice::from_ref(id))?,
+                None => self.table.check_ids(std::slice::from_ref(id))?,
+            }
             let row = bytes.get(slot * size..(slot + 1) * size).unwrap_or_default();
             let bytes = row.to_vec();
             if let Some(first) = self.rows.insert(*id, Row { slot, bytes }) {
@@ -82,7 +117,7 @@ impl TablePlan {
     pub(super) fn write(&self, check: MergeCheck, target: &Path, out: &mut dyn Write) -> Result<()> {
         let mut writer = Writer { check, target, out };
         match self.table.dtype() {
-            _ if self.deltas.is_empty() => self.write_rows(&mut writer),
+            _ if self.deltas.is_empty() && self.source.is_none() => self.write_rows(&mut writer),
             DType::F64 => self.write_sums::<f64>(&mut writer),
             DType::F32 => self.write_sums::<f32>(&mut writer),
             DType::F16 => self.write_sums::<f16>(&mut writer),
@@ -108,24 +143,18 @@ impl TablePlan {
             .iter()
             .map(|(_, delta)| LowRank::<T>::new(delta))
             .collect();
-        let (base, size, columns) = (self.table.bytes(), self.row_bytes(), self.table.embedding_dim());
+        let (size, columns) = (self.row_bytes(), self.table.embedding_dim());
         let height = (BLOCK_BYTES / size.max(1)).max(1);
         let mut encoded = Vec::new();
-        for start in (0..self.table.vocab_size()).step_by(height) {
-            let block = start..(start + height).min(self.table.vocab_size());
-            let bytes = base.get(block.start * size..block.end * size).unwrap_or_default();
+        for start in (0..self.vocab_size()).step_by(height) {
+            let block = start..(start + height).min(self.vocab_size());
             let mut values = vec![T::default(); block.len() * columns];
-            RowRef::Bytes(T::DTYPE, bytes).decode_into(&mut values);
-            // PEFT loads a weight that comes with an adapter over the base's, before it merges any.
-            let mut stored = self.deltas.iter().rev();
-            if let Some(stored) = stored.find_map(|(_, delta)| delta.base_rows(block.clone())) {
-                values = stored;
-            }
+            self.read(&block, &mut values);
             for delta in &deltas {
                 delta.add_to(block.clone(), &mut values);
             }
             if writer.check == MergeCheck::Finite {
-                self.expect_finite(block.start, bytes, &values)?;
+                self.expect_finite(block.start, &values)?;
             }
             encoded.clear();
             values
@@ -147,10 +176,33 @@ impl TablePlan {
         self.rows.iter().filter(move |(id, _)| block.contains(&id.row()))
     }
 
-    /// Refuses a sum that is not finite where the base is; rows that are replaced anyway were checked before.
-    fn expect_finite<T: Element>(&self, first_row: usize, base: &[u8], values: &[T]) -> Result<()> {
+    /// Reads rows of what the deltas are added to.
+    fn read<T: Element>(&self, block: &Range<usize>, values: &mut [T]) {
+        let Some(source) = &self.source else {
+            return self.read_base(block, values);
+        };
+        for (row, values) in block
+            .clone()
+            .zip(values.chunks_exact_mut(self.table.embedding_dim().max(1)))
+        {
+            if let Some(row) = u32::try_from(row).ok().and_then(|id| source.row(TokenId(id))) {
+                row.decode_into(values);
+            }
+        }
+    }
+
+    /// Reads rows of the base, as far as it has them.
+    fn read_base<T: Element>(&self, block: &Range<usize>, values: &mut [T]) {
+        let (bytes, size) = (self.table.bytes(), self.row_bytes());
+        let range = (block.start * size).min(bytes.len())..(block.end * size).min(bytes.len());
+        RowRef::Bytes(T::DTYPE, bytes.get(range).unwrap_or_default()).decode_into(values);
+    }
+
+    /// Refuses a value that is not finite where the base's is; rows that are replaced anyway were checked before.
+    fn expect_finite<T: Element>(&self, first_row: usize, values: &[T]) -> Result<()> {
         let columns = self.table.embedding_dim().max(1);
-        let old = base.chunks_exact(T::DTYPE.size_in_bytes()).map(T::from_le_bytes);
+        let mut old = vec![T::default(); values.len()];
+        self.read_base(&(first_row..first_row + values.len() / columns), &mut old);
         let broken = values.iter().zip(old).enumerate().find(|(at, (new, old))| {
             let replaced =
                 |row: usize| u32::try_from(row).is_ok_and(|id| self.rows.contains_key(&TokenId(id)));
