@@ -203,6 +203,22 @@ impl Adapter {
         Self { metadata, ..self }.checked()
     }
 
+    /// The same adapter, said to be for a vocabulary of this size: PEFT's files do not tell that a model's vocabulary
+    /// has grown, and [`table`](Self::table) does not guess it from an id past the end.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Metadata`] if an id is not below it.
+    pub fn with_vocab_size(self, vocab_size: usize) -> Result<Self> {
+        let mut metadata = self.metadata.clone();
+        metadata.vocab_size = Some(vocab_size);
+        metadata
+            .modules
+            .values_mut()
+            .for_each(|module| module.vocab_size = None);
+        self.with_metadata(metadata)
+    }
+
     /// A LoRA adapter without its rows: what PEFT saves of a `LoraConfig` that trains no tokens.
     ///
     /// # Errors

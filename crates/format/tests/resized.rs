@@ -109,6 +109,34 @@ fn f14_rows_extend_a_smaller_base() {
     }
 }
 
+#[test]
+fn an_id_past_the_end_is_a_new_token_only_where_someone_says_so() {
+    let base = checkpoint("resized_vocab_tied", "base");
+    let set = TokenSet::new([110, 3], 111).unwrap();
+    let builder = Adapter::builder(EMBEDDING, &set, TokenRows::zeros(DType::F32, 2, 32)).without_metadata();
+    let silent = builder.build().unwrap();
+    let parts = &[
+        "token_indices[0] is 110",
+        "has 110 rows",
+        "does not record a larger vocabulary",
+    ];
+    refused(&silent, &base, ErrorKind::TokenOutOfRange, parts);
+    silent
+        .clone()
+        .with_vocab_size(111)
+        .unwrap()
+        .check_against(&base, BaseCheck::SameTable)
+        .unwrap();
+    let further = silent.clone().with_vocab_size(128).unwrap();
+    refused(
+        &further,
+        &base,
+        ErrorKind::TokenOutOfRange,
+        &["trained on 128 rows", "none for tokens 111 to 127"],
+    );
+    assert!(silent.with_vocab_size(110).is_err());
+}
+
 /// PEFT loses the head of a resized model that is not tied: its logits are off by 2.9.
 #[test]
 fn f14_a_head_that_is_too_small_is_named() {

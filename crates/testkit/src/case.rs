@@ -364,6 +364,7 @@ list! { $
         a_models_tables_are_known_by_name: "B11, B12",
         targets_are_tables_of_the_model: "F9, F10, B12, B13, B14",
         rows_extend_a_smaller_base: "B4, B15",
+        missing_rows_are_named: "B4, B15",
         a_stored_table_is_the_table: "F33, B15",
         the_rows_file_has_these_bytes: "F13, F15, F16, F17, D1, D2",
         broken_frames_are_refused: "F13, F14, E1, E4",

@@ -1,17 +1,19 @@
 //! Making a new adapter.
 
+mod config;
+
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use config::check_paths;
 use safetensors::Dtype;
 use trainable_tokens_core::{DType, EmbeddingSource, TokenId, TokenRows, TokenSet};
 
 use super::key::{self, Key, Layer, key_of, layer_key};
 use super::metadata::{AdapterMetadata, ModuleMetadata};
-use super::parts::Targets;
 use super::{Adapter, AdapterModule, ExtraTensor, ROWS_FILE};
-use crate::config::{AdapterConfig, PeftType, TargetModules, TaskType, TokenIndices};
+use crate::config::{AdapterConfig, PeftType, TargetModules, TaskType};
 use crate::digest::TableDigest;
 use crate::error::{Error, Result};
 use crate::file::SafetensorsFile;
@@ -153,7 +155,8 @@ impl AdapterBuilder {
         self
     }
 
-    /// `task_type` of the config; [`TaskType::CausalLm`] by default, with LoRA that of its config.
+    /// `task_type` of the config; [`TaskType::CausalLm`] by default, with LoRA that of its config. For a model that does
+    /// not generate text, PEFT wants another one, or none.
     pub fn task_type(mut self, task: Option<TaskType>) -> Self {
         self.task_type = Some(task.map(TaskType::as_str).into());
         self
@@ -253,124 +256,12 @@ impl AdapterBuilder {
         };
         adapter.checked()
     }
-
-    /// The config: PEFT's defaults, and what was given.
-    fn config(&self) -> Result<AdapterConfig> {
-        let mut config = match &self.lora {
-            None => {
-                let target = self.target_modules.clone();
-                let target = target.unwrap_or_else(|| TargetModules::List(self.last_parts()));
-                let ids = self
-                    .modules
-                    .first()
-                    .map_or(&[][..], |(module, _)| module.token_indices());
-                AdapterConfig::new(ids, &target)?
-            }
-            Some(config) => self.lora_config(config)?,
-        };
-        if let Some(task) = &self.task_type {
-            config = config.with_field("task_type", task)?;
-        }
-        if let Some(base) = &self.base_model {
-            config = config.with_field("base_model_name_or_path", &base.as_str().into())?;
-        }
-        match self.init_weights {
-            Some(keep) if self.lora.is_none() => config.with_field("init_weights", &keep.into()),
-            _ => Ok(config),
-        }
-    }
-
-    fn lora_config(&self, config: &AdapterConfig) -> Result<AdapterConfig> {
-        let path = PathBuf::from(ROWS_FILE);
-        if config.peft_type() != PeftType::Lora {
-            let reason = format!("expected that of a LoRA adapter, got {}", config.peft_type());
-            return Err(Error::field(&path, "peft_type", reason));
-        }
-        let mut config = config.clone();
-        if let Some(target) = &self.target_modules {
-            config = config.with_target_modules(target)?;
-        }
-        if config.token_indices().lists().next().is_some() {
-            return Ok(config);
-        }
-        let names = self.last_parts();
-        let unique = names.len() == self.modules.len();
-        let ids = match self.modules.as_slice() {
-            [(module, _)] => TokenIndices::List(module.token_indices.clone()),
-            modules => {
-                let modules = modules.iter().map(|(module, _)| {
-                    let name = if unique {
-                        last_part(&module.path)
-                    } else {
-                        module.path.clone()
-                    };
-                    (name, module.token_indices.clone())
-                });
-                TokenIndices::ByModule(modules.collect::<BTreeMap<_, _>>())
-            }
-        };
-        config.with_token_indices(&ids)
-    }
-
-    /// The last parts of the modules' paths, each once.
-    fn last_parts(&self) -> Vec<String> {
-        let mut names = Vec::new();
-        for name in self.modules.iter().map(|(module, _)| last_part(&module.path)) {
-            if !names.contains(&name) {
-                names.push(name);
-            }
-        }
-        names
-    }
 }
 
 /// The rows of a whole table.
 fn whole<S: EmbeddingSource>(table: &S) -> Result<TokenRows, S::Error> {
     let ids: Vec<_> = (0..=u32::MAX).map(TokenId).take(table.vocab_size()).collect();
     table.read_rows(&ids)
-}
-
-fn last_part(path: &str) -> String {
-    path.rsplit('.').next().unwrap_or(path).to_owned()
-}
-
-/// Every module must be targeted with its tokens, and no path may occur twice: else the file would be read as
-/// something else.
-fn check_paths<'a>(
-    modules: impl Iterator<Item = &'a AdapterModule> + Clone,
-    config: &AdapterConfig,
-) -> Result<()> {
-    let path = PathBuf::from(ROWS_FILE);
-    let kind = config.peft_type();
-    let field = |name: &str, reason: String| Error::field(&path, name, reason);
-    let targets = Targets::of(config, modules.clone().map(AdapterModule::path));
-    let target_field = match targets {
-        Targets::Modules(_) => "target_modules",
-        _ => kind.tokens_field(),
-    };
-    let mut seen = Vec::new();
-    for module in modules {
-        for at in module.all_paths() {
-            if seen.contains(&at) {
-                return Err(field(target_field, format!("module {at:?} is given twice")));
-            }
-            seen.push(at);
-        }
-        let contained = targets
-            .contain(&module.path)
-            .map_err(|reason| field(target_field, reason))?;
-        if !contained {
-            return Err(field(
-                target_field,
-                format!("module {:?} is not among them", module.path),
-            ));
-        }
-        if config.token_indices().of(&module.path) != Some(module.token_indices()) {
-            let reason = format!("it is not the token ids of module {:?}", module.path);
-            return Err(field(kind.tokens_field(), reason));
-        }
-    }
-    Ok(())
 }
 
 /// Puts tensors into a file of their own, in memory.

@@ -42,7 +42,8 @@ impl Adapter {
     /// 1. the table that the adapter itself holds (PEFT's `save_embedding_layers`), if it does;
     /// 2. else the base's own, if every token id is below its rows;
     /// 3. else, for the model's input embedding or head, the base's own with the rows of the new tokens after its
-    ///    last. Their ids must follow on its last row without a gap.
+    ///    last. Their ids must follow on its last row without a gap, up to the vocabulary that the metadata record
+    ///    ([`with_vocab_size`](Self::with_vocab_size) for a file that does not).
     ///
     /// # Errors
     ///
@@ -213,6 +214,7 @@ impl Adapter {
             );
             return Err(misfit(base, ErrorKind::TokenOutOfRange, reason));
         }
+        self.check_grown(module, &new, table, base)?;
         let (rows, bytes) = (&module.rows, module.rows.to_le_bytes());
         let row_bytes = rows.embedding_dim() * rows.dtype().size_in_bytes();
         let added = new
@@ -225,6 +227,35 @@ impl Adapter {
             rows.embedding_dim(),
             &added,
         )?)
+    }
+
+    /// An id past the end may be an error of one as well as a new token: the file, or the caller, must say that the
+    /// vocabulary has grown so far.
+    fn check_grown(
+        &self,
+        module: &AdapterModule,
+        new: &[(usize, usize)],
+        table: &MappedTable,
+        base: &Checkpoint,
+    ) -> Result<()> {
+        let Some((id, slot)) = new.first() else {
+            return Ok(());
+        };
+        let (field, name) = (self.config.peft_type().tokens_field(), table.name());
+        let (vocab_size, covered) = (table.vocab_size(), table.vocab_size() + new.len());
+        let reason = match self.module_metadata(&module.path).vocab_size {
+            Some(recorded) if recorded <= covered => return Ok(()),
+            Some(recorded) => format!(
+                "it was trained on {recorded} rows, but {name} has {vocab_size} and the adapter none for {}; use the \
+                 resized model, or an adapter saved with save_embedding_layers",
+                range(covered, recorded - 1)
+            ),
+            None => format!(
+                "{field}[{slot}] is {id}, but {name} has {vocab_size} rows, and the adapter does not record a larger \
+                 vocabulary; use the resized model, or state its size"
+            ),
+        };
+        Err(misfit(base, ErrorKind::TokenOutOfRange, reason))
     }
 
     /// A model whose vocabulary has grown needs a head as large.

@@ -55,7 +55,7 @@ pub use merged::{
 pub use metadata::{metadata_are_written_as_specified, metadata_must_agree, metadata_must_parse};
 pub use model::{
     a_directory_holds_several_adapters, a_models_tables_are_known_by_name, a_stored_table_is_the_table,
-    rows_extend_a_smaller_base, targets_are_tables_of_the_model,
+    missing_rows_are_named, rows_extend_a_smaller_base, targets_are_tables_of_the_model,
 };
 pub use rows::{
     broken_frames_are_refused, names_that_are_almost_rows_are_refused, other_tensors_are_kept_in_order,

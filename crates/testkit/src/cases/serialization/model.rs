@@ -6,8 +6,8 @@ use serde_json::json;
 use tempfile::TempDir;
 use trainable_tokens_core::{DType, EmbeddingSource, ErrorKind, HostTable, TokenId, TokenRows, TokenSet};
 use trainable_tokens_format::{
-    Adapter, AdapterConfig, AdapterSet, BaseCheck, Checkpoint, Error, ModelTables, Overwrite,
-    SaveEmbeddingLayers, TargetModules, TokenIndices,
+    Adapter, AdapterConfig, AdapterMetadata, AdapterSet, BaseCheck, Checkpoint, Error, ModelTables,
+    Overwrite, SaveEmbeddingLayers, TargetModules, TokenIndices,
 };
 
 use super::{HEAD, MODULE, checkpoint_of, plain_adapter, tree};
@@ -226,10 +226,16 @@ pub fn rows_extend_a_smaller_base<H: Harness>() -> Outcome {
             &lookup::<H>(&loaded, &untouched)?,
             &select(&base, &untouched)?,
         )
-    })?;
+    })
+}
+
+/// Rows that are missing are named, of the embedding and of a head that is too small; and a table grows only where the
+/// file or the caller says so.
+pub fn missing_rows_are_named<H: Harness>() -> Outcome {
     let base = noise(1, H::DTYPE, 7, 2);
     let of = |ids: &[u32]| {
-        let set = TokenSet::new(ids.iter().copied(), 20)?;
+        let vocab_size = ids.iter().max().map_or(0, |id| *id as usize + 1);
+        let set = TokenSet::new(ids.iter().copied(), vocab_size)?;
         let rows = noise(2, H::DTYPE, ids.len(), 2);
         Ok::<_, Failure>(Adapter::builder(MODULE, &set, rows).build()?)
     };
@@ -260,6 +266,34 @@ pub fn rows_extend_a_smaller_base<H: Harness>() -> Outcome {
         message.contains("tokens 7 to 8"),
         "the head's rows are not in: {message}"
     );
+    // An id past the end is a new token only where the file or the caller says so, as far as it says.
+    let silent = of(&[7, 8])?.with_metadata(AdapterMetadata::none())?;
+    refused(
+        "an id past the end",
+        silent.check_against(&tied, BaseCheck::Fits),
+        ErrorKind::TokenOutOfRange,
+    )?;
+    silent
+        .clone()
+        .with_vocab_size(9)?
+        .check_against(&tied, BaseCheck::SameTable)?;
+    let further = silent
+        .clone()
+        .with_vocab_size(11)?
+        .check_against(&tied, BaseCheck::Fits);
+    let message = further
+        .as_ref()
+        .map_or_else(ToString::to_string, |()| String::new());
+    refused("rows that are missing", further, ErrorKind::TokenOutOfRange)?;
+    ensure!(
+        message.contains("tokens 9 to 10"),
+        "the missing rows are not in: {message}"
+    );
+    refused(
+        "a vocabulary without a token",
+        silent.with_vocab_size(8),
+        ErrorKind::File,
+    )?;
     // A table of which nothing is known does not grow.
     let (_home, other) = model_of("Other", Some(true), &[(TABLE, &base)])?;
     refused(
