@@ -384,6 +384,7 @@ list! { $
         a_merged_checkpoint_differs_in_the_rows_alone: "B8, M2, N1",
         merges_that_would_harm_are_refused: "B9, E3",
         files_without_rows_are_kept: "B10",
+        a_merge_grows_the_vocabulary: "B16, B15",
         lora_adds_its_scaled_product: "W1, W2, W3, W4, W5",
         lora_sums_are_rounded_one_by_one: "W6",
         rows_win_over_lora: "W7, B8",

@@ -59,8 +59,11 @@ impl Adapter {
         let model = ModelTables::of(base)?;
         let paths = self.modules.iter().flat_map(AdapterModule::all_paths);
         let known = model.input_embedding().into_iter().chain(model.head());
+        let stored = self.extra.iter().filter(|extra| self.is_whole_table(&extra.name));
+        let stored = stored.filter_map(|extra| plain_layer(&extra.name));
         let paths: BTreeSet<&str> = paths
             .chain(known)
+            .chain(stored)
             .chain(model.tied().iter().map(String::as_str))
             .collect();
         let mut others = Vec::new();

@@ -44,7 +44,7 @@ pub use lora::{
     lora_tells_the_tokens_of_each_module,
 };
 pub use low_rank::{
-    a_checked_merge_names_what_is_not_finite, a_stored_base_weight_counts,
+    a_checked_merge_names_what_is_not_finite, a_merge_grows_the_vocabulary, a_stored_base_weight_counts,
     adapters_with_common_tokens_merge_as_asked, lora_adds_its_scaled_product, lora_of_other_kinds_is_refused,
     lora_sums_are_rounded_one_by_one, rows_win_over_lora,
 };

@@ -4,10 +4,10 @@ use std::fs;
 use std::path::Path;
 
 use tempfile::TempDir;
-use trainable_tokens_core::{BackendError, DType, ErrorKind, MergeCheck, Overlap, TokenRows};
+use trainable_tokens_core::{BackendError, DType, ErrorKind, MergeCheck, Overlap, TokenRows, TokenSet};
 use trainable_tokens_format::{Adapter, AdapterConfig, Checkpoint, Merge, Overwrite, SafetensorsFile};
 
-use super::{MODULE, ROWS_FILE, adapter_of, checkpoint_of, key, safetensors_of};
+use super::{HEAD, MODULE, ROWS_FILE, adapter_of, checkpoint_of, key, safetensors_of};
 use crate::failure::{Exact, close, ensure, equal, refused, same};
 use crate::world::{for_all, noise, overwritten};
 use crate::{Failure, Harness, Outcome};
@@ -56,6 +56,45 @@ fn model(
 
 fn read(dir: &Path, tensor: &str) -> Result<TokenRows, Failure> {
     Ok(Checkpoint::open(dir)?.tensor(tensor)?.to_rows()?)
+}
+
+/// A base that lacks the rows of new tokens gets them, and its config and index say so; nothing else changes.
+pub fn a_merge_grows_the_vocabulary<H: Harness>() -> Outcome {
+    let (table, other) = (noise(1, H::DTYPE, 4, 3), noise(2, H::DTYPE, 2, 2));
+    let rows = noise(3, DType::F32, 3, 3);
+    let tokens = TokenSet::new([5, 1, 4], 6)?;
+    let adapter = Adapter::builder(MODULE, &tokens, rows.clone()).tied(HEAD).build()?;
+    let (home, dir, out) = model(&[("a", &other), (TABLE, &table), ("x", &other)])?;
+    fs::rename(dir.join("model.safetensors"), dir.join("one.safetensors"))?;
+    let config = r#""architectures": ["LlamaForCausalLM"], "tie_word_embeddings": true"#;
+    let index = format!(
+        r#"{{"metadata": {{"total_size": 100}}, "weight_map": {{"a": "one.safetensors", "x": "one.safetensors", "{TABLE}": "one.safetensors"}}}}"#
+    );
+    fs::write(dir.join("model.safetensors.index.json"), index)?;
+    let longer = noise(4, H::DTYPE, 2, 3);
+    let want = [&table, &longer].map(TokenRows::to_le_bytes).concat();
+    let want = TokenRows::from_le_bytes(H::DTYPE, 6, 3, &want)?;
+    let want = overwritten(&want, &[5, 1, 4], &rows.to_dtype(H::DTYPE))?;
+    for (fields, says) in [
+        (r#""vocab_size": 4, "x": 1.50"#, "  \"vocab_size\": 6,\n  \"x\": 1.50\n}\n"),
+        (r#""text_config": {"vocab_size": 4}"#, "  \"text_config\": {\n    \"vocab_size\": 6\n  },\n"),
+    ] {
+        fs::write(dir.join("config.json"), format!("{{{config}, {fields}}}"))?;
+        let before = super::tree(&dir)?;
+        merge(&dir, &[&adapter], &out)?;
+        same("the table", &read(&out, TABLE)?, &want)?;
+        for name in ["a", "x"] {
+            same(name, &read(&out, name)?, &other)?;
+        }
+        let written = fs::read_to_string(out.join("config.json"))?;
+        ensure!(written.contains(says), "{says} is not in {written}");
+        let index = fs::read_to_string(out.join("model.safetensors.index.json"))?;
+        let size = format!("\"total_size\": {}\n", 100 + 6 * H::DTYPE.size_in_bytes());
+        ensure!(index.contains(&size), "{size} is not in {index}");
+        equal("the base", &super::tree(&dir)?, &before)?;
+    }
+    drop(home);
+    Ok(())
 }
 
 /// The scaled product of the factors is added to linear weights as they lie, and its transpose to embeddings; rank and
