@@ -31,7 +31,7 @@ impl Overlap {
             .iter()
             .zip(adapters.iter().map(|(_, tokens)| *tokens))
             .collect();
-        let ActiveSet { tokens, mix } = ActiveSet::new(&named, self, vocab_size)?;
+        let ActiveSet { tokens, mix, .. } = ActiveSet::new(&named, self, vocab_size)?;
         Ok((tokens, mix))
     }
 }
