@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import reference
 from cli import Cli
+from lora import check_lora
 from models import Case, make_cases, make_examples, random_ids, write_lines
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -31,6 +32,7 @@ FIXTURES = REPOSITORY / "tests" / "fixtures" / "peft"
 
 STEPS, BATCH_SIZE, LR, WEIGHT_DECAY = 10, 4, 1e-2, 0.5
 
+LORA = "lora"  # the name of its cases, together
 LOGITS, LOSS_WHILE_TRAINING, TRAINED_ROWS, LOSS = 1e-4, 2e-4, 2e-3, 1e-5
 
 
@@ -305,9 +307,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as work:
         work = Path(work)
         cases = make_cases(work / "models", FIXTURES)
-        unknown = set(options.cases) - {case.name for case in cases}
+        known = [*(case.name for case in cases), LORA]
+        unknown = set(options.cases) - set(known)
         if unknown:
-            arguments.error(f"no case {', '.join(sorted(unknown))}; there are {', '.join(c.name for c in cases)}")
+            arguments.error(f"no case {', '.join(sorted(unknown))}; there are {', '.join(known)}")
         for case in cases:
             if options.cases and case.name not in options.cases:
                 continue
@@ -316,6 +319,8 @@ def main() -> int:
             guarded(report, case.name, lambda: CaseChecks(case, cli, report, directory).run())
         if not options.cases:
             guarded(report, "tokenizer", lambda: check_tokenizer(cli, report, work))
+        if not options.cases or LORA in options.cases:
+            guarded(report, LORA, lambda: check_lora(cli, report, work / LORA))
     print(f"{report.passed} passed, {report.failed} failed ({time.monotonic() - started:.0f} s)")
     return 1 if report.failed or not report.passed else 0
 

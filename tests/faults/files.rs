@@ -1,9 +1,13 @@
 //! Files: F5, F8, F14 to F17 and F19.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use trainable_tokens::format::{Adapter, BaseCheck, Checkpoint, Error, Overwrite, SafetensorsFile};
+use trainable_tokens::format::{
+    Adapter, AdapterConfig, BaseCheck, Checkpoint, Error, ModelTables, Overwrite, SafetensorsFile,
+    TokenIndices,
+};
 use trainable_tokens::{EmbeddingSource, TokenRows, TokenSet};
 
 use crate::layer::fixtures;
@@ -135,4 +139,85 @@ fn f17_missing_rows_are_an_error() {
         let error = Adapter::read(fixtures().join(format!("malformed/{case}/adapter"))).unwrap_err();
         assert!(error.to_string().contains(expected), "{case}: {error}");
     }
+}
+
+/// PEFT saves the whole table of a resized vocabulary, and for an untied model still loses the resized head; without the
+/// table it cannot load the adapter on the model as it was ("index 112 is out of bounds"). Here k rows suffice: the new
+/// rows follow on the base's last one, in the embedding and in the head that is tied to it; what is missing is named.
+#[test]
+fn f14_rows_extend_a_smaller_vocabulary() {
+    let base = Checkpoint::open(fixtures().join("llama_tied/base")).unwrap();
+    let table = base.table("model.embed_tokens.weight").unwrap();
+    let (v, d) = (table.vocab_size(), table.embedding_dim());
+    let id = |more: usize| u32::try_from(v + more).unwrap();
+    let adapter = |ids: &[u32], vocab_size| {
+        let tokens = TokenSet::new(ids.iter().copied(), vocab_size).unwrap();
+        let rows = TokenRows::new(vec![0.25f32; ids.len() * d], ids.len(), d).unwrap();
+        Adapter::builder("model.embed_tokens", &tokens, rows)
+            .tied("lm_head")
+            .build()
+            .unwrap()
+    };
+    let grown = adapter(&[id(1), 5, id(0)], v + 2);
+    assert!(
+        grown.to_safetensors().unwrap().len() < 2048,
+        "no table in the file"
+    );
+    grown.check_against(&base, BaseCheck::Fits).unwrap();
+    assert_eq!(
+        grown.table("model.embed_tokens", &base).unwrap().vocab_size(),
+        v + 2
+    );
+    let error = adapter(&[id(2)], v + 3)
+        .check_against(&base, BaseCheck::Fits)
+        .unwrap_err();
+    assert!(
+        error.to_string().contains(&format!("tokens {v} to {}", v + 1)),
+        "{error}"
+    );
+
+    // PEFT's own files, those with the whole table too, fit the base that was not resized if nothing is missing.
+    let dir = fixtures().join("resized_vocab_tied");
+    let base = Checkpoint::open(dir.join("base")).unwrap();
+    let with_table = Adapter::read(dir.join("adapter_true")).unwrap();
+    with_table.check_against(&base, BaseCheck::Fits).unwrap();
+    let table = with_table.table("model.embed_tokens", &base).unwrap();
+    assert_eq!(table.vocab_size(), 113);
+    // A file with nothing but rows does not tell how large the vocabulary was: an id past the end may be a mistake.
+    let rows_alone = Adapter::read(dir.join("adapter_false")).unwrap();
+    rows_alone.check_against(&base, BaseCheck::Fits).unwrap_err();
+    let told = rows_alone.with_vocab_size(113).unwrap();
+    let error = told.check_against(&base, BaseCheck::Fits).unwrap_err();
+    assert!(error.to_string().contains("token 111"), "{error}");
+}
+
+/// On the LoRA path PEFT compares ends of names, so that `emb` also wraps `pos_emb`. Here, as in PEFT's other
+/// configs, an entry is a path or the end of one after a dot.
+#[test]
+fn f15_names_end_after_a_dot() {
+    let model = ModelTables::named(["enc.emb", "enc.pos_emb", "pos_emb"]);
+    let ids = BTreeMap::from([("emb".to_owned(), vec![1])]);
+    for config in [
+        AdapterConfig::lora(&TokenIndices::ByModule(ids)).unwrap(),
+        AdapterConfig::new(&[1], &["emb"].into()).unwrap(),
+    ] {
+        let targets = model.targets(&config).unwrap();
+        let paths: Vec<_> = targets.iter().map(|target| target.path.as_str()).collect();
+        assert_eq!(paths, ["enc.emb"]);
+    }
+}
+
+/// In PEFT any linear layer can be targeted by mistake: it wraps `q_proj` as a table and replaces rows of it. Here a target
+/// must be a table by its shape and role; the head of its own, which is a linear layer too, is one.
+#[test]
+fn f19_a_target_is_a_table() {
+    let base = Checkpoint::open(fixtures().join("llama_untied/base")).unwrap();
+    let model = ModelTables::of(&base).unwrap();
+    let targets = |names: &[&str]| model.targets(&AdapterConfig::new(&[1], &names.to_vec().into()).unwrap());
+    for wrong in ["q_proj", "down_proj", "model.norm"] {
+        let error = targets(&[wrong]).unwrap_err();
+        assert!(matches!(error, Error::NotATable { .. }), "{wrong}: {error}");
+        assert!(error.to_string().contains(wrong), "{wrong}: {error}");
+    }
+    assert_eq!(targets(&["embed_tokens", "lm_head"]).unwrap().len(), 2);
 }

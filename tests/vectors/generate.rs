@@ -4,6 +4,8 @@
 mod optimizers;
 #[path = "generate/peft.rs"]
 mod peft;
+#[path = "generate/several.rs"]
+mod several;
 
 use std::path::Path;
 
@@ -15,6 +17,7 @@ use trainable_tokens_testkit::{Harness, tolerance};
 
 use self::optimizers::optimizers;
 use self::peft::peft;
+use self::several::several;
 use super::noise::noise;
 use super::reference::Nd;
 
@@ -113,6 +116,7 @@ pub(crate) fn drafts() -> Vec<Draft> {
         drafts.extend(lookups(dtype));
         drafts.extend(heads(dtype));
         drafts.extend(merges(dtype));
+        drafts.extend(several(dtype));
         drafts.extend(optimizers(dtype));
     }
     drafts.extend(files());

@@ -83,6 +83,7 @@ impl Model {
     pub(crate) fn adapter_rows(&self, dir: &Path) -> Result<(Vec<u32>, TokenRows)> {
         let adapter = Adapter::read(dir)?;
         adapter.check_against(&self.checkpoint, BaseCheck::SameTable)?;
+        self.expect_rows_alone(&adapter, dir)?;
         let Some(module) = adapter.module(EMBEDDING_MODULE) else {
             bail!(
                 "adapter {} trains {}, not the input embedding {EMBEDDING_MODULE}",
@@ -96,6 +97,33 @@ impl Model {
             );
         };
         Ok((module.token_indices().to_vec(), module.rows().clone()))
+    }
+
+    /// Refuses an adapter of which the rows of the input embedding are only a part: the others would not count.
+    fn expect_rows_alone(&self, adapter: &Adapter, dir: &Path) -> Result<()> {
+        let lora = adapter.lora_weights()?;
+        if let Some(first) = lora.first() {
+            bail!(
+                "adapter {} has weights of LoRA for {} modules, such as {}, which this command does not apply; use `merge`, \
+                 and then the merged model",
+                dir.display(),
+                lora.len(),
+                first.path()
+            );
+        }
+        let apart = |module: &&AdapterModule| {
+            module.path() != EMBEDDING_MODULE
+                && self.checkpoint.contains(&format!("{}.weight", module.path()))
+        };
+        match adapter.modules().iter().find(apart) {
+            None => Ok(()),
+            Some(module) => bail!(
+                "adapter {} also trains {}, which has a table of its own; this command applies rows of the input embedding \
+                 {EMBEDDING_MODULE} alone; use `merge`, and then the merged model",
+                dir.display(),
+                module.path()
+            ),
+        }
     }
 
     /// Starts the adapter of rows of this model, with all that makes it tell its own story.

@@ -3,7 +3,9 @@
 use std::fs;
 use std::path::Path;
 
-use trainable_tokens_core::{BackendError, EmbeddingSource, OptimizerHook, TokenRows, TokenSet};
+use trainable_tokens_core::{
+    BackendError, EmbeddingSource, LookupPlan, OptimizerHook, Overlap, TokenRows, TokenSet,
+};
 use trainable_tokens_format::{Adapter, Overwrite, TrainingState, digest};
 
 use super::Tensors;
@@ -66,6 +68,27 @@ pub(super) fn execute<H: Harness>(
         } => {
             let layer = layer(token_indices)?.with_options(options.layer_options()?);
             lookup::<H>(&layer, input_ids, tensors.get("upstream"))?
+        }
+        Operation::Several {
+            adapters,
+            weights,
+            choice,
+            input_ids,
+            options,
+        } => {
+            let source = H::source(input(tensors, "table")?)?;
+            let mut layer = Layer::<H>::frozen(source)?.with_options(options.layer_options()?);
+            let names = add_adapters::<H>(&mut layer, adapters, input(tensors, "rows")?)?;
+            let names: Vec<&str> = names.iter().map(String::as_str).collect();
+            let plan = if let Some(choice) = choice {
+                let choice: Vec<_> = choice.iter().map(|at| at.map(|at| names[at])).collect();
+                layer.plan_mixed(input_ids, &choice)?
+            } else {
+                let overlap = weights.clone().map_or(Overlap::LastWins, Overlap::WeightedMean);
+                layer.activate_overlapping(&names, overlap)?;
+                layer.plan(input_ids)?
+            };
+            several::<H>(&layer, plan, input(tensors, "upstream")?)?
         }
         Operation::Head { token_indices } => head::<H>(
             &layer(token_indices)?,
@@ -130,6 +153,44 @@ fn lookup<H: Harness>(layer: &Layer<H>, ids: &[u32], upstream: Option<&TokenRows
         outputs.push(("gradient".to_owned(), gradient));
     }
     Ok(outputs)
+}
+
+/// Adds adapters of these tokens with their parts of the stacked rows; returns their names.
+fn add_adapters<H: Harness>(
+    layer: &mut Layer<H>,
+    adapters: &[Vec<u32>],
+    rows: &TokenRows,
+) -> Result<Vec<String>, Ended> {
+    let (mut names, mut start) = (Vec::new(), 0);
+    for (tokens, at) in adapters.iter().zip(0..) {
+        let slots: Vec<u32> = (0u32..).skip(start).take(tokens.len()).collect();
+        start += tokens.len();
+        let rows = select(rows, &slots).map_err(Ended::other)?;
+        let name = format!("adapter {at}");
+        let tokens = TokenSet::new(tokens.iter().copied(), layer.source().vocab_size())?;
+        layer.add_adapter_with_rows(&name, tokens, &rows)?;
+        names.push(name);
+    }
+    Ok(names)
+}
+
+fn several<H: Harness>(layer: &Layer<H>, plan: LookupPlan, upstream: &TokenRows) -> Result<Outputs, Ended> {
+    let output = H::read(&layer.lookup_planned(&plan)?)?;
+    let pass = Pass {
+        lookups: vec![(plan, upstream.clone())],
+        heads: Vec::new(),
+    };
+    let gradients = H::backward(layer, &pass)?.gradients;
+    let parts = layer.adapters().map(|adapter| adapter.gradient(&gradients));
+    let parts: Vec<TokenRows> = parts.collect::<Result<_, _>>()?;
+    let bytes: Vec<u8> = parts.iter().flat_map(TokenRows::to_le_bytes).collect();
+    let rows = parts.iter().map(TokenRows::num_rows).sum();
+    let dtype = parts.first().map_or(H::DTYPE, TokenRows::dtype);
+    let gradient = TokenRows::from_le_bytes(dtype, rows, upstream.embedding_dim(), &bytes)?;
+    Ok(vec![
+        ("output".to_owned(), output),
+        ("gradient".to_owned(), gradient),
+    ])
 }
 
 fn head<H: Harness>(layer: &Layer<H>, hidden: &TokenRows, upstream: &TokenRows) -> Result<Outputs, Ended> {

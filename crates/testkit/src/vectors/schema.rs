@@ -60,6 +60,22 @@ pub enum Operation {
         #[serde(default)]
         options: Options,
     },
+    /// `table`, `rows` (of all adapters, stacked), `upstream` -> `output`, `gradient` (stacked).
+    Several {
+        /// The ids of each adapter, in slot order.
+        adapters: Vec<Vec<u32>>,
+        /// The weight of each active adapter; absent, the last wins.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        weights: Option<Vec<f64>>,
+        /// The adapter of each example of a mixed batch, or none; absent, all are active.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        choice: Option<Vec<Option<usize>>>,
+        /// The batch.
+        input_ids: Vec<u32>,
+        /// How the table is used.
+        #[serde(default)]
+        options: Options,
+    },
     /// `table`, `rows`, `hidden`, `upstream` -> `logits`, `hidden_gradient`, `gradient`.
     Head {
         /// The ids that train, in slot order.
