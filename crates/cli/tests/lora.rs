@@ -219,7 +219,7 @@ fn several_adapters_of_one_directory() {
         .ok()
         .json();
     assert_eq!(report["fits"], true);
-    let named = |name: &str| {
+    let checks = |name: &str| {
         report["checks"]
             .as_array()
             .unwrap()
@@ -227,7 +227,7 @@ fn several_adapters_of_one_directory() {
             .filter(|check| check["adapter"] == name)
             .count()
     };
-    assert_eq!((named("first"), named("second")), (6, 6), "{report}");
+    assert_eq!((checks("first"), checks("second")), (6, 6), "{report}");
 
     let home = tempfile::tempdir().unwrap();
     let broken = home.path().join("several");
@@ -236,7 +236,7 @@ fn several_adapters_of_one_directory() {
     }
     copy_dir(&all.join("first"), &broken);
     edit_json(&broken.join("second/adapter_config.json"), |fields| {
-        fields["use_dora"] = json!(true)
+        fields["use_dora"] = json!(true);
     });
     let verified = run(&args!["verify", "--json", "--model", base, "--adapter", broken]);
     verified.failed(&["\"second\" of", "use_dora"]);

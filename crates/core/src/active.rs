@@ -26,8 +26,8 @@ impl Overlap {
     ///
     /// [`Error::Overlap`]; [`Error::Shape`] and [`Error::Hyperparameter`] for weights.
     pub fn unite(&self, adapters: &[(&str, &TokenSet)], vocab_size: usize) -> Result<(TokenSet, RowMix)> {
-        let names: Vec<Arc<str>> = adapters.iter().map(|(name, _)| Arc::from(*name)).collect();
-        let named: Vec<_> = names
+        let shared: Vec<Arc<str>> = adapters.iter().map(|(name, _)| Arc::from(*name)).collect();
+        let named: Vec<_> = shared
             .iter()
             .zip(adapters.iter().map(|(_, tokens)| *tokens))
             .collect();

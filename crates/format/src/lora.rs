@@ -143,7 +143,7 @@ impl Adapter {
     ///
     /// # Errors
     ///
-    /// [`Error::Unsupported`] naming a field or a tensor that gives the weights a meaning that is not supported (DoRA,
+    /// [`Error::Unsupported`] naming a field or a tensor that gives the weights a meaning that is not supported (`DoRA`,
     /// LoRA biases, starts that change the base, modules saved whole, tensors of unknown names, and others);
     /// [`Error::Field`] for a wrong field, or if `target_modules` does not target a module with weights;
     /// [`Error::TensorMissing`] if one of two factors is absent; [`Error::TensorDType`] and [`Error::TensorShape`] for a
@@ -259,7 +259,7 @@ fn other_weights(name: &str, path: &str) -> String {
 }
 
 fn foreign(name: &str) -> String {
-    if name.ends_with(".bias") {
+    if name.rsplit('.').next() == Some("bias") {
         return "biases that an adapter replaces (bias \"all\" or \"lora_only\") are not supported"
             .to_owned();
     }

@@ -23,6 +23,9 @@ const Q: &str = "layers.0.q_proj";
 /// A tensor of a small file: name, shape, values.
 type Matrix<'a> = (&'a str, [usize; 2], Vec<f64>);
 
+/// Names and shapes of tensors.
+type Shapes<'a> = Vec<(&'a str, [usize; 2])>;
+
 fn encode(dtype: DType, values: &[f64]) -> Vec<u8> {
     let rows = trainable_tokens_core::TokenRows::new(values.to_vec(), 1, values.len()).unwrap();
     rows.to_dtype(dtype).to_le_bytes()
@@ -216,7 +219,7 @@ fn weights_tell_their_settings() {
 
 #[test]
 fn the_scaled_product_is_added() {
-    let product = [7.0, 10.0, -3.0, 15.0, 22.0, -5.0];
+    let product = [7f32, 10.0, -3.0, 15.0, 22.0, -5.0];
     for (fields, scaling) in [
         (json!({"r": 2, "lora_alpha": 2}), 1.0),
         (json!({"r": 2, "lora_alpha": 1}), 0.5),
@@ -243,11 +246,12 @@ fn the_scaled_product_is_added() {
             1.0,
         ),
     ] {
-        let want = product.map(|value| value * scaling);
+        let want = product.map(|value| f64::from(value) * scaling);
         assert_eq!(merged(&fields, [2, 3]), want, "{fields}");
     }
     let roots = merged(&json!({"r": 2, "lora_alpha": 3, "use_rslora": true}), [2, 3]);
-    let want = product.map(|value| f64::from(value as f32 * (3.0 / 2f64.sqrt()) as f32));
+    // 3 / sqrt(2), rounded once.
+    let want = product.map(|value| f64::from(value * 2.121_320_2_f32));
     assert_eq!(roots, want);
 }
 
@@ -652,7 +656,7 @@ fn a_base_that_does_not_fit_is_refused_by_name() {
     let q_only = json!({"r": 2, "target_modules": ["q_proj"]});
     let both = json!({"r": 2, "target_modules": ["q_proj", "v_proj"]});
     let saved = json!({"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["v_proj"]});
-    let cases: [(&Value, Vec<(&str, [usize; 2])>, &str, ErrorKind); 6] = [
+    let cases: [(&Value, Shapes<'_>, &str, ErrorKind); 6] = [
         (&q_only, vec![(v, [2, 3])], &weight, ErrorKind::File),
         (&q_only, vec![(&quantised, [2, 3])], "quantised", ErrorKind::File),
         (
@@ -723,7 +727,7 @@ fn rows_and_weights_of_one_module_are_refused() {
     assert!(refused.to_string().contains("\"emb\""), "{refused}");
 }
 
-/// PEFT's safe_merge looks at the whole matrix and blames the adapter for whatever the base holds.
+/// PEFT's `safe_merge` looks at the whole matrix and blames the adapter for whatever the base holds.
 #[test]
 fn f13_only_what_an_adapter_breaks_is_held_against_it() {
     let home = tempfile::tempdir().unwrap();

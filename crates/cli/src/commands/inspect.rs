@@ -296,10 +296,9 @@ fn free_rows(vocabulary: &trainable_tokens_trainer::Vocabulary, vocab_size: usiz
 fn to_text(output: &Output) -> String {
     match output {
         Output::Adapter(adapter) => adapter_text(adapter),
-        Output::Adapters { adapters } => adapters
-            .iter()
-            .map(|(name, adapter)| format!("{name}: {}", adapter_text(adapter)))
-            .collect(),
+        Output::Adapters { adapters } => adapters.iter().fold(String::new(), |text, (name, adapter)| {
+            text + &format!("{name}: {}", adapter_text(adapter))
+        }),
         Output::Safetensors { tensors, metadata } => {
             tensors.iter().map(tensor_text).collect::<String>() + &format!("metadata {metadata}\n")
         }

@@ -151,22 +151,20 @@ impl Adapter {
             LoraLayer::Linear => of_shape(have, out_in),
             LoraLayer::Embedding => None,
         };
-        match layout {
-            Some(layout) => Ok(LoraDelta {
-                weights: lora.clone(),
-                tensor,
-                layout,
-            }),
-            None => {
-                let [outputs, inputs] = out_in;
-                let wanted = match lora.layer() {
-                    LoraLayer::Linear => format!("{inputs} inputs and {outputs} outputs"),
-                    LoraLayer::Embedding => format!("{inputs} rows of {outputs}"),
-                };
-                let reason = format!("weights of LoRA for {path:?} have {wanted}, but {tensor} is {have:?}");
-                misfit(ErrorKind::Shape, reason)
-            }
-        }
+        let Some(layout) = layout else {
+            let [outputs, inputs] = out_in;
+            let wanted = match lora.layer() {
+                LoraLayer::Linear => format!("{inputs} inputs and {outputs} outputs"),
+                LoraLayer::Embedding => format!("{inputs} rows of {outputs}"),
+            };
+            let reason = format!("weights of LoRA for {path:?} have {wanted}, but {tensor} is {have:?}");
+            return misfit(ErrorKind::Shape, reason);
+        };
+        Ok(LoraDelta {
+            weights: lora.clone(),
+            tensor,
+            layout,
+        })
     }
 }
 

@@ -15,6 +15,38 @@ use crate::{Failure, Harness, Outcome};
 const Q: &str = "h.0.q_proj";
 const TABLE: &str = "model.embed_tokens.weight";
 
+/// Fields that give the weights another meaning.
+const UNSUPPORTED: [&str; 16] = [
+    r#""use_dora": true"#,
+    r#""use_qalora": true"#,
+    r#""lora_bias": true"#,
+    r#""use_bdlora": {"nblocks": 2}"#,
+    r#""arrow_config": {"top_k": 3}"#,
+    r#""kasa_config": {"beta": 0.1}"#,
+    r#""monteclora_config": {"buffer_size": 150}"#,
+    r#""alora_invocation_tokens": [1]"#,
+    r#""layer_replication": [[0, 1]]"#,
+    r#""megatron_config": {"a": 1}"#,
+    r#""target_parameters": ["w"]"#,
+    r#""init_lora_weights": "pissa""#,
+    r#""init_lora_weights": "olora""#,
+    r#""init_lora_weights": "corda""#,
+    r#""init_lora_weights": "loftq""#,
+    r#""init_lora_weights": "lora_ga""#,
+];
+/// Fields with values that they cannot have.
+const WRONG: [&str; 9] = [
+    r#""r": 0"#,
+    r#""r": 2.0"#,
+    r#""lora_alpha": "8""#,
+    r#""use_rslora": 1"#,
+    r#""fan_in_fan_out": null"#,
+    r#""rank_pattern": {"(": 2}"#,
+    r#""alpha_pattern": {"q_proj": null}"#,
+    r#""target_modules": ["k_proj"]"#,
+    r#""exclude_modules": 1"#,
+];
+
 fn named(path: &str, factor: &str) -> String {
     format!("base_model.model.{path}.{factor}")
 }
@@ -35,10 +67,10 @@ fn whole_numbers(dtype: DType, rows: usize, columns: usize, values: &[i16]) -> R
 
 fn merge(base: &Path, adapters: &[&Adapter], out: &Path) -> Result<(), Failure> {
     let base = Checkpoint::open(base)?;
-    let named = adapters.iter().enumerate();
+    let mut named = adapters.iter().enumerate();
     named
-        .fold(Ok(Merge::new(&base)), |merge, (at, adapter)| {
-            merge?.with(at.to_string(), adapter)
+        .try_fold(Merge::new(&base), |merge, (at, adapter)| {
+            merge.with(at.to_string(), adapter)
         })?
         .write(out, Overwrite::Replace)?;
     Ok(())
@@ -63,7 +95,9 @@ pub fn a_merge_grows_the_vocabulary<H: Harness>() -> Outcome {
     let (table, other) = (noise(1, H::DTYPE, 4, 3), noise(2, H::DTYPE, 2, 2));
     let rows = noise(3, DType::F32, 3, 3);
     let tokens = TokenSet::new([5, 1, 4], 6)?;
-    let adapter = Adapter::builder(MODULE, &tokens, rows.clone()).tied(HEAD).build()?;
+    let adapter = Adapter::builder(MODULE, &tokens, rows.clone())
+        .tied(HEAD)
+        .build()?;
     let (home, dir, out) = model(&[("a", &other), (TABLE, &table), ("x", &other)])?;
     fs::rename(dir.join("model.safetensors"), dir.join("one.safetensors"))?;
     let config = r#""architectures": ["LlamaForCausalLM"], "tie_word_embeddings": true"#;
@@ -76,8 +110,14 @@ pub fn a_merge_grows_the_vocabulary<H: Harness>() -> Outcome {
     let want = TokenRows::from_le_bytes(H::DTYPE, 6, 3, &want)?;
     let want = overwritten(&want, &[5, 1, 4], &rows.to_dtype(H::DTYPE))?;
     for (fields, says) in [
-        (r#""vocab_size": 4, "x": 1.50"#, "  \"vocab_size\": 6,\n  \"x\": 1.50\n}\n"),
-        (r#""text_config": {"vocab_size": 4}"#, "  \"text_config\": {\n    \"vocab_size\": 6\n  },\n"),
+        (
+            r#""vocab_size": 4, "x": 1.50"#,
+            "  \"vocab_size\": 6,\n  \"x\": 1.50\n}\n",
+        ),
+        (
+            r#""text_config": {"vocab_size": 4}"#,
+            "  \"text_config\": {\n    \"vocab_size\": 6\n  },\n",
+        ),
     ] {
         fs::write(dir.join("config.json"), format!("{{{config}, {fields}}}"))?;
         let before = super::tree(&dir)?;
@@ -257,24 +297,7 @@ pub fn lora_of_other_kinds_is_refused<H: Harness>() -> Outcome {
         ensure!(message.contains(name), "{fields}: {name} is not in: {message}");
         Ok(())
     };
-    for field in [
-        r#""use_dora": true"#,
-        r#""use_qalora": true"#,
-        r#""lora_bias": true"#,
-        r#""use_bdlora": {"nblocks": 2}"#,
-        r#""arrow_config": {"top_k": 3}"#,
-        r#""kasa_config": {"beta": 0.1}"#,
-        r#""monteclora_config": {"buffer_size": 150}"#,
-        r#""alora_invocation_tokens": [1]"#,
-        r#""layer_replication": [[0, 1]]"#,
-        r#""megatron_config": {"a": 1}"#,
-        r#""target_parameters": ["w"]"#,
-        r#""init_lora_weights": "pissa""#,
-        r#""init_lora_weights": "olora""#,
-        r#""init_lora_weights": "corda""#,
-        r#""init_lora_weights": "loftq""#,
-        r#""init_lora_weights": "lora_ga""#,
-    ] {
+    for field in UNSUPPORTED {
         let name = field.split('"').nth(1).unwrap_or_default();
         refuse(
             &base,
@@ -284,17 +307,7 @@ pub fn lora_of_other_kinds_is_refused<H: Harness>() -> Outcome {
             ErrorKind::Unsupported,
         )?;
     }
-    for field in [
-        r#""r": 0"#,
-        r#""r": 2.0"#,
-        r#""lora_alpha": "8""#,
-        r#""use_rslora": 1"#,
-        r#""fan_in_fan_out": null"#,
-        r#""rank_pattern": {"(": 2}"#,
-        r#""alpha_pattern": {"q_proj": null}"#,
-        r#""target_modules": ["k_proj"]"#,
-        r#""exclude_modules": 1"#,
-    ] {
+    for field in WRONG {
         let name = field.split('"').nth(1).unwrap_or_default();
         let fields = if name == "r" {
             field.to_owned()
