@@ -87,7 +87,8 @@ impl Json {
         const LONGEST: usize = 60;
         let text = match self {
             Self::Number(text) => text.clone(),
-            other => other.to_value().to_string(),
+            // JSON escapes fewer control characters than a line has to be free of.
+            other => one_line(other.to_value()),
         };
         match text.char_indices().nth(LONGEST) {
             Some((end, _)) => format!("{}…", &text[..end]),
@@ -198,12 +199,17 @@ impl<'de, V: Deserialize<'de>> Deserialize<'de> for UniqueMap<V> {
 
 /// Reads a JSON file of at most `limit` bytes as text.
 pub(crate) fn read_text(path: &Path, limit: u64) -> Result<String> {
+    text_of(read_bytes(path, limit)?, path, limit)
+}
+
+/// Reads a file, but no more of it than tells that it is larger than `limit`.
+pub(crate) fn read_bytes(path: &Path, limit: u64) -> Result<Vec<u8>> {
     let file = File::open(path).map_err(Error::io("open", path))?;
     let mut bytes = Vec::new();
     file.take(limit + 1)
         .read_to_end(&mut bytes)
         .map_err(Error::io("read", path))?;
-    text_of(bytes, path, limit)
+    Ok(bytes)
 }
 
 /// The text of a JSON file's bytes.
@@ -237,6 +243,12 @@ mod tests {
         let text = "{\n  \"a\": [],\n  \"b\": {},\n  \"c\": [\n    1e-05,\n    123456789012345678901234567890,\n    \
                     \"\\u00e9\\ud83d\\ude00\\u007f\\n\\\"\\\\\"\n  ],\n  \"d\": {\n    \"x\": -0.0\n  }\n}";
         assert_eq!(Json::parse(text).unwrap().to_python(), text);
+    }
+
+    #[test]
+    fn messages_stay_on_one_line() {
+        let text = Json::parse("\"a\u{7f}\u{9b}\\nb\"").unwrap().brief();
+        assert_eq!(text, r#""a\u{7f}\u{9b}\nb""#);
     }
 
     #[test]
