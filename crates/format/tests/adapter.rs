@@ -341,3 +341,19 @@ fn an_absent_adapter_is_told_apart_from_a_broken_one() {
     );
     assert_eq!(error.kind(), ErrorKind::File);
 }
+
+#[test]
+fn copies_without_rows_may_claim_any_length() {
+    let config = br#"{"peft_type":"TRAINABLE_TOKENS","target_modules":["emb"],"token_indices":[]}"#;
+    let config = AdapterConfig::from_json(config, "adapter_config.json").unwrap();
+    let tensor = |module: &str, columns: usize| {
+        format!(
+            r#""base_model.model.{module}.trainable_tokens_delta":{{"dtype":"F32","shape":[0,{columns}],"data_offsets":[0,0]}}"#
+        )
+    };
+    let header = format!("{{{},{}}}", tensor("emb", 1 << 62), tensor("head", 1));
+    let bytes = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes()].concat();
+    let file = SafetensorsFile::from_bytes("adapter_model.safetensors", bytes).unwrap();
+    let error = Adapter::from_parts(config, &file).unwrap_err();
+    assert!(matches!(error, Error::TiedCopies { .. }), "{error}");
+}

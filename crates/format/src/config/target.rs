@@ -1,6 +1,6 @@
 //! Which modules an adapter targets.
 
-use fancy_regex::Regex;
+use fancy_regex::{Expr, Regex, RegexBuilder};
 
 use crate::error::one_line;
 use crate::json::Json;
@@ -69,16 +69,35 @@ pub(crate) fn is_path_or_suffix(entry: &str, path: &str) -> bool {
         .is_some_and(|head| head.is_empty() || head.ends_with('.'))
 }
 
+/// Longest pattern, and largest automaton of each part without look-around: together they bound what a pattern
+/// takes in memory and time.
+const MAX_PATTERN_BYTES: usize = 4096;
+const MAX_AUTOMATON_BYTES: usize = 1 << 20;
+/// How often a match may turn back.
+const MAX_BACKTRACKS: usize = 100_000;
+
 fn compile(pattern: &str) -> Result<Regex, String> {
+    if pattern.len() > MAX_PATTERN_BYTES {
+        let bytes = pattern.len();
+        return Err(format!(
+            "a regular expression of {bytes} bytes is above the limit of {MAX_PATTERN_BYTES}"
+        ));
+    }
     // By itself first: the anchors must not repair a pattern such as `a)|(b`.
-    Regex::new(pattern)
-        .and_then(|_| Regex::new(&format!(r"\A(?:{pattern})\z")))
+    Expr::parse_tree(pattern)
+        .and_then(|_| {
+            RegexBuilder::new(&format!(r"\A(?:{pattern})\z"))
+                .delegate_size_limit(MAX_AUTOMATON_BYTES)
+                .backtrack_limit(MAX_BACKTRACKS)
+                .build()
+        })
         .map_err(|error| pattern_error(pattern, &error))
 }
 
 fn pattern_error(pattern: &str, error: &fancy_regex::Error) -> String {
     format!(
-        "{pattern:?} is not a usable regular expression: {}",
+        "{} is not a usable regular expression: {}",
+        Json::from(pattern).brief(),
         one_line(error)
     )
 }
@@ -111,8 +130,17 @@ mod tests {
         assert_eq!(matches("(?!dec).*emb", "dec.emb"), Ok(false));
         assert_eq!(matches("transformer.wte", "transformer.wte"), Ok(true));
         assert_eq!(matches("embed_tokens", "model.embed_tokens"), Ok(false));
-        for bad in ["(emb", "a)|(b", "*"] {
+        for bad in ["(emb", "a)|(b", "*", &"a".repeat(5000), r"(\w{100}){100}"] {
             assert!(check(&TargetModules::Pattern(bad.to_owned())).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_pattern_that_turns_back_without_end_is_an_error() {
+        let path = "a".repeat(40);
+        for pattern in ["(?:(?=a)a|a)*b", "(a|aa)+(?!b)c", r"(?:a*)*\1(a)b"] {
+            let outcome = TargetModules::Pattern(pattern.to_owned()).matches(&path);
+            assert!(outcome.unwrap_err().contains("backtracking"), "{pattern}");
         }
     }
 }
