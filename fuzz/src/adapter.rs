@@ -38,21 +38,22 @@ pub fn adapter(input: &[u8]) {
 }
 
 fn check_use(adapter: &Adapter) {
-    let ids = adapter.token_ids();
-    assert!(!adapter.modules().is_empty());
     for module in adapter.modules() {
+        let ids = module.token_ids();
         assert_eq!(module.rows().num_rows(), ids.len());
-        for path in module.all_paths() {
-            assert!(adapter.rows(path).is_some());
+        assert!(module.all_paths().all(|path| adapter.rows(path).is_some()));
+        match module.token_set(1 << 10) {
+            Ok(set) => assert_eq!(set.ids(), ids),
+            Err(error) => check_message(&error.to_string()),
         }
+        adapter.module_metadata(module.path());
     }
     if let Some((path, id, column)) = adapter.first_non_finite() {
-        let rows = adapter.rows(path).expect("the module is there");
-        assert!(ids.contains(&id) && column < rows.embedding_dim());
+        let module = adapter.module(path).expect("the module is there");
+        assert!(module.token_ids().contains(&id) && column < module.rows().embedding_dim());
     }
-    match adapter.token_set(1 << 10) {
-        Ok(set) => assert_eq!(set.ids(), ids),
-        Err(error) => check_message(&error.to_string()),
+    for name in adapter.extra_tensors() {
+        adapter.extra_tensor(name).expect("its own name");
     }
 }
 

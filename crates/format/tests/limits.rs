@@ -78,7 +78,7 @@ fn patterns() {
         "(?:(?:(?=a)a{1000}){1000}){1000}",
         "(?:",
     ] {
-        for size in [part.len(), 4096, 1 << 20] {
+        for size in [part.len(), 4096] {
             let pattern = part.repeat(size / part.len());
             let json = serde_json::json!({
                 "peft_type": "TRAINABLE_TOKENS", "target_modules": pattern, "token_indices": [],
@@ -86,7 +86,7 @@ fn patterns() {
             let json = json.to_string();
             check(part, || {
                 let config = AdapterConfig::from_json(json.as_bytes(), "config")?;
-                let path = "a".repeat(1 << 16);
+                let path = "a".repeat(1 << 12);
                 let header = format!(
                     r#"{{"base_model.model.{path}.trainable_tokens_delta":{{"dtype":"F32","shape":[0,1],"data_offsets":[0,0]}}}}"#
                 );

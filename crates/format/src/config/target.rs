@@ -1,5 +1,7 @@
 //! Which modules an adapter targets.
 
+use std::cell::OnceCell;
+
 use fancy_regex::{Expr, Regex, RegexBuilder};
 
 use crate::error::one_line;
@@ -17,23 +19,50 @@ pub enum TargetModules {
 }
 
 impl TargetModules {
-    /// Whether the module at `path` is targeted; by null, if it is named as PEFT's last resort, `embed_tokens`. The
-    /// error says why a pattern is not a regular expression.
-    pub(crate) fn matches(&self, path: &str) -> Result<bool, String> {
-        match self {
-            Self::List(entries) => Ok(entries.iter().any(|entry| is_path_or_suffix(entry, path))),
-            Self::Default => Ok(is_path_or_suffix("embed_tokens", path)),
-            Self::Pattern(pattern) => compile(pattern)?
-                .is_match(path)
-                .map_err(|error| pattern_error(pattern, &error)),
-        }
-    }
-
     pub(super) fn to_json(&self) -> Json {
         match self {
             Self::List(entries) => Json::Array(entries.iter().map(|entry| entry.as_str().into()).collect()),
             Self::Pattern(pattern) => pattern.as_str().into(),
             Self::Default => Json::Null,
+        }
+    }
+}
+
+/// [`TargetModules`] made ready for many paths: a pattern is compiled once.
+pub(crate) struct Matcher<'a> {
+    targets: &'a TargetModules,
+    compiled: OnceCell<Regex>,
+}
+
+impl<'a> Matcher<'a> {
+    pub(crate) fn new(targets: &'a TargetModules) -> Self {
+        Self {
+            targets,
+            compiled: OnceCell::new(),
+        }
+    }
+
+    pub(crate) fn targets(&self) -> &'a TargetModules {
+        self.targets
+    }
+
+    /// Whether the module at `path` is targeted; by null, if it is named as PEFT's last resort, `embed_tokens`. The
+    /// error says why a pattern is not a regular expression.
+    pub(crate) fn matches(&self, path: &str) -> Result<bool, String> {
+        match self.targets {
+            TargetModules::List(entries) => Ok(entries.iter().any(|entry| is_path_or_suffix(entry, path))),
+            TargetModules::Default => Ok(is_path_or_suffix("embed_tokens", path)),
+            TargetModules::Pattern(pattern) => {
+                let compiled = if let Some(compiled) = self.compiled.get() {
+                    compiled
+                } else {
+                    let compiled = compile(pattern)?;
+                    self.compiled.get_or_init(|| compiled)
+                };
+                compiled
+                    .is_match(path)
+                    .map_err(|error| pattern_error(pattern, &error))
+            }
         }
     }
 }
@@ -117,13 +146,14 @@ mod tests {
             ("wte", false),
             ("emb.x", false),
         ] {
-            assert_eq!(list.matches(path), Ok(expected), "{path}");
+            assert_eq!(Matcher::new(&list).matches(path), Ok(expected), "{path}");
         }
     }
 
     #[test]
     fn patterns_match_whole_paths() {
-        let matches = |pattern: &str, path| TargetModules::Pattern(pattern.to_owned()).matches(path);
+        let matches =
+            |pattern: &str, path| Matcher::new(&TargetModules::Pattern(pattern.to_owned())).matches(path);
         assert_eq!(matches(r".*\.emb", "enc.emb"), Ok(true));
         assert_eq!(matches(r".*\.emb", "enc.emb.x"), Ok(false));
         assert_eq!(matches("a|ab", "ab"), Ok(true));
@@ -139,7 +169,7 @@ mod tests {
     fn a_pattern_that_turns_back_without_end_is_an_error() {
         let path = "a".repeat(40);
         for pattern in ["(?:(?=a)a|a)*b", "(a|aa)+(?!b)c", r"(?:a*)*\1(a)b"] {
-            let outcome = TargetModules::Pattern(pattern.to_owned()).matches(&path);
+            let outcome = Matcher::new(&TargetModules::Pattern(pattern.to_owned())).matches(&path);
             assert!(outcome.unwrap_err().contains("backtracking"), "{pattern}");
         }
     }
