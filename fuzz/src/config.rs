@@ -50,7 +50,7 @@ fn check_target(config: AdapterConfig, module: &str) {
     let tensor = serde_json::json!({"dtype": "F16", "shape": [rows, 1], "data_offsets": [0, bytes]});
     let name = match config.peft_type() {
         PeftType::Lora => format!("base_model.model.{module}.token_adapter.trainable_tokens_delta"),
-        _ => format!("base_model.model.{module}.trainable_tokens_delta"),
+        PeftType::TrainableTokens => format!("base_model.model.{module}.trainable_tokens_delta"),
     };
     let header = serde_json::json!({name: tensor}).to_string();
     let length = (header.len() as u64).to_le_bytes();

@@ -252,6 +252,16 @@ mod tests {
     }
 
     #[test]
+    fn keys_are_counted() {
+        let object = |count: usize| {
+            let keys: Vec<_> = (0..count).map(|at| format!("\"{at}\":0")).collect();
+            Json::parse(&format!("{{{}}}", keys.join(",")))
+        };
+        assert!(object(MAX_KEYS).is_ok());
+        assert!(object(MAX_KEYS + 1).unwrap_err().contains("262144 keys"));
+    }
+
+    #[test]
     fn messages_stay_on_one_line() {
         let text = Json::parse("\"a\u{7f}\u{9b}\\nb\"").unwrap().brief();
         assert_eq!(text, r#""a\u{7f}\u{9b}\nb""#);
