@@ -98,7 +98,7 @@ fn check_base(adapter: &Adapter) {
 }
 
 /// A small model with the names and the row lengths of the seeds.
-fn base() -> &'static Checkpoint {
+pub(crate) fn base() -> &'static Checkpoint {
     static BASE: OnceLock<Checkpoint> = OnceLock::new();
     BASE.get_or_init(|| {
         let header = br#"{"emb.weight":{"dtype":"F32","shape":[20,6]},

@@ -1,5 +1,8 @@
 //! `config.json` of a model.
 
+use trainable_tokens_format::{AdapterConfig, ModelTables, TargetModules};
+
+use crate::adapter::base;
 use crate::check_message;
 use crate::trainer::model::RopeScaling;
 use crate::trainer::parse::{Refusal, config};
@@ -8,6 +11,7 @@ use crate::trainer::parse::{Refusal, config};
 ///
 /// A config that is accepted can be computed with: sizes do not overflow, and every number is finite.
 pub fn model_config(input: &[u8]) {
+    check_tables(input);
     let config = match config(input) {
         Ok(config) => config,
         Err(Refusal::Invalid(reason)) => return check_message(&reason),
@@ -49,4 +53,23 @@ pub fn model_config(input: &[u8]) {
         }
     };
     assert!(factors.iter().all(|factor| factor.is_finite() && *factor > 0.0));
+}
+
+/// What the config says about the tables of a checkpoint.
+fn check_tables(config: &[u8]) {
+    let tables = match ModelTables::from_parts(base(), Some(config.to_vec())) {
+        Ok(tables) => tables,
+        Err(error) => return check_message(&error.to_string()),
+    };
+    assert!(
+        tables
+            .input_embedding()
+            .is_none_or(|path| tables.paths().any(|other| other == path))
+    );
+    let targets = TargetModules::from(["emb", "lm_head"]);
+    let adapter = AdapterConfig::new(&[3, 1], &targets).expect("two tokens");
+    match tables.targets(&adapter) {
+        Ok(found) => assert!(!found.is_empty()),
+        Err(error) => check_message(&error.to_string()),
+    }
 }
