@@ -271,7 +271,13 @@ fn a_narrower_harness_is_refused() {
 }
 
 /// The case, the recorded tensor, what its first value is shifted by (or its last bit), and where it shows.
-const DAMAGED: [(&str, &str, Option<f32>, &str); 25] = [
+const DAMAGED: [(&str, &str, Option<f32>, &str); 26] = [
+    (
+        "lora_list_untied",
+        "merged.model.layers.0.self_attn.q_proj",
+        Some(1e-4),
+        "lora_merge merged.model.layers.0.self_attn.q_proj: weight",
+    ),
     (
         "multi_standalone",
         "embed.first+second",
