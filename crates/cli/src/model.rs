@@ -47,14 +47,19 @@ impl Model {
 
     /// Loads the decoder, with the rows of an adapter if there is one.
     pub(crate) fn load(&self, adapter: Option<&Path>, compute: ComputeArgs) -> Result<Decoder> {
-        let rows = adapter.map(|dir| self.adapter_rows(dir)).transpose()?;
-        let (ids, rows) = rows.unzip();
-        self.load_rows(
-            &ids.unwrap_or_default(),
-            rows.as_ref(),
-            PaddingRule::NoLookupGradient,
-            compute,
-        )
+        let padding = PaddingRule::NoLookupGradient;
+        let Some(dir) = adapter else {
+            return self.load_rows(&[], None, padding, compute);
+        };
+        let adapter = self.adapter(dir)?;
+        let (dtype, device) = (weight_type(compute), open_device(compute.device)?);
+        Ok(Decoder::load_adapter(
+            &self.checkpoint,
+            &adapter,
+            padding,
+            dtype,
+            &device,
+        )?)
     }
 
     /// Loads the decoder with the rows of `ids` trainable, starting from `rows` or as they are.
@@ -65,26 +70,23 @@ impl Model {
         padding: PaddingRule,
         compute: ComputeArgs,
     ) -> Result<Decoder> {
-        let dtype = match compute.dtype {
-            WeightType::F32 => DType::F32,
-            WeightType::Bf16 => DType::BF16,
-        };
+        let (dtype, device) = (weight_type(compute), open_device(compute.device)?);
         Ok(Decoder::load(
             &self.checkpoint,
             ids,
             rows,
             padding,
             dtype,
-            &open_device(compute.device)?,
+            &device,
         )?)
     }
 
-    /// Ids and rows of an adapter, checked against this model.
-    pub(crate) fn adapter_rows(&self, dir: &Path) -> Result<(Vec<u32>, TokenRows)> {
+    /// An adapter of the input embedding alone, checked against this model.
+    fn adapter(&self, dir: &Path) -> Result<Adapter> {
         let adapter = Adapter::read(dir)?;
         adapter.check_against(&self.checkpoint, BaseCheck::SameTable)?;
         self.expect_rows_alone(&adapter, dir)?;
-        let Some(module) = adapter.module(EMBEDDING_MODULE) else {
+        if adapter.module(EMBEDDING_MODULE).is_none() {
             bail!(
                 "adapter {} trains {}, not the input embedding {EMBEDDING_MODULE}",
                 dir.display(),
@@ -95,8 +97,8 @@ impl Model {
                     .collect::<Vec<_>>()
                     .join(", ")
             );
-        };
-        Ok((module.token_indices().to_vec(), module.rows().clone()))
+        }
+        Ok(adapter)
     }
 
     /// Refuses an adapter of which the rows of the input embedding are only a part: the others would not count.
@@ -157,6 +159,13 @@ impl Model {
         }
         let strings = ids.iter().map(|id| Ok(self.vocabulary.token(*id)?));
         strings.collect::<Result<Option<Vec<String>>>>()
+    }
+}
+
+fn weight_type(compute: ComputeArgs) -> DType {
+    match compute.dtype {
+        WeightType::F32 => DType::F32,
+        WeightType::Bf16 => DType::BF16,
     }
 }
 
