@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import reference
 from cli import Cli
+from lora import check_lora
 from models import Case, make_cases, make_examples, random_ids, write_lines
 from roundtrips import check_round_trips
 
@@ -32,6 +33,7 @@ FIXTURES = REPOSITORY / "tests" / "fixtures" / "peft"
 
 STEPS, BATCH_SIZE, LR, WEIGHT_DECAY = 10, 4, 1e-2, 0.5
 
+LORA = "lora"  # the name of its cases, together
 LOGITS, LOSS_WHILE_TRAINING, TRAINED_ROWS, LOSS = 1e-4, 2e-4, 2e-3, 1e-5
 
 
@@ -312,6 +314,7 @@ def main() -> int:
             (work / case.name).mkdir()
             groups[case.name] = lambda case=case: CaseChecks(case, cli, report, work / case.name).run()
         groups["tokenizer"] = lambda: check_tokenizer(cli, report, work)
+        groups[LORA] = lambda: check_lora(cli, report, work / LORA)
         groups["round-trips"] = lambda: check_round_trips(options.adapters.resolve(), report, work / "trips", guarded)
         unknown = set(options.cases) - set(groups)
         if unknown:

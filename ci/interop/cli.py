@@ -37,12 +37,18 @@ class Cli:
         self("forward", model=model, input_ids=given, out=written, force=True, **options)
         return load_file(written)
 
+    def merge(self, model, adapters: list, out: Path, **options):
+        """Merges adapters in their order."""
+        return self("merge", model=model, adapter=adapters, out=out, **options)
+
     def _run(self, command, options):
         args = [self.binary, "--json", command]
         for name, value in options.items():
             name = "--" + name.replace("_", "-")
             if value is True:
                 args.append(name)
+            elif isinstance(value, list):
+                args.extend(f"{name}={item}" for item in value)
             elif value is not None:
                 # With "=", so that a value may begin with a hyphen.
                 args.append(f"{name}={value}")

@@ -246,12 +246,21 @@ pub(crate) struct MergeArgs {
     /// Model directory.
     #[arg(long)]
     pub(crate) model: PathBuf,
-    /// Adapter directories; no two may train the same token.
+    /// Adapter directories, with rows of tokens, weights of LoRA or both; merged in this order.
     #[arg(long, required = true, num_args = 1.., value_name = "DIR")]
     pub(crate) adapter: Vec<PathBuf>,
     /// Model directory to write.
     #[arg(long, value_name = "DIR")]
     pub(crate) out: PathBuf,
+    /// Refuse to write a value that is not finite where the model has one that is.
+    #[arg(long)]
+    pub(crate) safe: bool,
+    /// What counts for a token that several adapters train.
+    #[arg(long, value_enum, default_value_t = OverlapChoice::Error)]
+    pub(crate) overlap: OverlapChoice,
+    /// With --overlap mean: the weight of each adapter, in their order [default: equal].
+    #[arg(long, value_delimiter = ',', value_name = "NUMBERS")]
+    pub(crate) weights: Vec<f64>,
 }
 
 #[derive(Debug, Args)]
@@ -268,9 +277,20 @@ pub(crate) struct VerifyArgs {
     /// Model directory.
     #[arg(long)]
     pub(crate) model: PathBuf,
-    /// Adapter directory.
+    /// Adapter directory, or one that holds several, each in a directory of its name.
     #[arg(long)]
     pub(crate) adapter: PathBuf,
+}
+
+/// What counts for a token that several adapters train.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum OverlapChoice {
+    /// Nothing: it is an error.
+    Error,
+    /// The row of the last of them.
+    Last,
+    /// The mean of their rows.
+    Mean,
 }
 
 /// Update rules.

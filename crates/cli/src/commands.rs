@@ -9,9 +9,10 @@ mod merge;
 mod train;
 mod verify;
 
+use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use trainable_tokens_format::Overwrite;
 
 use crate::args::{Cli, Command};
@@ -64,6 +65,34 @@ fn check_apart<'a>(out: &Path, others: impl IntoIterator<Item = &'a Path>) -> Re
             other.display()
         ),
     }
+}
+
+/// The adapters in a directory, as PEFT lays them out: its own at the top, others in subdirectories of their names. They
+/// have names only if there are several. A directory without any is taken for one, so that reading it says what is missing.
+fn adapters_in(dir: &Path) -> Result<Vec<(Option<String>, PathBuf)>> {
+    const CONFIG: &str = "adapter_config.json";
+    let mut named = Vec::new();
+    for entry in fs::read_dir(dir).into_iter().flatten() {
+        let path = entry
+            .with_context(|| format!("cannot list {}", dir.display()))?
+            .path();
+        if path.join(CONFIG).is_file() {
+            let name = path
+                .file_name()
+                .unwrap_or_default()
+                .to_string_lossy()
+                .into_owned();
+            named.push((Some(name), path));
+        }
+    }
+    named.sort();
+    if named.is_empty() {
+        return Ok(vec![(None, dir.to_owned())]);
+    }
+    if dir.join(CONFIG).is_file() {
+        named.insert(0, (Some("default".to_owned()), dir.to_owned()));
+    }
+    Ok(named)
 }
 
 /// The path without symbolic links, of something that need not exist.

@@ -47,14 +47,19 @@ impl Model {
 
     /// Loads the decoder, with the rows of an adapter if there is one.
     pub(crate) fn load(&self, adapter: Option<&Path>, compute: ComputeArgs) -> Result<Decoder> {
-        let rows = adapter.map(|dir| self.adapter_rows(dir)).transpose()?;
-        let (ids, rows) = rows.unzip();
-        self.load_rows(
-            &ids.unwrap_or_default(),
-            rows.as_ref(),
-            PaddingRule::NoLookupGradient,
-            compute,
-        )
+        let padding = PaddingRule::NoLookupGradient;
+        let Some(dir) = adapter else {
+            return self.load_rows(&[], None, padding, compute);
+        };
+        let adapter = self.adapter(dir)?;
+        let (dtype, device) = (weight_type(compute), open_device(compute.device)?);
+        Ok(Decoder::load_adapter(
+            &self.checkpoint,
+            &adapter,
+            padding,
+            dtype,
+            &device,
+        )?)
     }
 
     /// Loads the decoder with the rows of `ids` trainable, starting from `rows` or as they are.
@@ -65,25 +70,23 @@ impl Model {
         padding: PaddingRule,
         compute: ComputeArgs,
     ) -> Result<Decoder> {
-        let dtype = match compute.dtype {
-            WeightType::F32 => DType::F32,
-            WeightType::Bf16 => DType::BF16,
-        };
+        let (dtype, device) = (weight_type(compute), open_device(compute.device)?);
         Ok(Decoder::load(
             &self.checkpoint,
             ids,
             rows,
             padding,
             dtype,
-            &open_device(compute.device)?,
+            &device,
         )?)
     }
 
-    /// Ids and rows of an adapter, checked against this model.
-    pub(crate) fn adapter_rows(&self, dir: &Path) -> Result<(Vec<u32>, TokenRows)> {
+    /// An adapter of the input embedding alone, checked against this model.
+    fn adapter(&self, dir: &Path) -> Result<Adapter> {
         let adapter = Adapter::read(dir)?;
         adapter.check_against(&self.checkpoint, BaseCheck::SameTable)?;
-        let Some(module) = adapter.module(EMBEDDING_MODULE) else {
+        self.expect_rows_alone(&adapter, dir)?;
+        if adapter.module(EMBEDDING_MODULE).is_none() {
             bail!(
                 "adapter {} trains {}, not the input embedding {EMBEDDING_MODULE}",
                 dir.display(),
@@ -94,8 +97,35 @@ impl Model {
                     .collect::<Vec<_>>()
                     .join(", ")
             );
+        }
+        Ok(adapter)
+    }
+
+    /// Refuses an adapter of which the rows of the input embedding are only a part: the others would not count.
+    fn expect_rows_alone(&self, adapter: &Adapter, dir: &Path) -> Result<()> {
+        let lora = adapter.lora_weights()?;
+        if let Some(first) = lora.first() {
+            bail!(
+                "adapter {} has weights of LoRA for {} modules, such as {}, which this command does not apply; use `merge`, \
+                 and then the merged model",
+                dir.display(),
+                lora.len(),
+                first.path()
+            );
+        }
+        let apart = |module: &&AdapterModule| {
+            module.path() != EMBEDDING_MODULE
+                && self.checkpoint.contains(&format!("{}.weight", module.path()))
         };
-        Ok((module.token_indices().to_vec(), module.rows().clone()))
+        match adapter.modules().iter().find(apart) {
+            None => Ok(()),
+            Some(module) => bail!(
+                "adapter {} also trains {}, which has a table of its own; this command applies rows of the input embedding \
+                 {EMBEDDING_MODULE} alone; use `merge`, and then the merged model",
+                dir.display(),
+                module.path()
+            ),
+        }
     }
 
     /// Starts the adapter of rows of this model, with all that makes it tell its own story.
@@ -129,6 +159,13 @@ impl Model {
         }
         let strings = ids.iter().map(|id| Ok(self.vocabulary.token(*id)?));
         strings.collect::<Result<Option<Vec<String>>>>()
+    }
+}
+
+fn weight_type(compute: ComputeArgs) -> DType {
+    match compute.dtype {
+        WeightType::F32 => DType::F32,
+        WeightType::Bf16 => DType::BF16,
     }
 }
 

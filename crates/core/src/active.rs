@@ -19,6 +19,23 @@ pub enum Overlap {
     WeightedMean(Vec<f64>),
 }
 
+impl Overlap {
+    /// The tokens of named adapters together, and how their rows become one set: row `i` of the mix is for token `i`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Overlap`]; [`Error::Shape`] and [`Error::Hyperparameter`] for weights.
+    pub fn unite(&self, adapters: &[(&str, &TokenSet)], vocab_size: usize) -> Result<(TokenSet, RowMix)> {
+        let shared: Vec<Arc<str>> = adapters.iter().map(|(name, _)| Arc::from(*name)).collect();
+        let named: Vec<_> = shared
+            .iter()
+            .zip(adapters.iter().map(|(_, tokens)| *tokens))
+            .collect();
+        let ActiveSet { tokens, mix, .. } = ActiveSet::new(&named, self, vocab_size)?;
+        Ok((tokens, mix))
+    }
+}
+
 /// The tokens of several adapters together, and what their rows are.
 #[derive(Clone, Debug)]
 pub(crate) struct ActiveSet {

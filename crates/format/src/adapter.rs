@@ -161,6 +161,11 @@ impl Adapter {
         }
     }
 
+    /// The files and names of the [`extra_tensors`](Self::extra_tensors).
+    pub(crate) fn stored_extras(&self) -> impl Iterator<Item = (&SafetensorsFile, &str)> {
+        self.extra.iter().map(|extra| (&extra.file, extra.name.as_str()))
+    }
+
     /// The first value that is not finite: the module's path, the token, and the column.
     pub fn first_non_finite(&self) -> Option<(&str, TokenId, usize)> {
         self.modules.iter().find_map(|module| {
@@ -237,7 +242,7 @@ impl Adapter {
     }
 
     /// Where the rows were read from, or where they would go.
-    fn origin(&self) -> &Path {
+    pub(crate) fn origin(&self) -> &Path {
         &self.origin
     }
 }

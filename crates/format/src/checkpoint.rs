@@ -14,7 +14,7 @@ pub(crate) const SINGLE_FILE: &str = "model.safetensors";
 pub(crate) const INDEX_FILE: &str = "model.safetensors.index.json";
 pub(crate) const MODEL_CONFIG_FILE: &str = "config.json";
 /// The largest index that is read; those of the largest models have a few megabytes.
-const MAX_INDEX_BYTES: u64 = 16 << 20;
+pub(crate) const MAX_INDEX_BYTES: u64 = 16 << 20;
 
 /// A checkpoint directory: `model.safetensors`, or the shards named by `model.safetensors.index.json`, mapped into
 /// memory. As in transformers, the single file counts if both are there.

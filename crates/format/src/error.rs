@@ -5,7 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use safetensors::Dtype;
-use trainable_tokens_core::{BackendError, ErrorKind};
+use trainable_tokens_core::{BackendError, DType, ErrorKind};
 
 /// The result of this crate's fallible functions.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -211,6 +211,24 @@ pub enum Error {
         /// What does not fit, with both values.
         reason: String,
     },
+    /// A merge would write a value that is not finite, where the base has one that is.
+    #[error(
+        "adapter {adapters} would make {tensor} not finite at {place} {row}, column {column}, in its element type {dtype}"
+    )]
+    NonFinite {
+        /// The adapters that change the tensor.
+        adapters: String,
+        /// The tensor.
+        tensor: String,
+        /// What the number of the row is: that of a row, or a token id.
+        place: &'static str,
+        /// The row.
+        row: usize,
+        /// The column of the first such value.
+        column: usize,
+        /// The tensor's element type.
+        dtype: DType,
+    },
     /// The target exists and must not be replaced.
     #[error("{} already exists", shown(path))]
     Exists {
@@ -235,6 +253,7 @@ impl BackendError for Error {
             Self::TiedTokens { .. } => ErrorKind::TokenSet,
             Self::TensorShape { .. } | Self::NotATable { .. } => ErrorKind::Shape,
             Self::TensorDType { .. } => ErrorKind::DType,
+            Self::NonFinite { .. } => ErrorKind::NonFinite,
             Self::Unsupported { .. } => ErrorKind::Unsupported,
             _ => ErrorKind::File,
         }

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::File;
+use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -197,6 +198,16 @@ impl SafetensorsFile {
     /// The bytes of the whole file.
     pub(crate) fn content(&self) -> &[u8] {
         self.inner.content.bytes()
+    }
+
+    /// Where the tensors begin.
+    pub(crate) fn data_start(&self) -> usize {
+        self.inner.header.data_start
+    }
+
+    /// The header of a file of the same tensors, some with another number of rows.
+    pub(crate) fn header_with(&self, rows: &BTreeMap<&str, usize>) -> io::Result<Vec<u8>> {
+        self.inner.header.with_rows(rows)
     }
 
     /// Bytes of the file; the range comes from [`range_of`](Self::range_of).

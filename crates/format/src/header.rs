@@ -138,6 +138,38 @@ fn byte_len(info: &TensorInfo) -> Option<usize> {
     bits.is_multiple_of(8).then_some(bits / 8)
 }
 
+impl Header {
+    /// The header, with its length, of the same tensors in the same order, some of them with another first dimension.
+    pub(crate) fn with_rows(&self, rows: &BTreeMap<&str, usize>) -> io::Result<Vec<u8>> {
+        let mut ordered: Vec<_> = self.tensors.iter().collect();
+        ordered.sort_by_key(|(_, info)| info.data_offsets);
+        let mut entries = Vec::new();
+        if let Some(metadata) = &self.metadata {
+            entries.push(entry(METADATA, metadata)?);
+        }
+        let mut offset = 0;
+        for (name, info) in ordered {
+            let mut info = info.clone();
+            if let (Some(rows), Some(first)) = (rows.get(name.as_str()), info.shape.first_mut()) {
+                *first = *rows;
+            }
+            let bytes = byte_len(&info)
+                .ok_or_else(|| io::Error::other(format!("tensor {name:?} grows too large")))?;
+            info.data_offsets = (offset, offset + bytes);
+            offset += bytes;
+            entries.push(entry(name, &info)?);
+        }
+        Ok(framed(format!("{{{}}}", entries.join(","))))
+    }
+}
+
+/// A header's length and text, padded to 8 bytes.
+fn framed(mut header: String) -> Vec<u8> {
+    let padded = header.len().next_multiple_of(LENGTH_BYTES);
+    header.extend(std::iter::repeat_n(' ', padded - header.len()));
+    [&(header.len() as u64).to_le_bytes()[..], header.as_bytes()].concat()
+}
+
 /// A tensor to write.
 pub(crate) struct TensorData<'a> {
     pub(crate) name: String,
@@ -173,10 +205,7 @@ pub(crate) fn write_safetensors(
         offset = end;
     }
     header.push('}');
-    let padded = header.len().next_multiple_of(LENGTH_BYTES);
-    header.extend(std::iter::repeat_n(' ', padded - header.len()));
-    out.write_all(&(header.len() as u64).to_le_bytes())?;
-    out.write_all(header.as_bytes())?;
+    out.write_all(&framed(header))?;
     tensors.iter().try_for_each(|tensor| out.write_all(&tensor.bytes))
 }
 

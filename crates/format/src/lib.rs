@@ -5,7 +5,8 @@
 //!   ([`AdapterMetadata`]) PEFT ignores.
 //! - [`Checkpoint`], [`SafetensorsFile`]: models in safetensors, mapped into memory. [`MappedTable`]: one of their
 //!   tables as a frozen [`EmbeddingSource`](trainable_tokens_core::EmbeddingSource); [`digest()`]: what it is.
-//! - [`merge_checkpoint`]: a copy of a checkpoint with rows replaced.
+//! - [`Merge`]: adapters, with LoRA's weights ([`LoraWeights`]), baked into a copy of a checkpoint;
+//!   [`merge_checkpoint`]: rows alone.
 //! - [`TrainingState`]: the optimizer's memory beside the adapter.
 //! - [`write_dir_atomically`], [`write_file_atomically`]: output that appears whole or not at all.
 //!
@@ -41,6 +42,7 @@ mod error;
 mod file;
 mod header;
 mod json;
+mod lora;
 mod merge;
 mod model;
 mod state;
@@ -56,7 +58,8 @@ pub use config::{AdapterConfig, PeftType, TargetModules, TaskType, TokenIndices}
 pub use digest::{InvalidDigest, TableDigest, digest};
 pub use error::{Error, Result};
 pub use file::{SafetensorsFile, TensorRef};
-pub use merge::{MergeReport, RowReplacement, merge_checkpoint};
+pub use lora::{LoraDelta, LoraLayer, LoraWeights};
+pub use merge::{Merge, MergeReport, RowReplacement, merge_checkpoint};
 pub use model::{ModelTables, TargetedTable};
 pub use state::TrainingState;
 pub use table::{ExtendedTable, MappedTable};

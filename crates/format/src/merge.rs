@@ -1,21 +1,25 @@
-//! Baking rows into a copy of a checkpoint.
+//! Baking adapters into a copy of a checkpoint.
 
+mod adapters;
 mod copy;
-mod patch;
+mod grow;
+mod plan;
+mod table;
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::BufWriter;
 use std::path::{Path, PathBuf};
 
-use trainable_tokens_core::{EmbeddingSource, TokenId, TokenRows};
+pub use adapters::Merge;
+use plan::Plan;
+use trainable_tokens_core::{MergeCheck, TokenId, TokenRows};
 
 use crate::adapter::Adapter;
 use crate::atomic::{Overwrite, write_dir_atomically};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::model::ModelTables;
-use patch::Patches;
 
 /// Rows to put into one table of a checkpoint.
 #[derive(Clone, Debug)]
@@ -34,20 +38,25 @@ pub struct RowReplacement {
 pub struct MergeReport {
     /// How many rows were replaced, over all tables.
     pub rows: usize,
-    /// Files of the checkpoint that hold replaced rows.
+    /// How many products of LoRA's weights were added: one for each module of each adapter that has them.
+    pub lora_modules: usize,
+    /// The names of the tensors that changed.
+    pub tensors: Vec<String>,
+    /// Files of the checkpoint that hold changed tensors.
     pub rewritten: Vec<PathBuf>,
     /// Files of the checkpoint that are the same as in the base: hard links where the file system can.
     pub shared: Vec<PathBuf>,
     /// Other files, copied.
     pub copied: Vec<PathBuf>,
-    /// Files that hold weights in some other form: the rows are not merged there, so they would contradict the
+    /// Files that hold weights in some other form: nothing is merged there, so they would contradict the
     /// checkpoint.
     pub left_out: Vec<PathBuf>,
 }
 
 impl Adapter {
     /// What merging the adapter into `base` replaces: the rows of each module's table, and of each tied module's
-    /// if the checkpoint holds one of its own.
+    /// if the checkpoint holds one of its own. What LoRA's weights of the adapter add, [`lora_deltas`](Self::lora_deltas)
+    /// tells; [`Merge`] does both.
     ///
     /// # Errors
     ///
@@ -89,26 +98,29 @@ pub fn merge_checkpoint(
     out: impl AsRef<Path>,
     overwrite: Overwrite,
 ) -> Result<MergeReport> {
-    let out = out.as_ref();
-    check_apart(base.dir(), out)?;
-    let mut patches = Patches::default();
-    for replacement in replacements {
-        patches.add(base, replacement)?;
+    let mut plan = Plan::new(base, MergeCheck::Unchecked);
+    for RowReplacement { tensor, ids, rows } in replacements {
+        plan.replace(tensor, ids, rows, |_| String::new())?;
     }
+    write(base, &plan, out.as_ref(), overwrite)
+}
+
+fn write(base: &Checkpoint, plan: &Plan<'_>, out: &Path, overwrite: Overwrite) -> Result<MergeReport> {
+    check_apart(base.dir(), out)?;
     write_dir_atomically(out, overwrite, |dir| {
         let mut report = MergeReport {
-            rows: patches.len(),
+            rows: plan.num_rows(),
+            lora_modules: plan.num_deltas(),
+            tensors: plan.tensors(),
             ..MergeReport::default()
         };
         for file in base.files() {
             let name = file.path().file_name().map(PathBuf::from).unwrap_or_default();
             let target = dir.join(&name);
-            if patches.touch(file.path()) {
+            if plan.touches(file.path()) {
                 let created = File::create(&target).map_err(Error::io("create", &target))?;
                 let mut writer = BufWriter::with_capacity(1 << 20, created);
-                patches
-                    .write(file, &mut writer)
-                    .map_err(Error::io("write", &target))?;
+                plan.write(file, &target, &mut writer)?;
                 report.rewritten.push(name);
             } else {
                 copy::link(file.path(), &target)?;
@@ -116,29 +128,9 @@ pub fn merge_checkpoint(
             }
         }
         copy::others(base, dir, &mut report)?;
+        grow::adjust(base, plan, dir)?;
         Ok(report)
     })
-}
-
-impl Patches {
-    fn add(&mut self, base: &Checkpoint, replacement: &RowReplacement) -> Result<()> {
-        let table = base.table(&replacement.tensor)?;
-        let RowReplacement { ids, rows, .. } = replacement;
-        rows.expect_shape("rows to merge", ids.len(), table.embedding_dim())?;
-        let bytes = rows.to_dtype(table.dtype()).to_le_bytes();
-        let row_bytes = table.embedding_dim() * table.dtype().size_in_bytes();
-        for (slot, id) in ids.iter().enumerate() {
-            let range = table.row_range(*id).ok_or_else(|| {
-                Error::Core(trainable_tokens_core::Error::TokenOutOfRange {
-                    id: i64::from(id.0),
-                    vocab_size: table.vocab_size(),
-                })
-            })?;
-            let row = bytes.get(slot * row_bytes..(slot + 1) * row_bytes);
-            self.insert(table.path(), range.start, *id, slot, row.unwrap_or_default())?;
-        }
-        Ok(())
-    }
 }
 
 /// Refuses an output that is the base, lies inside it, or would take its place with all around it.

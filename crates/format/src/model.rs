@@ -169,6 +169,11 @@ impl ModelTables {
     }
 }
 
+/// Whether a module is an input embedding or a head, by its name.
+pub(crate) fn names_a_table(path: &str) -> bool {
+    names::is_head(path) || names::is_embedding(path)
+}
+
 /// What `config.json` says that matters here.
 #[derive(Debug, Default)]
 struct ModelConfig {

@@ -89,6 +89,11 @@ impl MappedTable {
         TableDigest::of_bytes(self.bytes())
     }
 
+    /// Where the table lies in the file.
+    pub(crate) fn file_range(&self) -> Range<usize> {
+        self.range.clone()
+    }
+
     /// Where row `id` lies in the file.
     pub(crate) fn row_range(&self, id: TokenId) -> Option<Range<usize>> {
         // Only the rows that are there have places in the file.

@@ -397,6 +397,14 @@ list! { $
         a_merged_checkpoint_differs_in_the_rows_alone: "B8, M2, N1",
         merges_that_would_harm_are_refused: "B9, E3",
         files_without_rows_are_kept: "B10",
+        a_merge_grows_the_vocabulary: "B16, B15",
+        lora_adds_its_scaled_product: "W1, W2, W3, W4, W5",
+        lora_sums_are_rounded_one_by_one: "W6",
+        rows_win_over_lora: "W7, B8",
+        lora_of_other_kinds_is_refused: "W1, W2, W5, W8, W9, W10, E4",
+        a_stored_base_weight_counts: "W10",
+        a_checked_merge_names_what_is_not_finite: "W11, E3",
+        adapters_with_common_tokens_merge_as_asked: "W12, A6, A7, A8, E4",
     }
     errors Errors {
         ids_out_of_range_are_refused: "L2, T4, E1, E2",

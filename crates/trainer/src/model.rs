@@ -11,7 +11,7 @@ use trainable_tokens_candle::{FrozenLinear, TiedHead, TrainableTokens};
 use trainable_tokens_core::{
     EmbeddingSource, LayerOptions, Padding, PaddingRule, TokenId, TokenRows, TokenSet,
 };
-use trainable_tokens_format::Checkpoint;
+use trainable_tokens_format::{Adapter, BaseCheck, Checkpoint};
 
 use self::attention::Attention;
 use self::mlp::Mlp;
@@ -83,6 +83,55 @@ impl Decoder {
             Some(rows) => rows.clone(),
             None => checkpoint.table(EMBEDDING_TENSOR)?.read_rows(tokens.ids())?,
         };
+        let head =
+            |weights: &Weights<'_>| weights.linear(HEAD_MODULE, config.vocab_size, config.hidden_size, false);
+        Self::build(config.clone(), &weights, table, (&tokens, &rows), padding, head)
+    }
+
+    /// Loads a checkpoint with the rows of an adapter for its input embedding trainable. Where the adapter's vocabulary is
+    /// larger than the checkpoint's, the table grows by the adapter's rows, and so does the head.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`load`](Self::load); [`Error::Format`] if the adapter does not fit, naming the rows that are missing.
+    pub fn load_adapter(
+        checkpoint: &Checkpoint,
+        adapter: &Adapter,
+        padding: PaddingRule,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self> {
+        let mut config = ModelConfig::read(&checkpoint.config_path())?;
+        adapter.check_against(checkpoint, BaseCheck::SameTable)?;
+        let weights = Weights::new(checkpoint, dtype, device);
+        let shape = [config.vocab_size, config.hidden_size];
+        weights.expect_shape(EMBEDDING_TENSOR, &shape)?;
+        let table = adapter.table(EMBEDDING_MODULE, checkpoint)?;
+        config.vocab_size = table.vocab_size();
+        let (tokens, rows) = match adapter.module(EMBEDDING_MODULE) {
+            Some(module) => (module.token_set(config.vocab_size)?, module.rows().clone()),
+            None => (
+                TokenSet::new([], config.vocab_size)?,
+                TokenRows::zeros(table.dtype(), 0, config.hidden_size),
+            ),
+        };
+        let table = weights.table(&table)?;
+        let head = |weights: &Weights<'_>| {
+            weights.expect_shape(&format!("{HEAD_MODULE}.weight"), &shape)?;
+            let head = adapter.table(HEAD_MODULE, checkpoint)?;
+            Ok(FrozenLinear::new(weights.table(&head)?, None)?)
+        };
+        Self::build(config, &weights, table, (&tokens, &rows), padding, head)
+    }
+
+    fn build(
+        config: ModelConfig,
+        weights: &Weights<'_>,
+        table: Tensor,
+        (tokens, rows): (&TokenSet, &TokenRows),
+        padding: PaddingRule,
+        untied_head: impl FnOnce(&Weights<'_>) -> Result<FrozenLinear>,
+    ) -> Result<Self> {
         let padding = config.pad_token_id.map(|id| Padding {
             token: TokenId(id),
             rule: padding,
@@ -96,10 +145,10 @@ impl Decoder {
         let head = if config.tie_word_embeddings {
             Head::Tied(embedding.tied_head())
         } else {
-            Head::Untied(weights.linear(HEAD_MODULE, config.vocab_size, config.hidden_size, false)?)
+            Head::Untied(untied_head(weights)?)
         };
         let layers = (0..config.num_hidden_layers)
-            .map(|index| Layer::load(&weights, &config, index))
+            .map(|index| Layer::load(weights, &config, index))
             .collect::<Result<Vec<_>>>()?;
         let norm = weights.tensor("model.norm.weight", &[config.hidden_size])?;
         let rotary = Rotary::new(&config);

@@ -8,43 +8,50 @@ use std::collections::BTreeSet;
 
 use candle_core::{D, DType, Device, Tensor};
 use candle_nn::Module;
-use case::{Case, check, flat, tolerance};
-use serde_json::Value;
+use case::{Case, check, flat};
+use serde_json::{Value, json};
 use trainable_tokens_candle::TrainableTokens;
 use trainable_tokens_core::EmbeddingSource;
-use trainable_tokens_format::Adapter;
+use trainable_tokens_format::BaseCheck;
 use trainable_tokens_testkit::peft::{CASES, NOT_RUN, WholeModel, not_run};
 use trainable_tokens_trainer::{Decoder, Error, HEAD_MODULE, ModelConfig};
 
 /// Cases whose training runs in `fixtures.rs`.
 const TRAINED: [&str; 2] = ["llama_tied", "llama_untied"];
 
-/// The operations of all cases that are to be run.
-fn operations() -> Vec<(Case, WholeModel)> {
-    let mut found = Vec::new();
-    for (name, _) in CASES {
-        let all = Case::open(name).fixture.whole_model();
-        let all = all.unwrap_or_else(|failure| panic!("{name}: {}", failure.reason()));
-        let run = all.into_iter().filter(|it| not_run(name, &it.name).is_none());
-        found.extend(run.map(|it| (Case::open(name), it)));
-    }
-    found
+/// How far an operation lets a result lie from PEFT's.
+fn tolerance(operation: &Value) -> [f64; 2] {
+    ["atol", "rtol"].map(|name| operation[name].as_f64().unwrap())
 }
 
 #[test]
 fn every_operation_that_is_not_listed_runs() {
     let mut trained = BTreeSet::new();
     let mut run = BTreeSet::new();
-    for (case, WholeModel { name, operation, .. }) in operations() {
-        match operation["op"].as_str().unwrap() {
-            "logits" => logits(&case, &operation),
-            "delta_grad" => head_gradient(&case, &operation),
-            "train" => drop(trained.insert(case.name.clone())),
-            other => panic!("{}: {other} {name} neither runs nor is it listed", case.name),
+    for (name, _) in CASES {
+        let case = Case::open(name);
+        let operations = case.fixture.whole_model();
+        let operations = operations.unwrap_or_else(|failure| panic!("{name}: {}", failure.reason()));
+        for WholeModel {
+            name: what,
+            operation,
+            ..
+        } in operations
+        {
+            if not_run(name, &what).is_some() {
+                continue;
+            }
+            match operation["op"].as_str().unwrap() {
+                "logits" => logits(&case, &operation),
+                "mixed_batch" => mixed(&case, &operation),
+                "delta_grad" => head_gradient(&case, &operation),
+                "train" => drop(trained.insert(*name)),
+                other => panic!("{name}: {other} {what} neither runs nor is it listed"),
+            }
+            run.insert(*name);
         }
-        run.insert(case.name);
     }
-    assert_eq!(trained, TRAINED.map(str::to_owned).into());
+    assert_eq!(trained, TRAINED.into());
     assert!(run.len() > TRAINED.len(), "{run:?}");
 }
 
@@ -60,24 +67,23 @@ fn what_is_listed_cannot_run() {
             );
             continue;
         }
-        // Rows alone do not make the outputs: the adapters have weights of LoRA too.
-        assert!(
-            names
-                .iter()
-                .all(|name| *name != "logits.base" && *name != "logits.noop"),
-            "{name}"
-        );
-        for stated in case.fixture.json()["adapters"].as_array().unwrap() {
-            let adapter = Adapter::read(case.path(stated["dir"].as_str().unwrap())).unwrap();
+        let adapter = case.adapter(&Value::Null);
+        let is_refused = adapter
+            .check_against(&case.base(&Value::Null), BaseCheck::Fits)
+            .is_err();
+        assert_eq!(is_refused, reason.starts_with("is refused"), "{name}: {reason}");
+        if !is_refused {
+            // The trainer trains rows alone, and PEFT trained LoRA's weights beside them.
+            assert_eq!(*names, ["train"], "{name}: {reason}");
             let has_weights = adapter.extra_tensors().any(|tensor| tensor.contains(".lora_A"));
             assert!(has_weights, "{name}: {reason}, but it has none");
         }
     }
 }
 
-/// The head of an untied model with rows of its own, where the adapter has some.
+/// The head of an untied model with rows of its own, where the adapter has some: its own, or in the state `noop` the base's.
 fn head(case: &Case, operation: &Value) -> Option<TrainableTokens> {
-    if matches!(operation["state"].as_str(), Some("base" | "noop" | "merged")) {
+    if matches!(operation["state"].as_str(), Some("base" | "merged")) {
         return None;
     }
     let adapter = case.adapter(operation);
@@ -86,10 +92,18 @@ fn head(case: &Case, operation: &Value) -> Option<TrainableTokens> {
         .iter()
         .find(|module| module.path() == HEAD_MODULE)?;
     let base = case.base(operation);
+    // A tied model's head has the embedding's rows.
+    if !base.contains(&format!("{HEAD_MODULE}.weight")) {
+        return None;
+    }
     let table = base.table(&format!("{HEAD_MODULE}.weight")).unwrap();
     let shape = [table.vocab_size(), table.embedding_dim()];
     let table = Tensor::from_raw_buffer(table.bytes(), DType::F32, &shape, &Device::Cpu).unwrap();
-    Some(TrainableTokens::with_rows(table, module.token_indices(), module.rows()).unwrap())
+    let layer = match operation["state"].as_str() {
+        Some("noop") => TrainableTokens::from_tensor(table, module.token_indices()),
+        _ => TrainableTokens::with_rows(table, module.token_indices(), module.rows()),
+    };
+    Some(layer.unwrap())
 }
 
 fn hidden(case: &Case, operation: &Value, model: &Decoder) -> Tensor {
@@ -98,20 +112,43 @@ fn hidden(case: &Case, operation: &Value, model: &Decoder) -> Tensor {
     model.hidden(&embeddings).unwrap()
 }
 
-fn logits(case: &Case, operation: &Value) {
+fn logits_of(case: &Case, operation: &Value) -> Tensor {
     let model = case.model(operation);
     let hidden = hidden(case, operation, &model);
-    let got = match head(case, operation) {
+    match head(case, operation) {
         Some(head) => head.tied_head().forward(&hidden).unwrap(),
         None => model.logits(&hidden).unwrap(),
-    };
+    }
+}
+
+/// Each example of a mixed batch, by the model with its adapter.
+fn mixed(case: &Case, operation: &Value) {
+    let examples = operation["adapter_names"].as_array().unwrap().iter().enumerate();
+    let examples = examples.map(|(at, name)| {
+        let mut alone = operation.clone();
+        alone["state"] = if name == "__base__" { "base" } else { "adapter" }.into();
+        alone["active"] = json!([name]);
+        logits_of(case, &alone).get(at).unwrap()
+    });
+    let got = Tensor::stack(&examples.collect::<Vec<_>>(), 0).unwrap();
+    let want = operation["expect"]["logits"].as_str().unwrap();
+    let what = format!("{}: {want}", case.name);
+    check(&what, &flat(&got), &case.flat(want), tolerance(operation));
+}
+
+fn logits(case: &Case, operation: &Value) {
+    let got = logits_of(case, operation);
     let want = operation["expect"].as_str().unwrap();
     let what = format!("{}: {want}", case.name);
     check(&what, &flat(&got), &case.flat(want), tolerance(operation));
 }
 
-/// The gradient of the head's rows: that of transformers' loss, where the logits at a position predict the next label.
+/// The gradient of the head's rows before any step: that of transformers' loss, where the logits at a position predict
+/// the next label.
 fn head_gradient(case: &Case, operation: &Value) {
+    let mut operation = operation.clone();
+    operation["state"] = "noop".into();
+    let operation = &operation;
     let model = case.model(operation);
     let hidden = hidden(case, operation, &model);
     let head = head(case, operation).unwrap();

@@ -111,8 +111,9 @@ fn product(hidden: Tensor<2>, weight: &Tensor<2>) -> Tensor<2> {
     Tensor::cat(blocks.collect(), 1)
 }
 
-/// Rows of the table that Flex converts at a time, at least.
-const MIN_BLOCK: usize = 64;
+/// Rows of the table that Flex converts at a time, at least. Burn's graph holds some 9 KB for each block, whatever its size,
+/// and a mixed head has blocks for each of its parts.
+const MIN_BLOCK: usize = 1024;
 
 /// Whether the device is burn's Flex, which multiplies bf16 matrices by converting both of them, whole, to f32.
 fn is_flex(device: &Device) -> bool {

@@ -9,8 +9,8 @@ use crate::output::print;
 
 pub(super) fn run(args: &EvalArgs, cli: &Cli) -> Result<()> {
     let model = Model::open(&args.model)?;
-    let data = Dataset::read(&args.data, &model.vocabulary, &model.config, args.max_length)?;
     let decoder = model.load(args.adapter.as_deref(), args.compute)?;
+    let data = Dataset::read(&args.data, &model.vocabulary, decoder.config(), args.max_length)?;
     let evaluation = evaluate(&decoder, &data, args.batch_size)?;
     if !evaluation.loss.is_finite() {
         bail!(

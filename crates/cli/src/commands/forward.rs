@@ -26,8 +26,8 @@ struct Output<'a> {
 pub(super) fn run(args: &ForwardArgs, cli: &Cli) -> Result<()> {
     check_free(&args.out, cli.overwrite())?;
     let model = Model::open(&args.model)?;
-    let (ids, rows, length) = read_ids(&args.input_ids, &model.config)?;
     let decoder = model.load(args.adapter.as_deref(), args.compute)?;
+    let (ids, rows, length) = read_ids(&args.input_ids, decoder.config())?;
     let ids = Tensor::from_vec(ids, (rows, length), decoder.device())?;
     let embeddings = decoder.embed(&ids)?.detach();
     let logits = decoder.logits(&decoder.hidden(&embeddings)?)?;

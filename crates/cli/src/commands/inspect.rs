@@ -1,14 +1,16 @@
 //! `inspect`: what an adapter, a safetensors file or a model directory holds.
 
+use std::collections::BTreeMap;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 use serde::Serialize;
 use trainable_tokens_core::{EmbeddingSource, TokenId};
-use trainable_tokens_format::{Adapter, BaseCheck, Checkpoint, SafetensorsFile};
+use trainable_tokens_format::{Adapter, BaseCheck, Checkpoint, LoraLayer, LoraWeights, SafetensorsFile};
 use trainable_tokens_trainer::{EMBEDDING_TENSOR, ModelConfig};
 
+use super::adapters_in;
 use crate::args::{Cli, InspectArgs};
 use crate::model::Model;
 use crate::output::{bytes, print};
@@ -17,6 +19,10 @@ use crate::output::{bytes, print};
 #[serde(tag = "kind", rename_all = "snake_case")]
 enum Output {
     Adapter(AdapterOutput),
+    /// Several adapters in one directory.
+    Adapters {
+        adapters: BTreeMap<String, AdapterOutput>,
+    },
     Safetensors {
         tensors: Vec<TensorOutput>,
         metadata: serde_json::Value,
@@ -26,7 +32,14 @@ enum Output {
 
 #[derive(Serialize)]
 struct AdapterOutput {
+    peft_type: &'static str,
     modules: Vec<ModuleOutput>,
+    /// LoRA's weights, where there are any.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    lora: Vec<LoraOutput>,
+    /// Why LoRA's weights cannot be merged.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    unsupported: Option<String>,
     target_modules: serde_json::Value,
     base_model_name_or_path: Option<String>,
     peft_version: Option<String>,
@@ -57,6 +70,17 @@ struct RowOutput {
 }
 
 #[derive(Serialize)]
+struct LoraOutput {
+    module: String,
+    layer: &'static str,
+    rank: usize,
+    scaling: f64,
+    in_features: usize,
+    out_features: usize,
+    dtypes: [String; 2],
+}
+
+#[derive(Serialize)]
 struct TensorOutput {
     name: String,
     dtype: String,
@@ -81,8 +105,18 @@ struct ModelOutput {
 
 pub(super) fn run(args: &InspectArgs, cli: &Cli) -> Result<()> {
     let path = &args.path;
-    let output = if path.join("adapter_config.json").is_file() {
-        Output::Adapter(adapter(path, args.model.as_deref())?)
+    let adapters = adapters_in(path)?;
+    let output = if let [(None, dir)] = &adapters[..]
+        && dir.join("adapter_config.json").is_file()
+    {
+        Output::Adapter(adapter(dir, args.model.as_deref())?)
+    } else if adapters.iter().any(|(name, _)| name.is_some()) && !path.join("config.json").exists() {
+        let shown = |(name, dir): (Option<String>, PathBuf)| {
+            Ok((name.unwrap_or_default(), adapter(&dir, args.model.as_deref())?))
+        };
+        Output::Adapters {
+            adapters: adapters.into_iter().map(shown).collect::<Result<_>>()?,
+        }
     } else if path.is_dir() && !path.join("config.json").exists() {
         bail!(
             "{} is neither an adapter nor a model: it holds neither adapter_config.json nor config.json",
@@ -101,28 +135,31 @@ pub(super) fn run(args: &InspectArgs, cli: &Cli) -> Result<()> {
 fn adapter(dir: &Path, base: Option<&Path>) -> Result<AdapterOutput> {
     let adapter = Adapter::read(dir)?;
     let base = base.map(Checkpoint::open).transpose()?;
+    // To be looked at, an adapter need not be one that can be merged.
+    let (lora, unsupported) = match adapter.lora_weights() {
+        Ok(lora) => (lora, None),
+        Err(error) if base.is_none() => (Vec::new(), Some(error.to_string())),
+        Err(error) => return Err(error.into()),
+    };
     if let Some(base) = &base {
         adapter.check_against(base, BaseCheck::Fits)?;
+        adapter.lora_deltas(base)?;
     }
     let config = adapter.config();
     let metadata = adapter.metadata();
     let module = |module: &trainable_tokens_format::AdapterModule| -> Result<ModuleOutput> {
-        let table = match &base {
-            Some(base) => module
-                .all_paths()
-                .find_map(|path| base.table(&format!("{path}.weight")).ok()),
-            None => None,
-        };
+        let table = base
+            .as_ref()
+            .map(|base| adapter.table(module.path(), base))
+            .transpose()?;
         let ids = module.token_ids();
         let drift = table
             .map(|table| drift(module.rows(), &table.read_rows(&ids)?))
             .transpose()?;
+        let tokens = adapter.module_metadata(module.path()).tokens;
         let row = |(slot, (id, norm)): (usize, (&TokenId, f64))| RowOutput {
             token_id: id.0,
-            token: metadata
-                .tokens
-                .as_ref()
-                .and_then(|tokens| tokens.get(slot).cloned()),
+            token: tokens.as_ref().and_then(|tokens| tokens.get(slot).cloned()),
             norm,
             drift: drift.as_ref().and_then(|drift| drift.get(slot).copied()),
         };
@@ -139,7 +176,12 @@ fn adapter(dir: &Path, base: Option<&Path>) -> Result<AdapterOutput> {
                 .collect(),
         })
     };
+    let factors: Vec<&str> = lora.iter().flat_map(LoraWeights::tensors).collect();
+    let others = adapter.extra_tensors().filter(|name| !factors.contains(name));
     Ok(AdapterOutput {
+        peft_type: config.peft_type().as_str(),
+        lora: lora.iter().map(lora_output).collect(),
+        unsupported,
         modules: adapter.modules().iter().map(module).collect::<Result<_>>()?,
         target_modules: config.field("target_modules").unwrap_or_default(),
         base_model_name_or_path: config.base_model_name_or_path().map(str::to_owned),
@@ -148,8 +190,23 @@ fn adapter(dir: &Path, base: Option<&Path>) -> Result<AdapterOutput> {
         base_digest: metadata.base_digest.map(|digest| digest.to_string()),
         init: metadata.init.clone(),
         bytes: fs::metadata(dir.join("adapter_model.safetensors"))?.len(),
-        extra_tensors: adapter.extra_tensors().map(str::to_owned).collect(),
+        extra_tensors: others.map(str::to_owned).collect(),
     })
+}
+
+fn lora_output(lora: &LoraWeights) -> LoraOutput {
+    LoraOutput {
+        module: lora.path().to_owned(),
+        layer: match lora.layer() {
+            LoraLayer::Linear => "linear",
+            LoraLayer::Embedding => "embedding",
+        },
+        rank: lora.rank(),
+        scaling: lora.scaling(),
+        in_features: lora.in_features(),
+        out_features: lora.out_features(),
+        dtypes: lora.dtypes().map(|dtype| dtype.to_string()),
+    }
 }
 
 /// The L2 distance of each row from the base's.
@@ -239,6 +296,9 @@ fn free_rows(vocabulary: &trainable_tokens_trainer::Vocabulary, vocab_size: usiz
 fn to_text(output: &Output) -> String {
     match output {
         Output::Adapter(adapter) => adapter_text(adapter),
+        Output::Adapters { adapters } => adapters.iter().fold(String::new(), |text, (name, adapter)| {
+            text + &format!("{name}: {}", adapter_text(adapter))
+        }),
         Output::Safetensors { tensors, metadata } => {
             tensors.iter().map(tensor_text).collect::<String>() + &format!("metadata {metadata}\n")
         }
@@ -278,6 +338,15 @@ fn adapter_text(adapter: &AdapterOutput) -> String {
                 .map_or_else(String::new, |drift| format!("  drift {drift:.4}"));
             text += &format!("  {:>8} {token:<20} norm {:.4}{drift}\n", row.token_id, row.norm);
         }
+    }
+    if let Some(reason) = &adapter.unsupported {
+        text += &format!("cannot be merged: {reason}\n");
+    }
+    for lora in &adapter.lora {
+        text += &format!(
+            "LoRA {}: rank {}, scaling {}, {} inputs, {} outputs\n",
+            lora.module, lora.rank, lora.scaling, lora.in_features, lora.out_features
+        );
     }
     adapter
         .extra_tensors

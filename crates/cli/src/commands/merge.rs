@@ -1,21 +1,22 @@
 //! `merge`: adapters baked into a copy of a model.
 
-use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 use serde::Serialize;
-use trainable_tokens_core::TokenId;
-use trainable_tokens_format::{Adapter, BaseCheck, Checkpoint, merge_checkpoint};
+use trainable_tokens_core::{MergeCheck, Overlap};
+use trainable_tokens_format::{Adapter, BaseCheck, Checkpoint, LoraDelta, Merge, ModelTables};
 
 use super::check_free;
-use crate::args::{Cli, MergeArgs};
-use crate::output::print;
+use crate::args::{Cli, MergeArgs, OverlapChoice};
+use crate::output::{note, print};
 
 #[derive(Serialize)]
 struct Output<'a> {
     out: &'a Path,
     rows: usize,
+    lora_modules: usize,
+    tensors: Vec<String>,
     rewritten: Vec<PathBuf>,
     shared: Vec<PathBuf>,
     copied: Vec<PathBuf>,
@@ -23,50 +24,75 @@ struct Output<'a> {
 }
 
 pub(super) fn run(args: &MergeArgs, cli: &Cli) -> Result<()> {
+    let overlap = overlap(args)?;
     check_free(&args.out, cli.overwrite())?;
     let base = Checkpoint::open(&args.model)?;
-    let mut replacements = Vec::new();
-    let mut owner: HashMap<(String, TokenId), &Path> = HashMap::new();
+    let mut merge = Merge::new(&base).overlap(overlap).check(if args.safe {
+        MergeCheck::Finite
+    } else {
+        MergeCheck::Unchecked
+    });
     for dir in &args.adapter {
         let adapter = Adapter::read(dir)?;
         adapter.check_against(&base, BaseCheck::SameTable)?;
-        for replacement in adapter.replacements(&base)? {
-            for id in &replacement.ids {
-                if let Some(other) = owner.insert((replacement.tensor.clone(), *id), dir) {
-                    bail!(
-                        "token id {id} is trained by both {} and {}; merge adapters of different tokens only",
-                        other.display(),
-                        dir.display()
-                    );
-                }
-            }
-            replacements.push(replacement);
-        }
+        merge = merge.with(dir.display().to_string(), &adapter)?;
     }
-    let report = merge_checkpoint(&base, &replacements, &args.out, cli.overwrite())?;
+    let report = merge.write(&args.out, cli.overwrite())?;
+    let model = ModelTables::of(&base)?;
+    if let Some(table) = merge.deltas().find_map(|delta| tied_table(&model, delta)) {
+        note(&format!(
+            "note: the output layer is tied to {table}, so weights of LoRA change it too"
+        ));
+    }
     let output = Output {
         out: &args.out,
         rows: report.rows,
+        lora_modules: report.lora_modules,
+        tensors: report.tensors,
         rewritten: report.rewritten,
         shared: report.shared,
         copied: report.copied,
         left_out: report.left_out,
     };
-    print(cli.json, &output, |o| {
-        let mut text = format!(
-            "wrote {}: {} rows replaced in {}",
-            o.out.display(),
-            o.rows,
-            names(&o.rewritten)
-        );
-        if !o.shared.is_empty() {
-            text += &format!("; {} linked, unchanged", names(&o.shared));
+    print(cli.json, &output, to_text)
+}
+
+fn overlap(args: &MergeArgs) -> Result<Overlap> {
+    if args.overlap != OverlapChoice::Mean && !args.weights.is_empty() {
+        bail!("--weights are for --overlap mean");
+    }
+    Ok(match args.overlap {
+        OverlapChoice::Error => Overlap::Refuse,
+        OverlapChoice::Last => Overlap::LastWins,
+        OverlapChoice::Mean if args.weights.is_empty() => {
+            Overlap::WeightedMean(vec![1.0; args.adapter.len()])
         }
-        if !o.left_out.is_empty() {
-            text += &format!("; left out, for they hold the old rows: {}", names(&o.left_out));
-        }
-        text
+        OverlapChoice::Mean => Overlap::WeightedMean(args.weights.clone()),
     })
+}
+
+/// The embedding that the delta is for, if the head is tied to it.
+fn tied_table<'a>(model: &ModelTables, delta: &'a LoraDelta) -> Option<&'a str> {
+    let is_shared = model.shares_input_embedding(delta.weights().path()) && !model.tied().is_empty();
+    is_shared.then(|| delta.tensor())
+}
+
+fn to_text(output: &Output<'_>) -> String {
+    let mut text = format!("wrote {}: {} rows replaced", output.out.display(), output.rows);
+    if output.lora_modules > 0 {
+        text += &format!(", {} weights of LoRA added", output.lora_modules);
+    }
+    text += &format!(" in {}", names(&output.rewritten));
+    if !output.shared.is_empty() {
+        text += &format!("; {} linked, unchanged", names(&output.shared));
+    }
+    if !output.left_out.is_empty() {
+        text += &format!(
+            "; left out, for they hold the old weights: {}",
+            names(&output.left_out)
+        );
+    }
+    text
 }
 
 fn names(paths: &[PathBuf]) -> String {

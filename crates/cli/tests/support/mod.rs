@@ -217,7 +217,7 @@ pub(crate) const WITH_MODEL: [&str; 8] = [
     "inspect adapter",
 ];
 /// Those that need its `config.json`.
-pub(crate) const WITH_CONFIG: [&str; 6] = ["train", "eval", "forward", "init", "verify", "inspect model"];
+pub(crate) const WITH_CONFIG: [&str; 5] = ["train", "eval", "forward", "init", "inspect model"];
 /// Those that run it.
 pub(crate) const WITH_DECODER: [&str; 3] = ["train", "eval", "forward"];
 /// Those that read the adapter.

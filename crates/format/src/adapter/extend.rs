@@ -5,11 +5,11 @@ use std::collections::BTreeSet;
 use trainable_tokens_core::{EmbeddingSource, ErrorKind, TokenRows};
 
 use super::check::{misfit, weight_name};
-use super::key::{Layer, layer_key};
+use super::key::{Layer, layer_key, plain_layer};
 use super::{Adapter, AdapterModule};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
-use crate::model::ModelTables;
+use crate::model::{ModelTables, names_a_table};
 use crate::table::{ExtendedTable, MappedTable};
 
 /// Whether an adapter holds the whole table beside its rows: PEFT's `save_embedding_layers`.
@@ -51,6 +51,48 @@ impl Adapter {
     /// tied modules hold different tables; those of [`Checkpoint::table`].
     pub fn table(&self, path: &str, base: &Checkpoint) -> Result<ExtendedTable> {
         self.table_of(path, base, &ModelTables::of(base)?)
+    }
+
+    /// The tables of `base` that are others for this adapter: those that it holds itself, and those that it extends. By
+    /// the name of their tensor in `base`.
+    pub(crate) fn other_tables(&self, base: &Checkpoint) -> Result<Vec<(String, ExtendedTable)>> {
+        let model = ModelTables::of(base)?;
+        let paths = self.modules.iter().flat_map(AdapterModule::all_paths);
+        let known = model.input_embedding().into_iter().chain(model.head());
+        let stored = self.extra.iter().filter(|extra| self.is_whole_table(&extra.name));
+        let stored = stored.filter_map(|extra| plain_layer(&extra.name));
+        let paths: BTreeSet<&str> = paths
+            .chain(known)
+            .chain(stored)
+            .chain(model.tied().iter().map(String::as_str))
+            .collect();
+        let mut others = Vec::new();
+        for path in paths {
+            let tensor = weight_name(path);
+            if base.contains(&tensor) {
+                let (own, table) = (base.table(&tensor)?, self.table_of(path, base, &model)?);
+                if table.added().num_rows() > 0 || table.base().path() != own.path() {
+                    others.push((tensor, table));
+                }
+            }
+        }
+        Ok(others)
+    }
+
+    /// Whether a tensor that is no rows is a whole table beside them, for PEFT's `save_embedding_layers`.
+    pub(crate) fn is_whole_table(&self, name: &str) -> bool {
+        let kind = self.config.peft_type();
+        let below = |module: &AdapterModule| {
+            module
+                .all_paths()
+                .any(|path| layer_key(kind, path, Layer::UnderRows) == name)
+        };
+        let saved = self
+            .config
+            .field("modules_to_save")
+            .and_then(|saved| Some(!saved.as_array()?.is_empty()));
+        let plain = plain_layer(name).is_some_and(names_a_table);
+        self.modules.iter().any(below) || (plain && saved != Some(true) && !self.modules.is_empty())
     }
 
     pub(super) fn table_of(

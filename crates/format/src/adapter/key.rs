@@ -47,6 +47,11 @@ pub(super) fn layer_key(kind: PeftType, path: &str, layer: Layer) -> String {
     }
 }
 
+/// The path of the module whose whole table has this name, if it has no rows.
+pub(super) fn plain_layer(name: &str) -> Option<&str> {
+    name.strip_prefix(PREFIX)?.strip_suffix(".weight")
+}
+
 pub(super) fn parse(kind: PeftType, name: &str) -> Key<'_> {
     // The last place where the name of rows ends, or goes on after another dot.
     let found = name

@@ -5,6 +5,7 @@ mod checkpoint;
 mod config;
 mod directory;
 mod lora;
+mod low_rank;
 mod merged;
 mod metadata;
 mod model;
@@ -41,6 +42,11 @@ pub use directory::{
 pub use lora::{
     a_lora_config_is_that_of_peft, ids_by_module_and_rows_must_fit, lora_keeps_the_rows_beside_its_weights,
     lora_tells_the_tokens_of_each_module,
+};
+pub use low_rank::{
+    a_checked_merge_names_what_is_not_finite, a_merge_grows_the_vocabulary, a_stored_base_weight_counts,
+    adapters_with_common_tokens_merge_as_asked, lora_adds_its_scaled_product, lora_of_other_kinds_is_refused,
+    lora_sums_are_rounded_one_by_one, rows_win_over_lora,
 };
 pub use merged::{
     a_merged_checkpoint_differs_in_the_rows_alone, files_without_rows_are_kept,

@@ -4,8 +4,11 @@ use std::collections::BTreeSet;
 
 use serde_json::{Value, json};
 use trainable_tokens_core::{EmbeddingSource, ErrorKind, TokenId, TokenRows};
-use trainable_tokens_format::{Adapter, BaseCheck, Checkpoint, Overwrite, SafetensorsFile, merge_checkpoint};
+use trainable_tokens_format::{
+    Adapter, BaseCheck, Checkpoint, Error, Merge, Overwrite, SafetensorsFile, merge_checkpoint,
+};
 
+use super::compare::Tolerance;
 use super::fixture::Fixture;
 use super::value::{count, only, text, texts};
 use crate::failure::{ensure, equal, refused, same};
@@ -103,6 +106,24 @@ pub(super) fn merged_checkpoint(fixture: &Fixture, operation: &Value) -> Outcome
         equal("its file", &to?, &from?)?;
     }
     Ok(())
+}
+
+/// A weight of the model with what LoRA adds to it.
+pub(super) fn lora_merge(fixture: &Fixture, operation: &Value) -> Outcome {
+    let base = fixture.base(operation)?;
+    let adapter = Adapter::read(fixture.dir().join("adapter"))?;
+    let merge = match Merge::new(&base).with("default", &adapter) {
+        // F8: rows that are refused say nothing about the other weights.
+        Err(Error::TiedTokens { .. }) => Merge::new(&base).with("default", &adapter.without_tokens()?)?,
+        merge => merge?,
+    };
+    let home = tempfile::tempdir()?;
+    let out = home.path().join("merged");
+    merge.write(&out, Overwrite::Refuse)?;
+    let merged = Checkpoint::open(&out)?;
+    let got = merged.tensor(&format!("{}.weight", text(operation, "module")?))?;
+    let want = fixture.rows(text(operation, "expect")?)?;
+    Tolerance::of(operation)?.check("weight", &got.to_rows()?, &want)
 }
 
 /// Which tensors a merge changes, as `case.json` tells of PEFT's.

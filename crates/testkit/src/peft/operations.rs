@@ -89,6 +89,7 @@ fn run<H: Harness, B: Harness>(fixture: &Fixture, operation: &Value) -> Result<b
         "merge" => merge::<H>(fixture, operation, Until::Merged),
         "unmerge" => merge::<H>(fixture, operation, Until::Unmerged),
         "mixed_batch" => mixed_batch::<H>(fixture, operation),
+        "lora_merge" => files::lora_merge(fixture, operation),
         "roundtrip" => files::roundtrip(fixture, operation),
         "merged_checkpoint" => files::merged_checkpoint(fixture, operation),
         "expect_error" if operation["on"] == "attach" => targets::attach(fixture, operation),
@@ -130,12 +131,15 @@ fn besides(fixture: &Fixture) -> Result<Vec<Value>, Failure> {
                     let mut operation = first("merged", name)?;
                     operation["active"] = adapters.split('+').collect();
                     besides.push(operation);
-                } else if let Some(module) = name.strip_prefix("merged.")
-                    && whole_model::is_table(fixture, module)
-                {
-                    let mut operation = json!({ "op": "merge", "module": module, "expect": name });
-                    (operation["atol"], operation["rtol"]) = (0.0.into(), 0.0.into());
-                    besides.push(operation);
+                } else if let Some(module) = name.strip_prefix("merged.") {
+                    // Rows are copied; what LoRA adds to other weights is a sum in another order.
+                    let (op, atol) = match whole_model::is_table(fixture, module) {
+                        true => ("merge", 0.0),
+                        false => ("lora_merge", 1e-6),
+                    };
+                    besides.push(json!({
+                        "op": op, "module": module, "expect": name, "atol": atol, "rtol": atol
+                    }));
                 }
                 continue;
             }

@@ -117,6 +117,7 @@ faults! {
         "merge::merging_writes_the_rows_and_nothing_else"
         "serialization::the_file_keeps_the_order_of_slots"
         "serialization::lora_keeps_the_rows_beside_its_weights"
+        "serialization::rows_win_over_lora"
         "serialization::rows_extend_a_smaller_base";
     rows_stale_reads rows::StaleReads:
         "delta::reads_what_was_written"

@@ -5,8 +5,8 @@ use std::cell::Cell;
 use candle_core::{DType, Device, Tensor, WithDType};
 use half::{bf16, f16};
 use trainable_tokens_candle::FrozenLinear;
-use trainable_tokens_core::{Element, RowRef};
-use trainable_tokens_format::Checkpoint;
+use trainable_tokens_core::{Element, EmbeddingSource, RowRef};
+use trainable_tokens_format::{Checkpoint, ExtendedTable, TensorRef};
 
 use crate::{Error, Result};
 
@@ -35,6 +35,20 @@ impl<'a> Weights<'a> {
 
     /// A tensor that must have `shape`.
     pub(super) fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        let tensor = self.expect_shape(name, shape)?;
+        let bytes = RowRef::Bytes(tensor.float_dtype()?, tensor.bytes);
+        self.num_parameters.set(self.num_parameters.get() + bytes.len());
+        match self.dtype {
+            DType::F64 => self.upload::<f64>(bytes, shape),
+            DType::F32 => self.upload::<f32>(bytes, shape),
+            DType::F16 => self.upload::<f16>(bytes, shape),
+            DType::BF16 => self.upload::<bf16>(bytes, shape),
+            other => Err(Error::Setting(format!("weights cannot be loaded as {other:?}"))),
+        }
+    }
+
+    /// Refuses a tensor that does not have the shape that follows from the config.
+    pub(super) fn expect_shape(&self, name: &str, shape: &[usize]) -> Result<TensorRef<'a>> {
         let tensor = self.checkpoint.tensor(name)?;
         if tensor.shape != shape {
             return Err(Error::Config {
@@ -46,13 +60,31 @@ impl<'a> Weights<'a> {
                 ),
             });
         }
-        let bytes = RowRef::Bytes(tensor.float_dtype()?, tensor.bytes);
-        self.num_parameters.set(self.num_parameters.get() + bytes.len());
+        Ok(tensor)
+    }
+
+    /// A table of a checkpoint, with the rows of new tokens after its last.
+    pub(super) fn table(&self, table: &ExtendedTable) -> Result<Tensor> {
+        fn rows<T: Element + WithDType>(table: &ExtendedTable, device: &Device) -> Result<Tensor> {
+            let (base, added) = (table.base(), table.added());
+            let shape = (table.vocab_size(), table.embedding_dim());
+            let mut values = vec![T::default(); shape.0 * shape.1];
+            let (old, new) = values.split_at_mut(base.vocab_size() * shape.1);
+            RowRef::Bytes(base.dtype(), base.bytes()).decode_into(old);
+            for (row, out) in new.chunks_exact_mut(shape.1.max(1)).enumerate() {
+                if let Some(row) = added.row(row) {
+                    row.decode_into(out);
+                }
+            }
+            Ok(Tensor::from_vec(values, shape, device)?)
+        }
+        let elements = table.vocab_size() * table.embedding_dim();
+        self.num_parameters.set(self.num_parameters.get() + elements);
         match self.dtype {
-            DType::F64 => self.upload::<f64>(bytes, shape),
-            DType::F32 => self.upload::<f32>(bytes, shape),
-            DType::F16 => self.upload::<f16>(bytes, shape),
-            DType::BF16 => self.upload::<bf16>(bytes, shape),
+            DType::F64 => rows::<f64>(table, self.device),
+            DType::F32 => rows::<f32>(table, self.device),
+            DType::F16 => rows::<f16>(table, self.device),
+            DType::BF16 => rows::<bf16>(table, self.device),
             other => Err(Error::Setting(format!("weights cannot be loaded as {other:?}"))),
         }
     }

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
 use trainable_tokens_core::{PaddingRule, TokenRows};
-use trainable_tokens_format::{Adapter, AdapterModule, Checkpoint, Overwrite, merge_checkpoint};
+use trainable_tokens_format::{Adapter, AdapterModule, Checkpoint, Merge, Overwrite, PeftType};
 use trainable_tokens_testkit::peft::{Fixture, fixtures};
 use trainable_tokens_trainer::{Decoder, EMBEDDING_MODULE};
 
@@ -42,7 +42,11 @@ impl Case {
     }
 
     pub(crate) fn adapter(&self, operation: &Value) -> Adapter {
-        Adapter::read(self.path(operation["adapter"].as_str().unwrap_or("adapter"))).unwrap()
+        let named = operation["active"][0]
+            .as_str()
+            .map(|name| format!("adapter/{name}"));
+        let dir = named.as_deref().or(operation["adapter"].as_str());
+        Adapter::read(self.path(dir.unwrap_or("adapter"))).unwrap()
     }
 
     /// The model in the state that an operation names; without one, with the adapter. Rows of the head are no part of it.
@@ -59,20 +63,22 @@ impl Case {
                     None,
                 )
             }
-            "adapter" | "trained" => match module(&self.adapter(operation)) {
-                Some(module) => load(&base, module.token_indices(), Some(module.rows())),
-                None => load(&base, &[], None),
-            },
+            "adapter" => {
+                let adapter = self.adapter(operation);
+                let module = module(&adapter);
+                let (tokens, rows) = module.as_ref().map_or((&[][..], None), |module| {
+                    (module.token_indices(), Some(module.rows()))
+                });
+                match adapter.config().peft_type() {
+                    PeftType::TrainableTokens => load(&base, tokens, rows),
+                    // The rows stay apart; LoRA's own weights are merged.
+                    PeftType::Lora => merged(&base, &adapter.without_tokens().unwrap(), tokens, rows),
+                }
+            }
             "merged" if self.path("merged").exists() => {
                 load(&Checkpoint::open(self.path("merged")).unwrap(), &[], None)
             }
-            "merged" => {
-                let home = tempfile::tempdir().unwrap();
-                let out = home.path().join("merged");
-                let rows = self.adapter(operation).replacements(&base).unwrap();
-                merge_checkpoint(&base, &rows, &out, Overwrite::Refuse).unwrap();
-                load(&Checkpoint::open(out).unwrap(), &[], None)
-            }
+            "merged" => merged(&base, &self.adapter(operation), &[], None),
             other => panic!("{}: the state {other} is unknown", self.name),
         }
     }
@@ -80,6 +86,15 @@ impl Case {
     pub(crate) fn flat(&self, name: &str) -> Vec<f32> {
         flat(&self.expected[name])
     }
+}
+
+/// A model that an adapter is merged into, with rows of tokens above it.
+fn merged(base: &Checkpoint, adapter: &Adapter, tokens: &[u32], rows: Option<&TokenRows>) -> Decoder {
+    let home = tempfile::tempdir().unwrap();
+    let out = home.path().join("merged");
+    let merge = Merge::new(base).with("default", adapter).unwrap();
+    merge.write(&out, Overwrite::Refuse).unwrap();
+    load(&Checkpoint::open(out).unwrap(), tokens, rows)
 }
 
 fn load(checkpoint: &Checkpoint, tokens: &[u32], rows: Option<&TokenRows>) -> Decoder {
@@ -110,9 +125,4 @@ pub(crate) fn check(what: &str, got: &[f32], want: &[f32], [atol, rtol]: [f64; 2
         );
     }
     println!("{what}: largest difference {worst:.2e}");
-}
-
-/// How far an operation lets a result lie from PEFT's.
-pub(crate) fn tolerance(operation: &Value) -> [f64; 2] {
-    ["atol", "rtol"].map(|name| operation[name].as_f64().unwrap())
 }

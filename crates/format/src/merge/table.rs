@@ -1,0 +1,236 @@
+//! One tensor with changes, written block by block.
+
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::ops::Range;
+use std::path::Path;
+
+use half::{bf16, f16};
+use trainable_tokens_core::{DType, Element, EmbeddingSource, HostTable as _, MergeCheck, RowRef, TokenId};
+
+use crate::error::{Error, Result};
+use crate::lora::{LoraDelta, LowRank};
+use crate::table::{ExtendedTable, MappedTable};
+
+/// Bytes of a tensor that are in memory at a time, if a row is not longer.
+const BLOCK_BYTES: usize = 1 << 20;
+
+/// What becomes of one tensor: first LoRA's weights are added, in the order of their adapters, then rows are replaced.
+pub(super) struct TablePlan {
+    /// Where it lies in the checkpoint.
+    table: MappedTable,
+    /// What it is before anything is added, if that is another table: larger, or from an adapter's file.
+    source: Option<ExtendedTable>,
+    deltas: Vec<(String, LoraDelta)>,
+    rows: BTreeMap<TokenId, Row>,
+}
+
+struct Row {
+    slot: usize,
+    bytes: Vec<u8>,
+}
+
+impl TablePlan {
+    pub(super) fn new(table: MappedTable) -> Self {
+        Self {
+            table,
+            source: None,
+            deltas: Vec::new(),
+            rows: BTreeMap::new(),
+        }
+    }
+
+    pub(super) fn add(&mut self, adapter: &str, delta: LoraDelta) {
+        self.deltas.push((adapter.to_owned(), delta));
+    }
+
+    /// Starts from another table. The largest of several counts, and of those the last.
+    pub(super) fn start_from(&mut self, source: ExtendedTable) {
+        if source.vocab_size() >= self.vocab_size() {
+            self.source = Some(source);
+        }
+    }
+
+    /// The rows of the result.
+    pub(super) fn vocab_size(&self) -> usize {
+        let source = self.source.as_ref();
+        source.map_or(self.table.vocab_size(), EmbeddingSource::vocab_size)
+    }
+
+    /// The rows of the result, if they are more than before.
+    pub(super) fn grown(&self) -> Option<usize> {
+        (self.vocab_size() > self.table.vocab_size()).then_some(self.vocab_size())
+    }
+
+    /// How many elements are added.
+    pub(super) fn added_elements(&self) -> usize {
+        (self.vocab_size() - self.table.vocab_size()) * self.table.embedding_dim()
+    }
+
+    /// How many bytes are added.
+    pub(super) fn added_bytes(&self) -> usize {
+        self.added_elements() * self.table.dtype().size_in_bytes()
+    }
+
+    /// Replaces rows by those of `bytes`, one after another.
+    pub(super) fn replace(&mut self, ids: &[TokenId], bytes: &[u8]) -> Result<()> {
+        let size = self.row_bytes();
+        for (slot, id) in ids.iter().enumerate() {
+            match &self.source {
+                Some(source) => source.check_ids(std::slice::from_ref(id))?,
+                None => self.table.check_ids(std::slice::from_ref(id))?,
+            }
+            let row = bytes.get(slot * size..(slot + 1) * size).unwrap_or_default();
+            let bytes = row.to_vec();
+            if let Some(first) = self.rows.insert(*id, Row { slot, bytes }) {
+                return Err(Error::Core(trainable_tokens_core::Error::DuplicateToken {
+                    id: *id,
+                    first: first.slot,
+                    second: slot,
+                }));
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn name(&self) -> &str {
+        self.table.name()
+    }
+
+    pub(super) fn num_rows(&self) -> usize {
+        self.rows.len()
+    }
+
+    pub(super) fn num_deltas(&self) -> usize {
+        self.deltas.len()
+    }
+
+    pub(super) fn file_range(&self) -> Range<usize> {
+        self.table.file_range()
+    }
+
+    fn row_bytes(&self) -> usize {
+        self.table.embedding_dim() * self.table.dtype().size_in_bytes()
+    }
+
+    /// Writes the tensor's bytes; `target` names the file in messages.
+    pub(super) fn write(&self, check: MergeCheck, target: &Path, out: &mut dyn Write) -> Result<()> {
+        let mut writer = Writer { check, target, out };
+        match self.table.dtype() {
+            _ if self.deltas.is_empty() && self.source.is_none() => self.write_rows(&mut writer),
+            DType::F64 => self.write_sums::<f64>(&mut writer),
+            DType::F32 => self.write_sums::<f32>(&mut writer),
+            DType::F16 => self.write_sums::<f16>(&mut writer),
+            DType::BF16 => self.write_sums::<bf16>(&mut writer),
+        }
+    }
+
+    /// Only rows are replaced: all between them is copied.
+    fn write_rows(&self, writer: &mut Writer<'_>) -> Result<()> {
+        let (base, size) = (self.table.bytes(), self.row_bytes());
+        let mut at = 0;
+        for (id, row) in &self.rows {
+            writer.put(base.get(at..id.row() * size).unwrap_or_default())?;
+            writer.put(&row.bytes)?;
+            at = (id.row() + 1) * size;
+        }
+        writer.put(base.get(at..).unwrap_or_default())
+    }
+
+    fn write_sums<T: Element>(&self, writer: &mut Writer<'_>) -> Result<()> {
+        let deltas: Vec<_> = self
+            .deltas
+            .iter()
+            .map(|(_, delta)| LowRank::<T>::new(delta))
+            .collect();
+        let (size, columns) = (self.row_bytes(), self.table.embedding_dim());
+        let height = (BLOCK_BYTES / size.max(1)).max(1);
+        let mut encoded = Vec::new();
+        for start in (0..self.vocab_size()).step_by(height) {
+            let block = start..(start + height).min(self.vocab_size());
+            let mut values = vec![T::default(); block.len() * columns];
+            self.read(&block, &mut values);
+            for delta in &deltas {
+                delta.add_to(block.clone(), &mut values);
+            }
+            if writer.check == MergeCheck::Finite {
+                self.expect_finite(block.start, &values)?;
+            }
+            encoded.clear();
+            values
+                .iter()
+                .for_each(|value| value.extend_le_bytes(&mut encoded));
+            for (id, row) in self.rows_in(&block) {
+                let place = (id.row() - block.start) * size;
+                if let Some(place) = encoded.get_mut(place..place + size) {
+                    place.copy_from_slice(&row.bytes);
+                }
+            }
+            writer.put(&encoded)?;
+        }
+        Ok(())
+    }
+
+    fn rows_in(&self, block: &Range<usize>) -> impl Iterator<Item = (&TokenId, &Row)> {
+        let block = block.clone();
+        self.rows.iter().filter(move |(id, _)| block.contains(&id.row()))
+    }
+
+    /// Reads rows of what the deltas are added to.
+    fn read<T: Element>(&self, block: &Range<usize>, values: &mut [T]) {
+        let Some(source) = &self.source else {
+            return self.read_base(block, values);
+        };
+        for (row, values) in block
+            .clone()
+            .zip(values.chunks_exact_mut(self.table.embedding_dim().max(1)))
+        {
+            if let Some(row) = u32::try_from(row).ok().and_then(|id| source.row(TokenId(id))) {
+                row.decode_into(values);
+            }
+        }
+    }
+
+    /// Reads rows of the base, as far as it has them.
+    fn read_base<T: Element>(&self, block: &Range<usize>, values: &mut [T]) {
+        let (bytes, size) = (self.table.bytes(), self.row_bytes());
+        let range = (block.start * size).min(bytes.len())..(block.end * size).min(bytes.len());
+        RowRef::Bytes(T::DTYPE, bytes.get(range).unwrap_or_default()).decode_into(values);
+    }
+
+    /// Refuses a value that is not finite where the base's is; rows that are replaced anyway were checked before.
+    fn expect_finite<T: Element>(&self, first_row: usize, values: &[T]) -> Result<()> {
+        let columns = self.table.embedding_dim().max(1);
+        let mut old = vec![T::default(); values.len()];
+        self.read_base(&(first_row..first_row + values.len() / columns), &mut old);
+        let broken = values.iter().zip(old).enumerate().find(|(at, (new, old))| {
+            let replaced =
+                |row: usize| u32::try_from(row).is_ok_and(|id| self.rows.contains_key(&TokenId(id)));
+            !new.to_f64().is_finite() && old.to_f64().is_finite() && !replaced(first_row + at / columns)
+        });
+        let Some((at, _)) = broken else {
+            return Ok(());
+        };
+        let names: Vec<_> = self.deltas.iter().map(|(name, _)| name.as_str()).collect();
+        Err(Error::NonFinite {
+            adapters: names.join(" and "),
+            tensor: self.table.name().to_owned(),
+            place: "row",
+            row: first_row + at / columns,
+            column: at % columns,
+            dtype: self.table.dtype(),
+        })
+    }
+}
+
+struct Writer<'a> {
+    check: MergeCheck,
+    target: &'a Path,
+    out: &'a mut dyn Write,
+}
+
+impl Writer<'_> {
+    fn put(&mut self, bytes: &[u8]) -> Result<()> {
+        self.out.write_all(bytes).map_err(Error::io("write", self.target))
+    }
+}
