@@ -328,7 +328,13 @@ impl Workspace {
     #[track_caller]
     pub(crate) fn refuses(&self, args: &[OsString], parts: &[&str]) {
         let before = self.snapshot();
-        run(args).refused(parts);
+        let run = run(args);
+        if args.iter().any(|arg| arg == "verify") {
+            // It says what holds before it says what does not.
+            run.failed(parts);
+        } else {
+            run.refused(parts);
+        }
         self.unchanged(&before, args);
     }
 
