@@ -10,7 +10,7 @@ TEST_COMMAND="cargo test --workspace --features $FEATURES"
 DEMO_COMMAND='cargo run --release -p trainable-tokens-cli -- demo'
 export CARGO_TERM_COLOR=never
 log=$(mktemp)
-trap 'rm -f "$log"' EXIT
+trap 'rm -f "$log" "$log.fuzz"' EXIT
 
 step() {
     printf '\n== %s (%ss)\n' "$*" "$SECONDS"
@@ -64,6 +64,23 @@ done
 
 step tests
 $TEST_COMMAND 2>&1 | tee "$log"
+
+step fuzz targets, ten seconds each
+cargo_fuzz=0.13.2
+export PATH="$PWD/target/tools/bin:$PATH"
+[ "$(cargo-fuzz --version 2>/dev/null)" = "cargo-fuzz $cargo_fuzz" ] ||
+    CARGO_TARGET_DIR=target/tools/build cargo install --locked cargo-fuzz --version "$cargo_fuzz" --root target/tools
+cargo fmt --manifest-path fuzz/Cargo.toml -- --check
+(
+    export CARGO_TARGET_DIR=$PWD/target/fuzz
+    cargo clippy --locked --manifest-path fuzz/Cargo.toml --all-targets -- -D warnings
+    cargo fuzz build --sanitizer none
+    bash fuzz/seed.sh
+    for target in $(cargo fuzz list); do
+        bash fuzz/run.sh "$target" -max_total_time=10 >"$log.fuzz" 2>&1 || { tail -n 40 "$log.fuzz"; exit 1; }
+        sed -n "s/^stat::number_of_executed_units: */$target: executions /p" "$log.fuzz"
+    done
+)
 
 step documentation
 RUSTDOCFLAGS=-Dwarnings cargo doc --locked --workspace --no-deps --features "$FEATURES"

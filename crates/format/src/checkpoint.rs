@@ -7,7 +7,7 @@ use serde_json::value::RawValue;
 
 use crate::error::{Error, Result, one_line};
 use crate::file::{SafetensorsFile, TensorRef};
-use crate::json::{UniqueMap, read_text};
+use crate::json::{UniqueMap, read_bytes, text_of};
 use crate::table::MappedTable;
 
 pub(crate) const SINGLE_FILE: &str = "model.safetensors";
@@ -50,21 +50,35 @@ impl Checkpoint {
         if !index.exists() {
             return Err(not_a_checkpoint(dir, single));
         }
-        Self::open_shards(dir, &index)
+        let index = read_bytes(&index, MAX_INDEX_BYTES)?;
+        Self::from_parts(dir, index, |path| {
+            if path.exists() {
+                return SafetensorsFile::open(path);
+            }
+            let hint = "the index names it as a shard";
+            let path = path.to_owned();
+            Err(Error::NotFound { path, hint })
+        })
     }
 
-    fn open_shards(dir: &Path, index: &Path) -> Result<Self> {
-        let weight_map = read_index(index)?;
+    /// Puts a checkpoint together from the bytes of its index and the shards that it names, which `shard` gives by
+    /// their paths in `dir`.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`open`](Self::open) and of `shard`; [`Error::Json`] if the index is no JSON.
+    pub fn from_parts(
+        dir: impl AsRef<Path>,
+        index: Vec<u8>,
+        mut shard: impl FnMut(&Path) -> Result<SafetensorsFile>,
+    ) -> Result<Self> {
+        let dir = dir.as_ref();
+        let weight_map = weight_map(index, &dir.join(INDEX_FILE))?;
         let shards: BTreeSet<&String> = weight_map.values().collect();
         let mut files = Vec::with_capacity(shards.len());
         let mut tensors = BTreeMap::new();
-        for (at, shard) in shards.into_iter().enumerate() {
-            let path = dir.join(shard);
-            if !path.exists() {
-                let hint = "the index names it as a shard";
-                return Err(Error::NotFound { path, hint });
-            }
-            let file = SafetensorsFile::open(path)?;
+        for (at, name) in shards.into_iter().enumerate() {
+            let file = shard(&dir.join(name))?;
             for name in file.names() {
                 if let Some(other) = tensors.insert(name.to_owned(), at) {
                     let other: &SafetensorsFile = &files[other];
@@ -186,9 +200,9 @@ fn not_a_checkpoint(dir: &Path, single: PathBuf) -> Error {
 }
 
 /// The `weight_map` of an index: tensor name to file name, all inside the directory.
-fn read_index(path: &Path) -> Result<BTreeMap<String, String>> {
+fn weight_map(index: Vec<u8>, path: &Path) -> Result<BTreeMap<String, String>> {
     const FIELD: &str = "weight_map";
-    let text = read_text(path, MAX_INDEX_BYTES)?;
+    let text = text_of(index, path, MAX_INDEX_BYTES)?;
     let json = |error: serde_json::Error| Error::Json {
         path: path.to_owned(),
         reason: one_line(error),

@@ -12,7 +12,7 @@ use std::path::Path;
 
 pub use peft_type::PeftType;
 pub use target::TargetModules;
-pub(crate) use target::is_path_or_suffix;
+pub(crate) use target::{Matcher, is_path_or_suffix};
 pub use task_type::TaskType;
 pub use tokens::TokenIndices;
 

@@ -15,15 +15,16 @@ use serde_json::value::RawValue;
 
 use crate::error::{Error, Result, one_line};
 
-/// The largest config that is read: enough for the ids of every token of the largest vocabularies, and little
-/// enough that a hostile file takes less than 200 MB to refuse.
+/// The largest config that is read: enough for the ids of every token of the largest vocabularies, and with
+/// [`MAX_CONTAINERS`] little enough that a hostile file takes less than 200 MB.
 pub(crate) const MAX_CONFIG_BYTES: u64 = 4 << 20;
-
-/// Most objects in a value; more is no config, and they take much more memory than their text.
-const MAX_OBJECTS: usize = 1 << 16;
 
 /// Deepest nesting of a value; more is no config.
 const MAX_DEPTH: usize = 64;
+/// Most lists and objects of a value: each costs many times the bytes that it takes in the file.
+const MAX_CONTAINERS: usize = 1 << 16;
+/// Most keys of an object: enough for the tensors of the largest models.
+const MAX_KEYS: usize = 1 << 18;
 
 /// A JSON value.
 #[derive(Clone, Debug, PartialEq)]
@@ -44,29 +45,31 @@ impl Json {
         Self::from_raw(raw, 0, &mut 0)
     }
 
-    fn from_raw(raw: &RawValue, depth: usize, objects: &mut usize) -> Result<Self, String> {
+    fn from_raw(raw: &RawValue, depth: usize, containers: &mut usize) -> Result<Self, String> {
         if depth > MAX_DEPTH {
             return Err(format!("nested deeper than {MAX_DEPTH} levels"));
         }
         let text = raw.get();
+        if text.starts_with(['{', '[']) {
+            *containers += 1;
+            if *containers > MAX_CONTAINERS {
+                return Err(format!("more than {MAX_CONTAINERS} lists and objects"));
+            }
+        }
         Ok(match text.as_bytes().first() {
             Some(b'{') => {
-                *objects += 1;
-                if *objects > MAX_OBJECTS {
-                    return Err(format!("more than {MAX_OBJECTS} objects"));
-                }
                 let UniqueMap(fields) =
                     serde_json::from_str::<UniqueMap<&RawValue>>(text).map_err(one_line)?;
                 let fields = fields
                     .into_iter()
-                    .map(|(key, value)| Ok((key, Self::from_raw(value, depth + 1, objects)?)));
+                    .map(|(key, value)| Ok((key, Self::from_raw(value, depth + 1, containers)?)));
                 Self::Object(fields.collect::<Result<_, String>>()?)
             }
             Some(b'[') => {
                 let items: Vec<&RawValue> = serde_json::from_str(text).map_err(one_line)?;
                 let items = items
                     .into_iter()
-                    .map(|item| Self::from_raw(item, depth + 1, objects));
+                    .map(|item| Self::from_raw(item, depth + 1, containers));
                 Self::Array(items.collect::<Result<_, String>>()?)
             }
             Some(b'"') => Self::String(serde_json::from_str(text).map_err(one_line)?),
@@ -87,7 +90,8 @@ impl Json {
         const LONGEST: usize = 60;
         let text = match self {
             Self::Number(text) => text.clone(),
-            other => other.to_value().to_string(),
+            // JSON escapes fewer control characters than a line has to be free of.
+            other => one_line(other.to_value()),
         };
         match text.char_indices().nth(LONGEST) {
             Some((end, _)) => format!("{}…", &text[..end]),
@@ -182,6 +186,9 @@ impl<'de, V: Deserialize<'de>> Deserialize<'de> for UniqueMap<V> {
             fn visit_map<A: MapAccess<'de>>(self, mut access: A) -> Result<Self::Value, A::Error> {
                 let mut map = BTreeMap::new();
                 while let Some(key) = access.next_key::<String>()? {
+                    if map.len() == MAX_KEYS {
+                        return Err(A::Error::custom(format_args!("more than {MAX_KEYS} keys")));
+                    }
                     if map.contains_key(&key) {
                         return Err(A::Error::custom(format_args!("key {key:?} occurs twice")));
                     }
@@ -198,12 +205,17 @@ impl<'de, V: Deserialize<'de>> Deserialize<'de> for UniqueMap<V> {
 
 /// Reads a JSON file of at most `limit` bytes as text.
 pub(crate) fn read_text(path: &Path, limit: u64) -> Result<String> {
+    text_of(read_bytes(path, limit)?, path, limit)
+}
+
+/// Reads a file, but no more of it than tells that it is larger than `limit`.
+pub(crate) fn read_bytes(path: &Path, limit: u64) -> Result<Vec<u8>> {
     let file = File::open(path).map_err(Error::io("open", path))?;
     let mut bytes = Vec::new();
     file.take(limit + 1)
         .read_to_end(&mut bytes)
         .map_err(Error::io("read", path))?;
-    text_of(bytes, path, limit)
+    Ok(bytes)
 }
 
 /// The text of a JSON file's bytes.
@@ -237,6 +249,22 @@ mod tests {
         let text = "{\n  \"a\": [],\n  \"b\": {},\n  \"c\": [\n    1e-05,\n    123456789012345678901234567890,\n    \
                     \"\\u00e9\\ud83d\\ude00\\u007f\\n\\\"\\\\\"\n  ],\n  \"d\": {\n    \"x\": -0.0\n  }\n}";
         assert_eq!(Json::parse(text).unwrap().to_python(), text);
+    }
+
+    #[test]
+    fn keys_are_counted() {
+        let object = |count: usize| {
+            let keys: Vec<_> = (0..count).map(|at| format!("\"{at}\":0")).collect();
+            Json::parse(&format!("{{{}}}", keys.join(",")))
+        };
+        assert!(object(MAX_KEYS).is_ok());
+        assert!(object(MAX_KEYS + 1).unwrap_err().contains("262144 keys"));
+    }
+
+    #[test]
+    fn messages_stay_on_one_line() {
+        let text = Json::parse("\"a\u{7f}\u{9b}\\nb\"").unwrap().brief();
+        assert_eq!(text, r#""a\u{7f}\u{9b}\nb""#);
     }
 
     #[test]

@@ -7,10 +7,13 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 pub use resolve::TargetedTable;
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::value::RawValue;
 
 use crate::checkpoint::{Checkpoint, MODEL_CONFIG_FILE};
 use crate::error::{Error, Result, one_line};
-use crate::json::{MAX_CONFIG_BYTES, read_text};
+use crate::json::{MAX_CONFIG_BYTES, read_bytes, text_of};
 
 /// The modules of a model that hold a table or could, and which of them are its input embedding, its head, and tied.
 ///
@@ -41,6 +44,17 @@ impl ModelTables {
     ///
     /// [`Error::Json`] and those of reading, if there is a `config.json` but it cannot be read.
     pub fn of(checkpoint: &Checkpoint) -> Result<Self> {
+        let path = checkpoint.config_path();
+        let config = path.exists().then(|| read_bytes(&path, MAX_CONFIG_BYTES));
+        Self::from_parts(checkpoint, config.transpose()?)
+    }
+
+    /// The tables of a checkpoint whose `config.json`, if there is one, holds these bytes.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Json`] and [`Error::TooLarge`] if it is no config.
+    pub fn from_parts(checkpoint: &Checkpoint, config: Option<Vec<u8>>) -> Result<Self> {
         let mut modules: BTreeMap<String, Module> = BTreeMap::new();
         for name in checkpoint.names() {
             if let Some(path) = name.strip_suffix(".weight") {
@@ -49,7 +63,10 @@ impl ModelTables {
                 modules.insert(path.to_owned(), Module { shape, has_bias });
             }
         }
-        let config = ModelConfig::read(&checkpoint.config_path())?;
+        let config = match config {
+            Some(config) => ModelConfig::parse(config, &checkpoint.config_path())?,
+            None => ModelConfig::default(),
+        };
         let names: Vec<_> = checkpoint.names().collect();
         let known = names::roles(&config, &names);
         Ok(Self {
@@ -166,28 +183,49 @@ struct ModelConfig {
 }
 
 impl ModelConfig {
-    /// An absent file says nothing.
-    fn read(path: &Path) -> Result<Self> {
-        if !path.exists() {
-            return Ok(Self::default());
-        }
-        let text = read_text(path, MAX_CONFIG_BYTES)?;
-        let config: serde_json::Value = serde_json::from_str(&text).map_err(|error| Error::Json {
+    fn parse(config: Vec<u8>, path: &Path) -> Result<Self> {
+        let text = text_of(config, path, MAX_CONFIG_BYTES)?;
+        let fields = Fields::parse(&text).map_err(|error| Error::Json {
             path: path.to_owned(),
             reason: format!("{}, in the model's {MODEL_CONFIG_FILE}", one_line(error)),
         })?;
         // Models of several parts keep the language model's fields apart.
-        let field = |name: &str| {
-            let text = config.get("text_config").and_then(|text| text.get(name));
-            config.get(name).filter(|value| !value.is_null()).or(text)
-        };
-        let architecture = config.get("architectures").and_then(|list| list.get(0));
+        let text = fields.text_config.and_then(|raw| Fields::parse(raw.get()).ok());
+        let text = text.unwrap_or_default();
+        let architectures: Option<Vec<String>> = value(fields.architectures);
         Ok(Self {
-            architecture: architecture.and_then(|name| name.as_str()).map(str::to_owned),
-            tie_word_embeddings: field("tie_word_embeddings").and_then(serde_json::Value::as_bool),
-            vocab_size: field("vocab_size")
-                .and_then(serde_json::Value::as_u64)
-                .and_then(|size| size.try_into().ok()),
+            architecture: architectures.and_then(|names| names.into_iter().next()),
+            tie_word_embeddings: value(fields.tie_word_embeddings.or(text.tie_word_embeddings)),
+            vocab_size: value(fields.vocab_size.or(text.vocab_size)),
         })
     }
+}
+
+/// The text of the fields that matter: values of a whole config could take a hundred times the memory of its text.
+#[derive(Default, Deserialize)]
+struct Fields<'a> {
+    #[serde(borrow)]
+    architectures: Option<&'a RawValue>,
+    #[serde(borrow)]
+    tie_word_embeddings: Option<&'a RawValue>,
+    #[serde(borrow)]
+    vocab_size: Option<&'a RawValue>,
+    #[serde(borrow)]
+    text_config: Option<&'a RawValue>,
+}
+
+impl<'a> Fields<'a> {
+    /// Whatever is no object has no fields.
+    fn parse(text: &'a str) -> serde_json::Result<Self> {
+        let value: &RawValue = serde_json::from_str(text)?;
+        if !value.get().starts_with('{') {
+            return Ok(Self::default());
+        }
+        serde_json::from_str(value.get())
+    }
+}
+
+/// The value of a field; one of another type says nothing.
+fn value<T: DeserializeOwned>(raw: Option<&RawValue>) -> Option<T> {
+    raw.and_then(|raw| serde_json::from_str(raw.get()).ok())
 }

@@ -16,6 +16,8 @@ use crate::table::file_dtype;
 const METADATA_KEY: &str = "trainable_tokens.training_state";
 const TENSOR_PREFIX: &str = "optimizer.";
 const VERSION: u32 = 1;
+/// The longest text beside the tensors that is read: as values it takes up to a hundred times the memory.
+const MAX_STATE_BYTES: u64 = 1 << 20;
 
 /// The state of a training run: the optimizer's memory, and whatever the trainer adds (seed, position in the
 /// data, the optimizer's name). It lies in `training_state.safetensors` beside the adapter; the tensors bear
@@ -59,12 +61,21 @@ impl TrainingState {
     ///
     /// # Errors
     ///
-    /// [`Error::Field`] if the metadata are not a training state, [`Error::Safetensors`] for a tensor that does
+    /// [`Error::Field`] if the metadata are not a training state, [`Error::TooLarge`] if they are above 1 MiB,
+    /// [`Error::Safetensors`] for a tensor that does
     /// not belong, [`Error::TensorShape`] and [`Error::TensorDType`] unless all are two-dimensional floats.
     pub fn from_file(file: &SafetensorsFile) -> Result<Self> {
         let refuse = |reason: String| Error::field(file.path(), METADATA_KEY, reason);
         let text = file.metadata().and_then(|metadata| metadata.get(METADATA_KEY));
         let text = text.ok_or_else(|| refuse("it is missing; this is no training state".to_owned()))?;
+        if text.len() as u64 > MAX_STATE_BYTES {
+            return Err(Error::TooLarge {
+                path: file.path().to_owned(),
+                what: "a training state's metadata",
+                bytes: text.len() as u64,
+                limit: MAX_STATE_BYTES,
+            });
+        }
         let stored: Stored = serde_json::from_str(text).map_err(|error| refuse(one_line(error)))?;
         if stored.format_version != VERSION {
             let version = stored.format_version;

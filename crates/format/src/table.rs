@@ -50,6 +50,15 @@ impl MappedTable {
         if u32::try_from(vocab_size).is_err() {
             return Err(trainable_tokens_core::Error::VocabularyTooLarge { vocab_size }.into());
         }
+        // Rows without columns would take no bytes, and a file of any size could claim billions of them.
+        if embedding_dim == 0 || embedding_dim.checked_mul(dtype.size_in_bytes()).is_none() {
+            return Err(Error::TensorShape {
+                path: path(),
+                tensor: name.to_owned(),
+                expected: "rows of at least one column, and of a size that memory can have".to_owned(),
+                got: info.shape.clone(),
+            });
+        }
         Ok(Self {
             file,
             range,
@@ -87,9 +96,12 @@ impl MappedTable {
 
     /// Where row `id` lies in the file.
     pub(crate) fn row_range(&self, id: TokenId) -> Option<Range<usize>> {
-        let row_bytes = self.embedding_dim * self.dtype.size_in_bytes();
-        let start = self.range.start + id.row() * row_bytes;
-        (id.row() < self.vocab_size).then_some(start..start + row_bytes)
+        // Only the rows that are there have places in the file.
+        (id.row() < self.vocab_size).then(|| {
+            let row_bytes = self.embedding_dim * self.dtype.size_in_bytes();
+            let start = self.range.start + id.row() * row_bytes;
+            start..start + row_bytes
+        })
     }
 }
 

@@ -341,3 +341,39 @@ fn an_absent_adapter_is_told_apart_from_a_broken_one() {
     );
     assert_eq!(error.kind(), ErrorKind::File);
 }
+
+#[test]
+fn copies_without_rows_may_claim_any_length() {
+    let config = br#"{"peft_type":"TRAINABLE_TOKENS","target_modules":["emb"],"token_indices":[]}"#;
+    let config = AdapterConfig::from_json(config, "adapter_config.json").unwrap();
+    let tensor = |module: &str, columns: usize| {
+        format!(
+            r#""base_model.model.{module}.trainable_tokens_delta":{{"dtype":"F32","shape":[0,{columns}],"data_offsets":[0,0]}}"#
+        )
+    };
+    let header = format!("{{{},{}}}", tensor("emb", 1 << 62), tensor("head", 1));
+    let bytes = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes()].concat();
+    let file = SafetensorsFile::from_bytes("adapter_model.safetensors", bytes).unwrap();
+    let error = Adapter::from_parts(config, &file).unwrap_err();
+    assert!(matches!(error, Error::TiedCopies { .. }), "{error}");
+}
+
+#[test]
+fn a_file_cannot_claim_ids_or_modules_without_end() {
+    let read = |ids: &str, modules: usize, shape: &str| {
+        let config =
+            format!(r#"{{"peft_type":"TRAINABLE_TOKENS","target_modules":".*","token_indices":{ids}}}"#);
+        let config = AdapterConfig::from_json(config.as_bytes(), "adapter_config.json").unwrap();
+        let tensors: Vec<_> = (0..modules)
+            .map(|at| format!(r#""base_model.model.m{at}.trainable_tokens_delta":{{"dtype":"F32","shape":{shape},"data_offsets":[0,0]}}"#))
+            .collect();
+        let header = format!("{{{}}}", tensors.join(","));
+        let bytes = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes()].concat();
+        Adapter::from_parts(config, &SafetensorsFile::from_bytes("rows", bytes).unwrap())
+    };
+    read("[]", 1024, "[0,4]").unwrap();
+    let many = read("[]", 1025, "[0,4]").unwrap_err();
+    assert!(matches!(many, Error::Unsupported { .. }), "{many}");
+    let thin = read("[1,2]", 1, "[2,0]").unwrap_err();
+    assert!(matches!(thin, Error::TensorShape { .. }), "{thin}");
+}

@@ -94,6 +94,42 @@ fn shards_are_opened_by_the_index() {
     assert!(shard.ends_with(expected));
 }
 
+#[test]
+fn shards_in_memory_are_those_of_the_directory() {
+    let dir = fixtures().join("qwen2_sharded/base");
+    let index = fs::read(dir.join("model.safetensors.index.json")).unwrap();
+    let in_memory = |path: &Path| SafetensorsFile::from_bytes(path, fs::read(path).unwrap());
+    let memory = Checkpoint::from_parts(&dir, index, in_memory).unwrap();
+    let mapped = Checkpoint::open(&dir).unwrap();
+    assert!(memory.names().eq(mapped.names()));
+    for name in mapped.names() {
+        let (a, b) = (memory.tensor(name).unwrap(), mapped.tensor(name).unwrap());
+        assert_eq!((a.shape, a.bytes, a.file), (b.shape, b.bytes, b.file));
+    }
+}
+
+#[test]
+fn a_table_has_columns_that_memory_can_have() {
+    for shape in ["[4294967295,0]", "[0,4611686018427387904]"] {
+        let header = format!(r#"{{"a":{{"dtype":"F32","shape":{shape},"data_offsets":[0,0]}}}}"#);
+        let file = SafetensorsFile::from_bytes("model.safetensors", file_of(&header, &[])).unwrap();
+        assert_eq!(file.table("a").unwrap_err().kind(), ErrorKind::Shape, "{shape}");
+    }
+}
+
+#[test]
+fn an_id_beyond_wide_rows_is_no_row() {
+    let header = r#"{"a":{"dtype":"F16","shape":[0,4611686018427387904],"data_offsets":[0,0]}}"#;
+    let file = SafetensorsFile::from_bytes("model.safetensors", file_of(header, &[])).unwrap();
+    let table = file.table("a").unwrap();
+    assert!(table.row(TokenId(u32::MAX)).is_none());
+    assert_eq!(
+        table.read_rows(&[TokenId(3)]).unwrap_err().kind(),
+        ErrorKind::TokenOutOfRange
+    );
+    assert_eq!(digest(&table).unwrap(), table.digest());
+}
+
 const SHARD: &str = "model-00002-of-00003.safetensors";
 
 /// Replaces a part of the index.

@@ -1,34 +1,21 @@
 //! Training data: lines of token ids or text, batches of padded lines.
 
 mod batch;
+mod example;
 mod sampler;
 
 pub use batch::Batch;
+pub use example::{Example, IGNORED};
 pub use sampler::Sampler;
 
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
+use example::{Limits, Line};
 
-use crate::json::parse_object;
 use crate::{Error, ModelConfig, Result, Vocabulary};
-
-/// Labels with this value are no targets, as in transformers.
-pub const IGNORED: i64 = -100;
 
 /// Windows of plain text are this long unless said otherwise (or as long as the model's positions allow).
 const DEFAULT_WINDOW: usize = 512;
-
-/// One line of a data set.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Example {
-    /// The tokens.
-    pub input_ids: Vec<u32>,
-    /// One label for each token, in place (the loss shifts them); [`IGNORED`] is no target.
-    pub labels: Vec<i64>,
-    /// The line of the file, from 1; of a text cut into windows, the number of the window.
-    pub line: usize,
-}
 
 /// A file of examples, in memory and validated.
 #[derive(Clone, Debug)]
@@ -36,13 +23,6 @@ pub struct Dataset {
     path: PathBuf,
     examples: Vec<Example>,
     pad_id: u32,
-}
-
-#[derive(Deserialize)]
-struct Line {
-    input_ids: Option<Vec<i64>>,
-    labels: Option<Vec<i64>>,
-    text: Option<String>,
 }
 
 impl Dataset {
@@ -145,47 +125,27 @@ fn lines(
     config: &ModelConfig,
     max_length: Option<usize>,
 ) -> Result<Vec<Example>> {
-    let mut examples = Vec::new();
-    for (number, line) in (1..)
+    let limits = Limits::new(config.vocab_size, config.max_position_embeddings, max_length);
+    let lines = (1..)
         .zip(text.lines())
-        .filter(|(_, line)| !line.trim().is_empty())
-    {
+        .filter(|(_, line)| !line.trim().is_empty());
+    let examples = lines.map(|(number, line)| {
         let wrong = |reason: String| Error::Data {
             path: path.to_owned(),
             line: number,
             reason,
         };
-        let parsed: Line = parse_object(line.as_bytes()).map_err(wrong)?;
-        let (input_ids, labels) = match (parsed.input_ids, parsed.text) {
-            (Some(ids), _) => {
-                let labels = parsed.labels.unwrap_or_else(|| ids.clone());
-                if labels.len() != ids.len() {
-                    return Err(wrong(format!(
-                        "{} labels for {} input_ids",
-                        labels.len(),
-                        ids.len()
-                    )));
-                }
-                (check_ids(&ids, config.vocab_size).map_err(wrong)?, labels)
-            }
-            (None, Some(text)) => {
+        let (input_ids, labels) = match Line::parse(line, limits).map_err(wrong)? {
+            Line::Ids { input_ids, labels } => (input_ids, labels),
+            Line::Text(text) => {
                 let ids = vocabulary.encode(&text)?;
                 let labels = ids.iter().map(|id| i64::from(*id)).collect();
                 (ids, labels)
             }
-            (None, None) => return Err(wrong("has neither input_ids nor text".to_owned())),
         };
-        check_labels(&labels, config.vocab_size).map_err(wrong)?;
-        let cut = max_length.unwrap_or(usize::MAX).min(input_ids.len());
-        let example = Example {
-            input_ids: input_ids[..cut].to_vec(),
-            labels: labels[..cut].to_vec(),
-            line: number,
-        };
-        check_length(&example, config).map_err(wrong)?;
-        examples.push(example);
-    }
-    Ok(examples)
+        Example::new(input_ids, labels, number, limits).map_err(wrong)
+    });
+    examples.collect()
 }
 
 /// A text, cut into windows; a last window of a single token is dropped, for it has no target.
@@ -197,61 +157,17 @@ fn windows(
     max_length: Option<usize>,
 ) -> Result<Vec<Example>> {
     let length = max_length.unwrap_or(DEFAULT_WINDOW.min(config.max_position_embeddings));
+    let limits = Limits::new(config.vocab_size, config.max_position_embeddings, max_length);
     let ids = vocabulary.encode(text)?;
-    let mut examples = Vec::new();
-    for (number, window) in (1..)
+    let windows = (1..)
         .zip(ids.chunks(length))
-        .filter(|(_, window)| window.len() > 1)
-    {
+        .filter(|(_, window)| window.len() > 1);
+    let examples = windows.map(|(number, window)| {
         let labels = window.iter().map(|id| i64::from(*id)).collect();
-        let example = Example {
-            input_ids: window.to_vec(),
-            labels,
-            line: number,
-        };
-        let wrong = |reason| Error::Dataset {
+        Example::new(window.to_vec(), labels, number, limits).map_err(|reason| Error::Dataset {
             path: path.to_owned(),
             reason,
-        };
-        check_labels(&example.labels, config.vocab_size).map_err(wrong)?;
-        check_length(&example, config).map_err(wrong)?;
-        examples.push(example);
-    }
-    Ok(examples)
-}
-
-fn check_ids(ids: &[i64], vocab_size: usize) -> Result<Vec<u32>, String> {
-    let check = |(index, id): (usize, &i64)| match u32::try_from(*id) {
-        Ok(id) if (id as usize) < vocab_size => Ok(id),
-        _ => Err(format!(
-            "input_ids[{index}] is {id}, outside the vocabulary of {vocab_size}"
-        )),
-    };
-    ids.iter().enumerate().map(check).collect()
-}
-
-fn check_labels(labels: &[i64], vocab_size: usize) -> Result<(), String> {
-    let valid =
-        |label: &i64| *label == IGNORED || usize::try_from(*label).is_ok_and(|label| label < vocab_size);
-    match labels.iter().position(|label| !valid(label)) {
-        None => Ok(()),
-        Some(index) => Err(format!(
-            "labels[{index}] is {}, neither {IGNORED} nor inside the vocabulary of {vocab_size}",
-            labels[index]
-        )),
-    }
-}
-
-fn check_length(example: &Example, config: &ModelConfig) -> Result<(), String> {
-    let length = example.input_ids.len();
-    if length < 2 {
-        return Err(format!("has {length} tokens, too few for a target"));
-    }
-    if length > config.max_position_embeddings {
-        return Err(format!(
-            "has {length} tokens, more than the model's {} positions; set a max-length",
-            config.max_position_embeddings
-        ));
-    }
-    Ok(())
+        })
+    });
+    examples.collect()
 }

@@ -76,8 +76,9 @@ impl Decoder {
     ) -> Result<Self> {
         let config = ModelConfig::read(&checkpoint.config_path())?;
         let weights = Weights::new(checkpoint, dtype, device);
-        let tokens = TokenSet::new(tokens.iter().copied(), config.vocab_size)?;
+        // The table first: it shows that the vocabulary, whose size a set of tokens takes in memory, is there.
         let table = weights.tensor(EMBEDDING_TENSOR, &[config.vocab_size, config.hidden_size])?;
+        let tokens = TokenSet::new(tokens.iter().copied(), config.vocab_size)?;
         let rows = match rows {
             Some(rows) => rows.clone(),
             None => checkpoint.table(EMBEDDING_TENSOR)?.read_rows(tokens.ids())?,

@@ -6,7 +6,9 @@ use trainable_tokens_core::TokenRows;
 
 use super::key::key_of;
 use super::{Adapter, AdapterModule};
-use crate::config::{AdapterConfig, CONFIG_FILE, PeftType, TargetModules, TokenIndices, is_path_or_suffix};
+use crate::config::{
+    AdapterConfig, CONFIG_FILE, Matcher, PeftType, TargetModules, TokenIndices, is_path_or_suffix,
+};
 use crate::error::{Error, Result};
 
 /// Sorts stored rows by module: those of targeted modules stand for themselves; all others are copies for modules
@@ -53,7 +55,7 @@ pub(super) fn group(
 /// What a config says about which modules have rows.
 pub(super) enum Targets<'a> {
     /// Those that `target_modules` targets.
-    Modules(&'a TargetModules),
+    Modules(Matcher<'a>),
     /// Those that have token ids.
     Named(&'a TokenIndices),
     /// The model's input embedding: this one, as far as names tell.
@@ -65,7 +67,7 @@ impl<'a> Targets<'a> {
     pub(super) fn of<'p>(config: &'a AdapterConfig, modules: impl Iterator<Item = &'p str>) -> Self {
         match (config.peft_type(), config.token_indices()) {
             (PeftType::TrainableTokens, _) if *config.target_modules() != TargetModules::Default => {
-                Self::Modules(config.target_modules())
+                Self::Modules(Matcher::new(config.target_modules()))
             }
             (PeftType::Lora, ids @ TokenIndices::ByModule(_)) => Self::Named(ids),
             _ => Self::InputEmbedding(input_embedding(modules)),
@@ -90,9 +92,8 @@ impl<'a> Targets<'a> {
 /// PEFT asks the model for its input embedding; without the model, the usual name tells, or else the first module.
 fn input_embedding<'p>(modules: impl Iterator<Item = &'p str>) -> Option<String> {
     let modules: Vec<_> = modules.collect();
-    let usual = modules
-        .iter()
-        .find(|path| TargetModules::Default.matches(path) == Ok(true));
+    let usual = Matcher::new(&TargetModules::Default);
+    let usual = modules.iter().find(|path| usual.matches(path) == Ok(true));
     usual.or(modules.first()).map(|path| (*path).to_owned())
 }
 
@@ -151,15 +152,19 @@ pub(super) fn names_without_rows<'a>(
 }
 
 fn no_target(copies: &[(String, TokenRows)], targets: &Targets<'_>, kind: PeftType, path: &Path) -> Error {
+    let input_embedding = || ("embed_tokens".to_owned(), "of the model's input embedding");
     let (module, hint) = match targets {
-        Targets::Modules(TargetModules::List(entries)) => (entries.join(" or "), "of target_modules"),
-        Targets::Modules(TargetModules::Pattern(pattern)) => (pattern.clone(), "of target_modules"),
+        Targets::Modules(matcher) => match matcher.targets() {
+            TargetModules::List(entries) => (entries.join(" or "), "of target_modules"),
+            TargetModules::Pattern(pattern) => (pattern.clone(), "of target_modules"),
+            TargetModules::Default => input_embedding(),
+        },
         Targets::Named(TokenIndices::ByModule(names)) if !names.is_empty() => {
             let names: Vec<_> = names.keys().map(String::as_str).collect();
             (names.join(" or "), "of trainable_token_indices")
         }
         Targets::Named(_) => ("<none>".to_owned(), "to expect without trainable_token_indices"),
-        _ => ("embed_tokens".to_owned(), "of the model's input embedding"),
+        Targets::InputEmbedding(_) => input_embedding(),
     };
     let have: Vec<_> = copies.iter().map(|(module, _)| module.as_str()).collect();
     let have = if have.is_empty() {
@@ -198,7 +203,8 @@ pub(super) fn tied_copies_differ(
 }
 
 fn first_different_row(a: &TokenRows, b: &TokenRows) -> usize {
-    let row_bytes = (a.embedding_dim() * a.dtype().size_in_bytes()).max(1);
+    // Of no rows, a file can claim any length.
+    let row_bytes = a.embedding_dim().saturating_mul(a.dtype().size_in_bytes()).max(1);
     let (a, b) = (a.to_le_bytes(), b.to_le_bytes());
     let rows = a.chunks(row_bytes).zip(b.chunks(row_bytes));
     rows.take_while(|(a, b)| a == b).count()

@@ -11,6 +11,9 @@ use crate::config::{AdapterConfig, CONFIG_FILE};
 use crate::error::{Error, Result};
 use crate::file::{SafetensorsFile, TensorRef};
 
+/// Most modules with rows or copies of them: each is compared with the others.
+const MAX_MODULES: usize = 1024;
+
 impl Adapter {
     /// Reads the adapter in `dir`.
     ///
@@ -50,7 +53,8 @@ impl Adapter {
     ///
     /// [`Error::TensorMissing`] if no rows of a targeted module are there, [`Error::TensorKey`] for a misnamed
     /// tensor, [`Error::TensorDType`] and [`Error::TensorShape`] for rows that are not `[k, D]` floats,
-    /// [`Error::TiedCopies`] if copies differ, [`Error::Metadata`] if the metadata contradict the rest.
+    /// [`Error::TiedCopies`] if copies differ, [`Error::Metadata`] if the metadata contradict the rest,
+    /// [`Error::Unsupported`] for rows of more than 1024 modules.
     pub fn from_parts(config: AdapterConfig, file: &SafetensorsFile) -> Result<Self> {
         let kind = config.peft_type();
         let mut stored = Vec::new();
@@ -58,6 +62,12 @@ impl Adapter {
         for name in file.names() {
             match key::parse(kind, name) {
                 Key::Rows(path) => {
+                    if stored.len() == MAX_MODULES {
+                        return Err(Error::Unsupported {
+                            path: file.path().to_owned(),
+                            what: format!("rows of more than {MAX_MODULES} modules are not read"),
+                        });
+                    }
                     let rows = rows_of(file.tensor(name)?, path, &config)?;
                     stored.push((path.to_owned(), rows));
                 }
@@ -93,7 +103,8 @@ fn rows_of(tensor: TensorRef<'_>, path: &str, config: &AdapterConfig) -> Result<
     let own = ids.of(path).map(<[u32]>::len);
     let mut allowed: Vec<_> = own.map_or_else(|| ids.lists().map(<[u32]>::len).collect(), |own| vec![own]);
     match tensor.shape {
-        [rows, _] if allowed.contains(rows) => tensor.to_rows(),
+        // Rows without columns would take no bytes, and any number of modules could claim the ids.
+        [rows, columns] if allowed.contains(rows) && *columns > 0 => tensor.to_rows(),
         _ => {
             allowed.sort_unstable();
             allowed.dedup();
@@ -102,7 +113,7 @@ fn rows_of(tensor: TensorRef<'_>, path: &str, config: &AdapterConfig) -> Result<
                 path: tensor.file.to_owned(),
                 tensor: tensor.name.to_owned(),
                 expected: format!(
-                    "[{}, D], one row for each of {}",
+                    "[{}, D], D above 0, one row for each of {}",
                     counts.join(" or "),
                     config.peft_type().tokens_field()
                 ),

@@ -1,6 +1,8 @@
 //! Which modules an adapter targets.
 
-use fancy_regex::Regex;
+use std::cell::OnceCell;
+
+use fancy_regex::{Expr, Regex, RegexBuilder};
 
 use crate::error::one_line;
 use crate::json::Json;
@@ -17,23 +19,50 @@ pub enum TargetModules {
 }
 
 impl TargetModules {
-    /// Whether the module at `path` is targeted; by null, if it is named as PEFT's last resort, `embed_tokens`. The
-    /// error says why a pattern is not a regular expression.
-    pub(crate) fn matches(&self, path: &str) -> Result<bool, String> {
-        match self {
-            Self::List(entries) => Ok(entries.iter().any(|entry| is_path_or_suffix(entry, path))),
-            Self::Default => Ok(is_path_or_suffix("embed_tokens", path)),
-            Self::Pattern(pattern) => compile(pattern)?
-                .is_match(path)
-                .map_err(|error| pattern_error(pattern, &error)),
-        }
-    }
-
     pub(super) fn to_json(&self) -> Json {
         match self {
             Self::List(entries) => Json::Array(entries.iter().map(|entry| entry.as_str().into()).collect()),
             Self::Pattern(pattern) => pattern.as_str().into(),
             Self::Default => Json::Null,
+        }
+    }
+}
+
+/// [`TargetModules`] made ready for many paths: a pattern is compiled once.
+pub(crate) struct Matcher<'a> {
+    targets: &'a TargetModules,
+    compiled: OnceCell<Regex>,
+}
+
+impl<'a> Matcher<'a> {
+    pub(crate) fn new(targets: &'a TargetModules) -> Self {
+        Self {
+            targets,
+            compiled: OnceCell::new(),
+        }
+    }
+
+    pub(crate) fn targets(&self) -> &'a TargetModules {
+        self.targets
+    }
+
+    /// Whether the module at `path` is targeted; by null, if it is named as PEFT's last resort, `embed_tokens`. The
+    /// error says why a pattern is not a regular expression.
+    pub(crate) fn matches(&self, path: &str) -> Result<bool, String> {
+        match self.targets {
+            TargetModules::List(entries) => Ok(entries.iter().any(|entry| is_path_or_suffix(entry, path))),
+            TargetModules::Default => Ok(is_path_or_suffix("embed_tokens", path)),
+            TargetModules::Pattern(pattern) => {
+                let compiled = if let Some(compiled) = self.compiled.get() {
+                    compiled
+                } else {
+                    let compiled = compile(pattern)?;
+                    self.compiled.get_or_init(|| compiled)
+                };
+                compiled
+                    .is_match(path)
+                    .map_err(|error| pattern_error(pattern, &error))
+            }
         }
     }
 }
@@ -69,16 +98,35 @@ pub(crate) fn is_path_or_suffix(entry: &str, path: &str) -> bool {
         .is_some_and(|head| head.is_empty() || head.ends_with('.'))
 }
 
+/// Longest pattern, and largest automaton of each part without look-around: together they bound what a pattern
+/// takes in memory and time.
+const MAX_PATTERN_BYTES: usize = 4096;
+const MAX_AUTOMATON_BYTES: usize = 1 << 20;
+/// How often a match may turn back.
+const MAX_BACKTRACKS: usize = 100_000;
+
 fn compile(pattern: &str) -> Result<Regex, String> {
+    if pattern.len() > MAX_PATTERN_BYTES {
+        let bytes = pattern.len();
+        return Err(format!(
+            "a regular expression of {bytes} bytes is above the limit of {MAX_PATTERN_BYTES}"
+        ));
+    }
     // By itself first: the anchors must not repair a pattern such as `a)|(b`.
-    Regex::new(pattern)
-        .and_then(|_| Regex::new(&format!(r"\A(?:{pattern})\z")))
+    Expr::parse_tree(pattern)
+        .and_then(|_| {
+            RegexBuilder::new(&format!(r"\A(?:{pattern})\z"))
+                .delegate_size_limit(MAX_AUTOMATON_BYTES)
+                .backtrack_limit(MAX_BACKTRACKS)
+                .build()
+        })
         .map_err(|error| pattern_error(pattern, &error))
 }
 
 fn pattern_error(pattern: &str, error: &fancy_regex::Error) -> String {
     format!(
-        "{pattern:?} is not a usable regular expression: {}",
+        "{} is not a usable regular expression: {}",
+        Json::from(pattern).brief(),
         one_line(error)
     )
 }
@@ -98,21 +146,31 @@ mod tests {
             ("wte", false),
             ("emb.x", false),
         ] {
-            assert_eq!(list.matches(path), Ok(expected), "{path}");
+            assert_eq!(Matcher::new(&list).matches(path), Ok(expected), "{path}");
         }
     }
 
     #[test]
     fn patterns_match_whole_paths() {
-        let matches = |pattern: &str, path| TargetModules::Pattern(pattern.to_owned()).matches(path);
+        let matches =
+            |pattern: &str, path| Matcher::new(&TargetModules::Pattern(pattern.to_owned())).matches(path);
         assert_eq!(matches(r".*\.emb", "enc.emb"), Ok(true));
         assert_eq!(matches(r".*\.emb", "enc.emb.x"), Ok(false));
         assert_eq!(matches("a|ab", "ab"), Ok(true));
         assert_eq!(matches("(?!dec).*emb", "dec.emb"), Ok(false));
         assert_eq!(matches("transformer.wte", "transformer.wte"), Ok(true));
         assert_eq!(matches("embed_tokens", "model.embed_tokens"), Ok(false));
-        for bad in ["(emb", "a)|(b", "*"] {
+        for bad in ["(emb", "a)|(b", "*", &"a".repeat(5000), r"(\w{100}){100}"] {
             assert!(check(&TargetModules::Pattern(bad.to_owned())).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_pattern_that_turns_back_without_end_is_an_error() {
+        let path = "a".repeat(40);
+        for pattern in ["(?:(?=a)a|a)*b", "(a|aa)+(?!b)c", r"(?:a*)*\1(a)b"] {
+            let outcome = Matcher::new(&TargetModules::Pattern(pattern.to_owned())).matches(&path);
+            assert!(outcome.unwrap_err().contains("backtracking"), "{pattern}");
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Which tables of a model an adapter is for.
 
 use super::ModelTables;
-use crate::config::{AdapterConfig, PeftType, TargetModules, TokenIndices, is_path_or_suffix};
+use crate::config::{AdapterConfig, Matcher, PeftType, TargetModules, TokenIndices, is_path_or_suffix};
 use crate::error::{Error, Result};
 
 /// A table whose rows train.
@@ -54,13 +54,14 @@ impl ModelTables {
 
     fn by_target_modules(&self, targets: &TargetModules, ids: &TokenIndices) -> Result<Vec<TargetedTable>> {
         let field = |reason| Error::field(&self.origin, "target_modules", reason);
+        let matcher = Matcher::new(targets);
         let mut found = Vec::new();
         for path in self.paths() {
             let is_target = match (targets, self.input_embedding()) {
                 (TargetModules::Default, Some(embedding)) => path == embedding,
                 // PEFT's last resort is a pattern: the whole path.
                 (TargetModules::Default, None) => path == "embed_tokens",
-                (targets, _) => targets.matches(path).map_err(field)?,
+                _ => matcher.matches(path).map_err(field)?,
             };
             if is_target {
                 found.push(table(path, ids.of(path).unwrap_or_default()));

@@ -1,6 +1,6 @@
 //! Padded batches.
 
-use super::{Example, IGNORED};
+use super::example::{Example, IGNORED};
 
 /// Examples of one step, padded at the end to the longest.
 ///

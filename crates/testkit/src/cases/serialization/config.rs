@@ -94,7 +94,8 @@ pub fn other_fields_are_kept_and_spelled_as_python_does<H: Harness>() -> Outcome
     equal("the config read again", &parse(read.to_json())?, &read)
 }
 
-/// Only one object of strict JSON is read: no byte order mark, repeated key, NaN, deep nesting or more than 4 MiB.
+/// Only one object of strict JSON is read: no byte order mark, repeated key, NaN, deep nesting, more than 4 MiB, or
+/// more lists than any config has.
 pub fn a_config_is_strict_json<H: Harness>() -> Outcome {
     let good = config("")?.to_json();
     let nested = |depth: usize| config(&format!(", \"x\": {}1{}", "[".repeat(depth), "]".repeat(depth)));
@@ -104,6 +105,10 @@ pub fn a_config_is_strict_json<H: Harness>() -> Outcome {
     sized(4 << 20)?;
     refused("more than 4 MiB", sized((4 << 20) + 1), ErrorKind::File)?;
     refused("a bomb", parse("[".repeat(1 << 20)), ErrorKind::File)?;
+    let own = good.matches(['{', '[']).count();
+    let lists = |count: usize| config(&format!(", \"x\": [{}[]]", "[],".repeat(count - own - 2)));
+    lists(1 << 16)?;
+    refused("more than 65536 lists", lists((1 << 16) + 1), ErrorKind::File)?;
     refused(
         "a byte order mark",
         parse(format!("\u{feff}{good}")),

@@ -45,6 +45,11 @@ pub fn a_module_is_targeted_as_the_config_says<H: Harness>() -> Outcome {
         ),
         (pattern("(?!dec).*emb"), &["enc.emb", "emb"], &["dec.emb"]),
         (
+            pattern(&format!("emb{}", "|x".repeat(2046))),
+            &["emb", "x"],
+            &["y"],
+        ),
+        (
             TargetModules::Default,
             &["embed_tokens", "model.embed_tokens", "wte"],
             &[],
@@ -81,6 +86,8 @@ pub fn a_module_is_targeted_as_the_config_says<H: Harness>() -> Outcome {
     ] {
         refused(text, target(text).read()?, ErrorKind::File)?;
     }
+    let long = format!("\"{}\"", "a".repeat(4097));
+    refused("a pattern of 4097 bytes", target(&long).read()?, ErrorKind::File)?;
     for text in [r#"["wte"]"#, r#""wte""#, r#"["tokens"]"#] {
         refused("no target", target(text).read()?, ErrorKind::File)?;
     }

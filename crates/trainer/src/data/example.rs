@@ -1,0 +1,132 @@
+//! One example, and the line that it comes from.
+
+use serde::Deserialize;
+
+use crate::json::parse_object;
+
+/// Labels with this value are no targets, as in transformers.
+pub const IGNORED: i64 = -100;
+
+/// One line of a data set.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Example {
+    /// The tokens.
+    pub input_ids: Vec<u32>,
+    /// One label for each token, in place (the loss shifts them); [`IGNORED`] is no target.
+    pub labels: Vec<i64>,
+    /// The line of the file, from 1; of a text cut into windows, the number of the window.
+    pub line: usize,
+}
+
+impl Example {
+    /// Cuts tokens and as many labels at the longest length, and checks them.
+    pub(crate) fn new(
+        mut input_ids: Vec<u32>,
+        mut labels: Vec<i64>,
+        line: usize,
+        limits: Limits,
+    ) -> Result<Self, String> {
+        check_labels(&labels, limits.vocab_size)?;
+        input_ids.truncate(limits.max_length);
+        labels.truncate(limits.max_length);
+        check_length(input_ids.len(), limits.max_positions)?;
+        Ok(Self {
+            input_ids,
+            labels,
+            line,
+        })
+    }
+}
+
+/// What examples are checked against.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Limits {
+    vocab_size: usize,
+    max_positions: usize,
+    max_length: usize,
+}
+
+impl Limits {
+    /// For a model of these sizes; longer lines are cut at `max_length`.
+    pub(crate) fn new(vocab_size: usize, max_positions: usize, max_length: Option<usize>) -> Self {
+        Self {
+            vocab_size,
+            max_positions,
+            max_length: max_length.unwrap_or(usize::MAX),
+        }
+    }
+}
+
+/// What a line of JSON Lines holds.
+#[derive(Debug)]
+pub(crate) enum Line {
+    /// Tokens and as many labels.
+    Ids {
+        /// The tokens, all in the vocabulary.
+        input_ids: Vec<u32>,
+        /// The labels, as they are written.
+        labels: Vec<i64>,
+    },
+    /// A text that the tokenizer turns into tokens.
+    Text(String),
+}
+
+#[derive(Deserialize)]
+struct Fields {
+    input_ids: Option<Vec<i64>>,
+    labels: Option<Vec<i64>>,
+    text: Option<String>,
+}
+
+impl Line {
+    /// Parses a line that is not blank.
+    pub(crate) fn parse(line: &str, limits: Limits) -> Result<Self, String> {
+        let fields: Fields = parse_object(line.as_bytes())?;
+        match (fields.input_ids, fields.text) {
+            (Some(ids), _) => {
+                let labels = fields.labels.unwrap_or_else(|| ids.clone());
+                if labels.len() != ids.len() {
+                    return Err(format!("{} labels for {} input_ids", labels.len(), ids.len()));
+                }
+                let input_ids = check_ids(&ids, limits.vocab_size)?;
+                Ok(Self::Ids { input_ids, labels })
+            }
+            (None, Some(text)) => Ok(Self::Text(text)),
+            (None, None) => Err("has neither input_ids nor text".to_owned()),
+        }
+    }
+}
+
+fn check_ids(ids: &[i64], vocab_size: usize) -> Result<Vec<u32>, String> {
+    let check = |(index, id): (usize, &i64)| match u32::try_from(*id) {
+        Ok(id) if (id as usize) < vocab_size => Ok(id),
+        _ => Err(format!(
+            "input_ids[{index}] is {id}, outside the vocabulary of {vocab_size}"
+        )),
+    };
+    ids.iter().enumerate().map(check).collect()
+}
+
+fn check_labels(labels: &[i64], vocab_size: usize) -> Result<(), String> {
+    let valid =
+        |label: &i64| *label == IGNORED || usize::try_from(*label).is_ok_and(|label| label < vocab_size);
+    match labels.iter().position(|label| !valid(label)) {
+        None => Ok(()),
+        Some(index) => Err(format!(
+            "labels[{index}] is {}, neither {IGNORED} nor inside the vocabulary of {vocab_size}",
+            labels[index]
+        )),
+    }
+}
+
+fn check_length(length: usize, max_positions: usize) -> Result<(), String> {
+    if length < 2 {
+        return Err(format!("has {length} tokens, too few for a target"));
+    }
+    if length > max_positions {
+        return Err(format!(
+            "has {length} tokens, more than the model's {max_positions} positions; set a max-length"
+        ));
+    }
+    Ok(())
+}

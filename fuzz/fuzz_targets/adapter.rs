@@ -1,0 +1,4 @@
+//! See `trainable_tokens_fuzz::adapter`.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|input: &[u8]| trainable_tokens_fuzz::adapter(input));
