@@ -253,12 +253,12 @@ fn weights_that_are_missing_or_of_another_kind() {
         |workspace: &Workspace| edit_table(workspace, |tensors| drop(tensors.remove(TABLE).unwrap()));
     let integers = |workspace: &Workspace| {
         edit_table(workspace, |tensors| {
-            tensors.get_mut(TABLE).unwrap().0 = Dtype::I32
+            tensors.get_mut(TABLE).unwrap().0 = Dtype::I32;
         });
     };
     let flat = |workspace: &Workspace| {
         edit_table(workspace, |tensors| {
-            tensors.get_mut(TABLE).unwrap().1 = vec![300 * 48]
+            tensors.get_mut(TABLE).unwrap().1 = vec![300 * 48];
         });
     };
     let spoilers: [(Spoil<'_>, &[&str]); 3] = [
