@@ -27,7 +27,7 @@ fn f01_a_step_costs_nothing_of_the_vocabulary() {
         let last = u32::try_from(v - 1).unwrap();
         let mut layer = TrainableTokens::new(table, TokenSet::new([last, 7], v).unwrap()).unwrap();
         let mut adam = Adam::new(AdamConfig::ADAMW).unwrap();
-        let (_, cost) = allocated(|| {
+        let ((), cost) = allocated(|| {
             let plan = layer.plan(&[7, 3, last, 7]).unwrap();
             let rows: Array2<f32> = layer.lookup_planned(&plan).unwrap();
             let gradients = layer.backward(&plan, rows.view()).unwrap();
@@ -45,9 +45,9 @@ fn f01_a_step_costs_nothing_of_the_vocabulary() {
 /// precision.
 #[test]
 fn f18_quantised_tables_work() {
-    let _alone = alone();
     const V: usize = 50_000;
     const D: usize = 64;
+    let _alone = alone();
     let values: Vec<i8> = (0..V * D)
         .map(|at| i8::try_from(at % 255).unwrap_or(-1))
         .collect();

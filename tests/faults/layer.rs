@@ -25,17 +25,16 @@ pub(crate) fn case(name: &str) -> BTreeMap<String, TokenRows> {
         let columns = tensor.shape.last().copied().unwrap_or(1);
         let count: usize = tensor.shape.iter().product();
         let rows = count.checked_div(columns).unwrap_or(0);
-        let rows = match tensor.float_dtype() {
-            Ok(dtype) => TokenRows::from_le_bytes(dtype, rows, columns, tensor.bytes).unwrap(),
-            Err(_) => {
-                let values = tensor.bytes.chunks_exact(tensor.bytes.len() / count);
-                let value = |bytes: &[u8]| {
-                    let mut wide = [0; 8];
-                    wide[..bytes.len()].copy_from_slice(bytes);
-                    u64::from_le_bytes(wide) as f64
-                };
-                TokenRows::new::<f64>(values.map(value).collect(), rows, columns).unwrap()
-            }
+        let rows = if let Ok(dtype) = tensor.float_dtype() {
+            TokenRows::from_le_bytes(dtype, rows, columns, tensor.bytes).unwrap()
+        } else {
+            let values = tensor.bytes.chunks_exact(tensor.bytes.len() / count);
+            let value = |bytes: &[u8]| {
+                let mut wide = [0; 8];
+                wide[..bytes.len()].copy_from_slice(bytes);
+                u64::from_le_bytes(wide) as f64
+            };
+            TokenRows::new::<f64>(values.map(value).collect(), rows, columns).unwrap()
         };
         (name.to_owned(), rows)
     });

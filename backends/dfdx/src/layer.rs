@@ -33,7 +33,7 @@ use crate::{Dfdx, DfdxDelta, DfdxDevice, DfdxElement, DfdxTable, Error, Result, 
 /// # }
 /// ```
 ///
-/// Ids are a tensor of `usize`, with the tape if there is one, as for dfdx's own embedding ([`Module`]), or a slice
+/// Ids are a tensor of `usize`, with the tape if there is one, as for dfdx's own embedding ([`Module`](dfdx::nn::Module)), or a slice
 /// of `u32` ([`lookup`](Self::lookup)). They are checked: dfdx's own embedding panics.
 ///
 /// The table is frozen: it is in no graph, and no `V x D` tensor is made by a step. Train with

@@ -150,7 +150,7 @@ where
     ///
     /// # Errors
     ///
-    /// As [`TrainableTokens::merge`](crate::TrainableTokens::merge).
+    /// When dfdx fails; on CUDA, see [`DfdxTable`](crate::DfdxTable).
     pub fn merge(self) -> Result<Embedding<V, M, E, D>> {
         let ids = self.tokens()?.ids().to_vec();
         let rows = self.trainable_tokens_delta.as_vec();

@@ -243,14 +243,43 @@ fn weights_that_are_missing_or_of_another_kind() {
         let integers = edit_weights(|tensors| tensors.get_mut(tensor).unwrap().0 = Dtype::I32);
         refuse(&WITH_DECODER, &["model.safetensors", tensor, "I32"], integers);
     }
-    // `inspect adapter` shows an adapter without drift, if the model has no such table.
-    let all = &WITH_MODEL[..7];
-    let without = edit_weights(|tensors| drop(tensors.remove(TABLE).unwrap()));
-    refuse(all, &["/model", TABLE], without);
-    let integers = edit_weights(|tensors| tensors.get_mut(TABLE).unwrap().0 = Dtype::I32);
-    refuse(all, &["model.safetensors", TABLE, "I32"], integers);
-    let flat = edit_weights(|tensors| tensors.get_mut(TABLE).unwrap().1 = vec![300 * 48]);
-    refuse(all, &["/model", TABLE, "[14400]"], flat);
+    // `inspect adapter` shows an adapter without drift, if the model has no such table; `verify` shows its findings.
+    let others: Vec<_> = WITH_MODEL[..7]
+        .iter()
+        .copied()
+        .filter(|name| *name != "verify")
+        .collect();
+    let without =
+        |workspace: &Workspace| edit_table(workspace, |tensors| drop(tensors.remove(TABLE).unwrap()));
+    let integers = |workspace: &Workspace| {
+        edit_table(workspace, |tensors| {
+            tensors.get_mut(TABLE).unwrap().0 = Dtype::I32;
+        });
+    };
+    let flat = |workspace: &Workspace| {
+        edit_table(workspace, |tensors| {
+            tensors.get_mut(TABLE).unwrap().1 = vec![300 * 48];
+        });
+    };
+    let spoilers: [(Spoil<'_>, &[&str]); 3] = [
+        (&without, &["/model", TABLE]),
+        (&integers, &["model.safetensors", TABLE, "I32"]),
+        (&flat, &["/model", TABLE, "[14400]"]),
+    ];
+    for (spoil, parts) in spoilers {
+        refuse(&others, parts, spoil);
+        let workspace = Workspace::new();
+        spoil(&workspace);
+        let args = workspace.command_with("verify", &["--json"]);
+        let run = run(&args);
+        run.failed(parts);
+        assert_eq!(run.json()["fits"], json!(false), "{run:#?}");
+    }
+}
+
+/// Changes the tensors of the model.
+fn edit_table(workspace: &Workspace, edit: impl FnOnce(&mut Tensors)) {
+    edit_tensors(&workspace.path(WEIGHTS), edit);
 }
 
 /// Makes the model one of a single shard.

@@ -13,6 +13,8 @@ pub use merge::MergeCheck;
 pub use mixed::MixedPart;
 pub use parts::{KnownActive, LayerParts, MergeParts};
 
+#[cfg(doc)]
+use crate::Error;
 use crate::active::{ActiveSet, NamedTokens};
 use crate::adapter::{DEFAULT, TokenAdapter};
 use crate::{

@@ -133,9 +133,10 @@ fn besides(fixture: &Fixture) -> Result<Vec<Value>, Failure> {
                     besides.push(operation);
                 } else if let Some(module) = name.strip_prefix("merged.") {
                     // Rows are copied; what LoRA adds to other weights is a sum in another order.
-                    let (op, atol) = match whole_model::is_table(fixture, module) {
-                        true => ("merge", 0.0),
-                        false => ("lora_merge", 1e-6),
+                    let (op, atol) = if whole_model::is_table(fixture, module) {
+                        ("merge", 0.0)
+                    } else {
+                        ("lora_merge", 1e-6)
                     };
                     besides.push(json!({
                         "op": op, "module": module, "expect": name, "atol": atol, "rtol": atol

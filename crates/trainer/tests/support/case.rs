@@ -21,9 +21,10 @@ impl Case {
         let dir = fixtures().join(name);
         let fixture = Fixture::open(&dir).unwrap_or_else(|failure| panic!("{name}: {}", failure.reason()));
         let expected = dir.join("expected.safetensors");
-        let expected = match expected.exists() {
-            true => candle_core::safetensors::load(expected, &Device::Cpu).unwrap(),
-            false => HashMap::new(),
+        let expected = if expected.exists() {
+            candle_core::safetensors::load(expected, &Device::Cpu).unwrap()
+        } else {
+            HashMap::new()
         };
         Self {
             name: name.to_owned(),

@@ -114,12 +114,26 @@ pub fn merged_and_active_adapters_act_together<H: Harness>() -> Outcome {
             same("rows after unmerging", &got, &select(&dense, &world.ids)?)?;
         }
         // Weights count among the adapters that are not merged.
-        let members = disjoint(world, H::DTYPE.default_row_dtype());
-        let mut layer = active::<H>(world, &members, &Overlap::WeightedMean(WEIGHTS.to_vec()))?;
-        layer.merge_adapters(&[members[1].name], &Overlap::Refuse, MergeCheck::Unchecked)?;
-        let dense = in_effect(&base, &members, &Overlap::Refuse)?;
-        let got = lookup::<H>(&layer, &world.ids)?;
-        same("rows of disjoint tokens", &got, &select(&dense, &world.ids)?)
+        for merged in 0..3 {
+            let mut layer = active::<H>(world, &members, &Overlap::WeightedMean(WEIGHTS.to_vec()))?;
+            layer.merge_adapters(&[members[merged].name], &Overlap::LastWins, MergeCheck::Unchecked)?;
+            let table = overwritten(&base, &members[merged].tokens, &members[merged].rows)?;
+            let (mut others, mut weights) = (members.clone(), WEIGHTS.to_vec());
+            others.remove(merged);
+            weights.remove(merged);
+            let dense = in_effect(&table, &others, &Overlap::WeightedMean(weights))?;
+            let got = lookup::<H>(&layer, &world.ids)?;
+            same("averaged rows above", &got, &select(&dense, &world.ids)?)?;
+            layer.unmerge()?;
+            let dense = in_effect(&base, &members, layer.overlap())?;
+            let got = lookup::<H>(&layer, &world.ids)?;
+            same(
+                "averaged rows after unmerging",
+                &got,
+                &select(&dense, &world.ids)?,
+            )?;
+        }
+        Ok(())
     })
 }
 

@@ -15,7 +15,7 @@ use crate::{Harness, Layer, Outcome};
 /// the lookup and the table have the bits of the dense definition, and refused calls, of the kind that it predicts, change
 /// nothing; undoing every merge restores the table's bits.
 pub fn any_sequence_of_calls_agrees_with_the_dense_model<H: Harness>() -> Outcome {
-    for_each_of((world(), calls()), |(world, calls)| {
+    for_each_of((calls(), world()), |(calls, world)| {
         let table = world.table::<H>();
         let mut layer = Layer::<H>::frozen(H::source(&table)?)?;
         let mut model = Model::new(table.clone());

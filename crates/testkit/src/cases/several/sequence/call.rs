@@ -116,7 +116,7 @@ fn tokens() -> impl Strategy<Value = Vec<u32>> {
 
 fn values() -> impl Strategy<Value = Values> {
     let large = prop_oneof![6 => Just(None), 1 => Just(Some(f64::INFINITY)), 1 => Just(Some(3.4e38)), 1 => Just(Some(65_520.0))];
-    (any::<u64>(), any::<bool>(), large).prop_map(|(seed, in_the_tables_type, large)| Values {
+    (any::<u64>().no_shrink(), any::<bool>(), large).prop_map(|(seed, in_the_tables_type, large)| Values {
         seed,
         in_the_tables_type,
         large,
@@ -137,8 +137,8 @@ fn choice() -> impl Strategy<Value = (Vec<&'static str>, Overlap)> {
         .prop_map(|(names, kind, mut weights)| {
             weights.truncate(names.len());
             let overlap = match kind {
-                0..3 => Overlap::LastWins,
-                3..5 => Overlap::Refuse,
+                0..4 => Overlap::LastWins,
+                4 => Overlap::Refuse,
                 5 => {
                     weights.push(if names.is_empty() { 1.0 } else { 0.5 });
                     Overlap::WeightedMean(weights)
@@ -149,28 +149,33 @@ fn choice() -> impl Strategy<Value = (Vec<&'static str>, Overlap)> {
         })
 }
 
-/// About thirty calls.
+/// Mostly all adapters to begin with, and about thirty calls; a sequence that fails is shortened.
 pub(super) fn calls() -> impl Strategy<Value = Vec<Call>> {
+    let add = |name: &'static str| {
+        (tokens(), values()).prop_map(move |(tokens, rows)| Call::AddWithRows { name, tokens, rows })
+    };
+    let all = [NAMES[0], NAMES[1], NAMES[2], NAMES[3]].map(add);
+    let first = prop_oneof![1 => Just(Vec::new()), 4 => all.prop_map(Vec::from)];
     let mixed = (
         proptest::collection::vec(0u32..9, MIXED_IDS),
         proptest::collection::vec(proptest::option::weighted(0.7, name()), 3),
     );
     let call = prop_oneof![
-        3 => (name(), tokens()).prop_map(|(name, tokens)| Call::AddFromTable { name, tokens }),
-        4 => (name(), tokens(), values()).prop_map(|(name, tokens, rows)| Call::AddWithRows { name, tokens, rows }),
+        2 => (name(), tokens()).prop_map(|(name, tokens)| Call::AddFromTable { name, tokens }),
+        2 => name().prop_flat_map(add),
         6 => choice().prop_map(|(names, overlap)| Call::Activate { names, overlap }),
         1 => Just(Call::Disable),
         2 => Just(Call::Enable),
         2 => check().prop_map(Call::MergeActive),
-        3 => (choice(), check()).prop_map(|((names, overlap), check)| Call::Merge { names, overlap, check }),
-        4 => Just(Call::Unmerge),
+        6 => (choice(), check()).prop_map(|((names, overlap), check)| Call::Merge { names, overlap, check }),
+        6 => Just(Call::Unmerge),
         1 => name().prop_map(Call::Delete),
         2 => (name(), values()).prop_map(|(name, rows)| Call::SetRows { name, rows }),
         1 => values().prop_map(Call::SetRowsOfActive),
         2 => (name(), values()).prop_map(|(name, gradient)| Call::Step { name, gradient }),
         2 => mixed.prop_map(|(ids, adapters)| Call::Mixed { ids, adapters }),
     ];
-    proptest::collection::vec(call, 25..35)
+    (first, proptest::collection::vec(call, 1..60)).prop_map(|(first, calls)| [first, calls].concat())
 }
 
 impl Call {
