@@ -45,6 +45,7 @@ mod json;
 mod lora;
 mod merge;
 mod model;
+mod regex;
 mod state;
 mod table;
 

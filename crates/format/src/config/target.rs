@@ -2,10 +2,11 @@
 
 use std::cell::OnceCell;
 
-use fancy_regex::{Expr, Regex, RegexBuilder};
+use fancy_regex::Regex;
 
 use crate::error::one_line;
 use crate::json::Json;
+use crate::regex;
 
 /// `target_modules`: the modules whose rows train.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -61,7 +62,7 @@ impl<'a> Matcher<'a> {
                 };
                 compiled
                     .is_match(path)
-                    .map_err(|error| pattern_error(pattern, &error))
+                    .map_err(|error| pattern_error(pattern, &one_line(error)))
             }
         }
     }
@@ -98,36 +99,15 @@ pub(crate) fn is_path_or_suffix(entry: &str, path: &str) -> bool {
         .is_some_and(|head| head.is_empty() || head.ends_with('.'))
 }
 
-/// Longest pattern, and largest automaton of each part without look-around: together they bound what a pattern
-/// takes in memory and time.
-const MAX_PATTERN_BYTES: usize = 4096;
-const MAX_AUTOMATON_BYTES: usize = 1 << 20;
-/// How often a match may turn back.
-const MAX_BACKTRACKS: usize = 100_000;
-
 fn compile(pattern: &str) -> Result<Regex, String> {
-    if pattern.len() > MAX_PATTERN_BYTES {
-        let bytes = pattern.len();
-        return Err(format!(
-            "a regular expression of {bytes} bytes is above the limit of {MAX_PATTERN_BYTES}"
-        ));
-    }
-    // By itself first: the anchors must not repair a pattern such as `a)|(b`.
-    Expr::parse_tree(pattern)
-        .and_then(|_| {
-            RegexBuilder::new(&format!(r"\A(?:{pattern})\z"))
-                .delegate_size_limit(MAX_AUTOMATON_BYTES)
-                .backtrack_limit(MAX_BACKTRACKS)
-                .build()
-        })
-        .map_err(|error| pattern_error(pattern, &error))
+    regex::compile(pattern, |pattern| format!(r"\A(?:{pattern})\z"))
+        .map_err(|reason| pattern_error(pattern, &reason))
 }
 
-fn pattern_error(pattern: &str, error: &fancy_regex::Error) -> String {
+fn pattern_error(pattern: &str, reason: &str) -> String {
     format!(
-        "{} is not a usable regular expression: {}",
-        Json::from(pattern).brief(),
-        one_line(error)
+        "{} is not a usable regular expression: {reason}",
+        Json::from(pattern).brief()
     )
 }
 

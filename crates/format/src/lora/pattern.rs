@@ -3,6 +3,7 @@
 use fancy_regex::Regex;
 
 use crate::error::one_line;
+use crate::regex;
 
 /// `rank_pattern` or `alpha_pattern`: the first expression that fits a module's path, or the end of it after a dot, tells
 /// the module's value. They are tried in the order of their texts, in which PEFT writes them.
@@ -13,15 +14,13 @@ pub(super) struct Patterns<T> {
 impl<T: Copy> Patterns<T> {
     /// Compiles the expressions. The error names the one that is none.
     pub(super) fn new(entries: impl IntoIterator<Item = (String, T)>) -> Result<Self, (String, String)> {
-        let compiled = entries.into_iter().map(|(pattern, value)| {
-            // By itself first: the anchors must not repair a pattern such as `a)|(b`.
-            let regex = Regex::new(&pattern).and_then(|_| Regex::new(&format!(r"\A(.*\.)?({pattern})\z")));
-            match regex {
-                Ok(regex) => Ok((pattern, regex, value)),
-                Err(error) => Err((pattern, one_line(error))),
-            }
-        });
-        let mut entries = compiled.collect::<Result<Vec<_>, _>>()?;
+        let (patterns, values): (Vec<_>, Vec<_>) = entries.into_iter().unzip();
+        let compiled = regex::compile_all(&patterns, |pattern| format!(r"\A(.*\.)?({pattern})\z"))
+            .map_err(|(at, reason)| (patterns.get(at).cloned().unwrap_or_default(), reason))?;
+        let entries = patterns.into_iter().zip(compiled).zip(values);
+        let mut entries: Vec<_> = entries
+            .map(|((pattern, regex), value)| (pattern, regex, value))
+            .collect();
         entries.sort_by(|a, b| a.0.cmp(&b.0));
         Ok(Self { entries })
     }

@@ -7,6 +7,7 @@ use serde_json::Value;
 
 use crate::config::{AdapterConfig, CONFIG_FILE, TargetModules, is_path_or_suffix};
 use crate::error::{Error, Result, one_line};
+use crate::regex;
 
 /// PEFT's word for all linear layers. It is resolved before an adapter is saved.
 const ALL_LINEAR: &str = "all-linear";
@@ -47,14 +48,17 @@ impl LoraTargets {
             TargetModules::List(names) => Some(Rule::Names(names.clone())),
             TargetModules::Pattern(_) => read("target_modules")?,
         };
-        let saved = saved_modules(config).into_iter().map(|name| {
-            let expression = format!(r"\A(?:|.*\.){name}(?:\z|\..*)");
-            compile(&expression).map_err(|reason| Error::field(&path, "modules_to_save", reason))
+        let saved = regex::compile_all(&saved_modules(config), |name| {
+            format!(r"\A(?:|.*\.){name}(?:\z|\..*)")
         });
+        let saved = saved.map_err(|(_, reason)| {
+            let reason = format!("it is not a usable regular expression: {reason}");
+            Error::field(&path, "modules_to_save", reason)
+        })?;
         Ok(Self {
             include,
             exclude: read("exclude_modules")?,
-            saved: saved.collect::<Result<_>>()?,
+            saved,
             layers: layers(config, &path)?,
             path,
         })
@@ -124,11 +128,10 @@ fn rule(value: &Value) -> Result<Option<Rule>, String> {
         Value::Null => Ok(None),
         Value::String(pattern) if pattern.is_empty() => Ok(None),
         Value::String(pattern) => {
-            // By itself first: the anchors must not repair a pattern such as `a)|(b`.
-            compile(pattern)?;
-            Ok(Some(Rule::Pattern(Box::new(compile(&format!(
-                r"\A(?:{pattern})\z"
-            ))?))))
+            let whole = regex::compile(pattern, |pattern| format!(r"\A(?:{pattern})\z"));
+            let whole = whole
+                .map_err(|reason| format!("{pattern:?} is not a usable regular expression: {reason}"))?;
+            Ok(Some(Rule::Pattern(Box::new(whole))))
         }
         Value::Array(items) if items.is_empty() => Ok(None),
         Value::Array(items) => {
@@ -171,15 +174,14 @@ fn layers(config: &AdapterConfig, path: &Path) -> Result<Option<Layers>> {
     };
     // The first number in a path is that of the layer: later ones may number experts.
     let places = if names.is_empty() {
-        vec![r"\A.*?\.[^.]*\.(?P<number>\d+)\.".to_owned()]
+        regex::compile_all(&[r"\A.*?\.[^.]*\.(?P<number>\d+)\."], str::to_owned)
     } else {
-        let place = |name: &String| format!(r"\A(?:|.*?\.){name}\.(?P<number>\d+)\.");
-        names.iter().map(place).collect()
+        regex::compile_all(&names, |name| format!(r"\A(?:|.*?\.){name}\.(?P<number>\d+)\."))
     };
-    let places = places.iter().map(|place| compile(place));
-    let places = places
-        .collect::<Result<_, _>>()
-        .map_err(|reason| Error::field(path, "layers_pattern", reason))?;
+    let places = places.map_err(|(_, reason)| {
+        let reason = format!("it is not a usable regular expression: {reason}");
+        Error::field(path, "layers_pattern", reason)
+    })?;
     Ok(Some(Layers { numbers, places }))
 }
 
@@ -195,15 +197,6 @@ impl Layers {
         }
         Ok(false)
     }
-}
-
-fn compile(pattern: &str) -> Result<Regex, String> {
-    Regex::new(pattern).map_err(|error| {
-        format!(
-            "{pattern:?} is not a usable regular expression: {}",
-            one_line(error)
-        )
-    })
 }
 
 fn is_match(regex: &Regex, path: &str) -> Result<bool, String> {
