@@ -54,14 +54,15 @@ fn compile_within(
             "a regular expression with a number of more than {MAX_DIGITS} digits"
         ));
     }
-    Expr::parse_tree(pattern)
-        .and_then(|_| {
-            RegexBuilder::new(&whole(pattern))
-                .delegate_size_limit(max_automaton_bytes)
-                .backtrack_limit(MAX_BACKTRACKS)
-                .build()
-        })
-        .map_err(one_line)
+    let tree = Expr::parse_tree(pattern).map_err(one_line)?;
+    // The matcher panics if a group that repeats is referred to while it has begun anew.
+    if !tree.backrefs.is_empty() {
+        return Err("a regular expression that refers back to a group".to_owned());
+    }
+    let mut builder = RegexBuilder::new(&whole(pattern));
+    builder.delegate_size_limit(max_automaton_bytes);
+    builder.backtrack_limit(MAX_BACKTRACKS);
+    builder.build().map_err(one_line)
 }
 
 #[cfg(test)]
@@ -76,6 +77,9 @@ mod tests {
             "a)|(b",
             "(?(04294967296)e)",
             r"(a)\4294967296",
+            r"(?:(..\1?)a|a)*b",
+            "(?P<x>a)(?P=x)",
+            "(a)?(?(1)b|c)",
             &"a".repeat(MAX_BYTES + 1),
         ] {
             assert!(plain(bad).is_err(), "{bad}");

@@ -148,7 +148,7 @@ mod tests {
     #[test]
     fn a_pattern_that_turns_back_without_end_is_an_error() {
         let path = "a".repeat(40);
-        for pattern in ["(?:(?=a)a|a)*b", "(a|aa)+(?!b)c", r"(?:a*)*\1(a)b"] {
+        for pattern in ["(?:(?=a)a|a)*b", "(a|aa)+(?!b)c"] {
             let outcome = Matcher::new(&TargetModules::Pattern(pattern.to_owned())).matches(&path);
             assert!(outcome.unwrap_err().contains("backtracking"), "{pattern}");
         }
