@@ -116,6 +116,33 @@ pub trait HostTable: EmbeddingSource {
     }
 }
 
+/// Rows on the host are a table of as many rows.
+impl EmbeddingSource for TokenRows {
+    type Error = Error;
+
+    fn vocab_size(&self) -> usize {
+        self.num_rows()
+    }
+
+    fn embedding_dim(&self) -> usize {
+        self.embedding_dim()
+    }
+
+    fn dtype(&self) -> DType {
+        self.dtype()
+    }
+
+    fn read_rows(&self, ids: &[TokenId]) -> crate::Result<TokenRows> {
+        self.collect_rows(ids)
+    }
+}
+
+impl HostTable for TokenRows {
+    fn row(&self, id: TokenId) -> Option<RowRef<'_>> {
+        self.row(id.row())
+    }
+}
+
 /// A borrowed row of a host table.
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
@@ -319,6 +346,18 @@ mod tests {
         let mut half = [bf16::ZERO; 1];
         RowRef::F32(&[1.5]).decode_into(&mut half);
         assert_eq!(half[0], bf16::from_f32(1.5));
+    }
+
+    #[test]
+    fn rows_on_the_host_are_a_table() {
+        let rows = TokenRows::new(vec![1f32, -0.0, 3.0, 4.0], 2, 2).unwrap();
+        let read = rows.read_rows(&[TokenId(1), TokenId(0), TokenId(1)]).unwrap();
+        assert_eq!(read.as_slice::<f32>().unwrap(), [3.0, 4.0, 1.0, -0.0, 3.0, 4.0]);
+        let (id, vocab_size) = (2, 2);
+        assert_eq!(
+            rows.read_rows(&[TokenId(2)]),
+            Err(Error::TokenOutOfRange { id, vocab_size })
+        );
     }
 
     #[test]

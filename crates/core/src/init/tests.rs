@@ -37,17 +37,8 @@ impl EmbeddingSource for Table {
         self.rows.dtype()
     }
     fn read_rows(&self, ids: &[TokenId]) -> Result<TokenRows> {
-        self.check_ids(ids)?;
         self.largest_read.set(self.largest_read.get().max(ids.len()));
-        let (dim, size) = (self.embedding_dim(), self.dtype().size_in_bytes());
-        let bytes = self.rows.to_le_bytes();
-        let row = |id: &TokenId| bytes[id.row() * dim * size..][..dim * size].to_vec();
-        TokenRows::from_le_bytes(
-            self.dtype(),
-            ids.len(),
-            dim,
-            &ids.iter().flat_map(row).collect::<Vec<u8>>(),
-        )
+        self.rows.read_rows(ids)
     }
 }
 

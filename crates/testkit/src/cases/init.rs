@@ -21,32 +21,10 @@ fn rows<S: EmbeddingSource>(
     Ok(text.parse::<RowInit>()?.rows(source, tokens, dtype)?)
 }
 
-/// A table in memory that is nobody's backend.
-struct Plain(TokenRows);
-
-impl EmbeddingSource for Plain {
-    type Error = trainable_tokens_core::Error;
-
-    fn vocab_size(&self) -> usize {
-        self.0.num_rows()
-    }
-    fn embedding_dim(&self) -> usize {
-        self.0.embedding_dim()
-    }
-    fn dtype(&self) -> DType {
-        self.0.dtype()
-    }
-    fn read_rows(&self, ids: &[TokenId]) -> Result<TokenRows, Self::Error> {
-        self.check_ids(ids)?;
-        let ids: Vec<u32> = ids.iter().map(|id| id.0).collect();
-        select(&self.0, &ids).map_err(|_| Self::Error::NotMerged)
-    }
-}
-
 /// The first numbers that a seed stands for, for one token.
 fn draws(seed: u64, token: u32, count: usize) -> Result<Vec<f64>, Failure> {
     let init = RowInit::new(InitMode::Normal { std: 1.0 }).with_seed(seed);
-    let table = Plain(TokenRows::zeros(DType::F64, token as usize + 1, count));
+    let table = TokenRows::zeros(DType::F64, token as usize + 1, count);
     let tokens = TokenSet::new([token], table.vocab_size())?;
     Ok(init.rows(&table, &tokens, DType::F64)?.to_f64_vec())
 }
@@ -214,11 +192,7 @@ pub fn equal_tables_and_seeds_give_equal_rows<H: Harness>() -> Outcome {
         ] {
             let text = format!("{text}+seed:{}", world.seed);
             let together = rows(&text, &source, &tokens, DType::F64)?;
-            same(
-                &text,
-                &together,
-                &rows(&text, &Plain(table.clone()), &tokens, DType::F64)?,
-            )?;
+            same(&text, &together, &rows(&text, &table, &tokens, DType::F64)?)?;
             for (slot, id) in world.tokens.iter().enumerate() {
                 let alone = rows(&text, &source, &TokenSet::new([*id], world.v)?, DType::F64)?;
                 let slot = u32::try_from(slot)?;
@@ -237,7 +211,7 @@ pub fn equal_tables_and_seeds_give_equal_rows<H: Harness>() -> Outcome {
 pub fn slots_may_start_in_their_own_ways<H: Harness>() -> Outcome {
     let world = World::fixed(9, 3, &[8, 2, 5, 0], &[]);
     let table = world.table::<H>();
-    let (source, tokens, plain) = (H::source(&table)?, world.token_set()?, Plain(table));
+    let (source, tokens) = (H::source(&table)?, world.token_set()?);
     let texts = [
         "mean-covariance:1:others+seed:4",
         "keep",
@@ -248,7 +222,7 @@ pub fn slots_may_start_in_their_own_ways<H: Harness>() -> Outcome {
     let dtype = H::DTYPE.default_row_dtype();
     let got = initial_rows(&source, &tokens, &inits, dtype)?;
     for (slot, text) in (0u32..).zip(texts) {
-        let want = select(&rows(text, &plain, &tokens, dtype)?, &[slot])?;
+        let want = select(&rows(text, &table, &tokens, dtype)?, &[slot])?;
         same(&format!("slot {slot}, {text}"), &select(&got, &[slot])?, &want)?;
     }
     refused(
