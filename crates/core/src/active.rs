@@ -34,6 +34,28 @@ impl Overlap {
         let ActiveSet { tokens, mix, .. } = ActiveSet::new(&named, self, vocab_size)?;
         Ok((tokens, mix))
     }
+
+    /// The weight of each of `adapters`, if there are weights.
+    pub(crate) fn expect_weights(&self, adapters: usize) -> Result<&[f64]> {
+        let Self::WeightedMean(weights) = self else {
+            return Ok(&[]);
+        };
+        if weights.len() != adapters {
+            let (expected, got) = ([adapters], [weights.len()]);
+            return Err(Error::shape("weights of the adapters", &expected, &got));
+        }
+        match weights
+            .iter()
+            .find(|weight| !(weight.is_finite() && **weight > 0.0))
+        {
+            Some(weight) => Err(Error::Hyperparameter {
+                name: "weight of an adapter",
+                value: *weight,
+                must: "above 0",
+            }),
+            None => Ok(weights),
+        }
+    }
 }
 
 /// The tokens of several adapters together, and what their rows are.
@@ -52,7 +74,7 @@ pub(crate) type NamedTokens<'a> = (&'a Arc<str>, &'a TokenSet);
 impl ActiveSet {
     /// Unites adapters in their order.
     pub(crate) fn new(adapters: &[NamedTokens<'_>], overlap: &Overlap, vocab_size: usize) -> Result<Self> {
-        let weights = weights(overlap, adapters.len())?;
+        let weights = overlap.expect_weights(adapters.len())?;
         let mut order: Vec<TokenId> = Vec::new();
         let mut terms: HashMap<TokenId, Vec<(u32, usize)>> = HashMap::new();
         let stacked = adapters
@@ -117,30 +139,5 @@ fn overlapping(token: TokenId, first: &str, second: &str) -> Error {
         token,
         first: first.to_owned(),
         second: second.to_owned(),
-    }
-}
-
-/// The weight of each adapter, if there are weights.
-fn weights(overlap: &Overlap, adapters: usize) -> Result<&[f64]> {
-    let Overlap::WeightedMean(weights) = overlap else {
-        return Ok(&[]);
-    };
-    if weights.len() != adapters {
-        return Err(Error::shape(
-            "weights of the adapters",
-            &[adapters],
-            &[weights.len()],
-        ));
-    }
-    match weights
-        .iter()
-        .find(|weight| !(weight.is_finite() && **weight > 0.0))
-    {
-        Some(weight) => Err(Error::Hyperparameter {
-            name: "weight of an adapter",
-            value: *weight,
-            must: "above 0",
-        }),
-        None => Ok(weights),
     }
 }

@@ -81,18 +81,17 @@ impl<B: Backend> TrainableTokens<B> {
             .iter()
             .map(|at| Arc::clone(self.adapters[*at].shared_name()));
         let names: Vec<_> = names.collect();
-        self.named_set(&places, &overlap)?;
-        if overlap != Overlap::LastWins {
-            for merged in self.adapters.iter().filter(|adapter| adapter.is_merged()) {
-                for at in &places {
-                    let other = &self.adapters[*at];
-                    if other.name() != merged.name() {
-                        expect_disjoint(named(merged), named(other))?;
-                    }
-                }
-            }
+        overlap.expect_weights(places.len())?;
+        let merged = |at: usize| self.adapters[at].is_merged();
+        if places.iter().any(|at| merged(*at)) {
+            // What is in effect is only a part of them then.
+            self.named_set(&places, &overlap)?;
         }
-        self.effective = self.effective_of(&names, &overlap)?;
+        let effective = self.effective_of(&names, &overlap)?;
+        if overlap != Overlap::LastWins {
+            self.expect_apart(&places, merged)?;
+        }
+        self.effective = effective;
         self.active = names;
         self.overlap = overlap;
         Ok(())
@@ -203,6 +202,16 @@ impl<B: Backend> TrainableTokens<B> {
         Ok(places)
     }
 
+    /// Refuses tokens that these adapters share with others that count.
+    pub(super) fn expect_apart(&self, places: &[usize], counts: impl Fn(usize) -> bool) -> Result<()> {
+        for other in (0..self.adapters.len()).filter(|at| counts(*at)) {
+            for place in places.iter().filter(|place| **place != other) {
+                expect_disjoint(named(&self.adapters[other]), named(&self.adapters[*place]))?;
+            }
+        }
+        Ok(())
+    }
+
     pub(super) fn named_set(&self, places: &[usize], overlap: &Overlap) -> Result<ActiveSet> {
         let adapters: Vec<_> = places.iter().map(|at| named(&self.adapters[*at])).collect();
         ActiveSet::new(&adapters, overlap, self.source.vocab_size())
@@ -251,6 +260,6 @@ impl<B: Backend> TrainableTokens<B> {
     }
 }
 
-pub(super) fn named<B: Backend>(adapter: &TokenAdapter<B>) -> NamedTokens<'_> {
+fn named<B: Backend>(adapter: &TokenAdapter<B>) -> NamedTokens<'_> {
     (adapter.shared_name(), adapter.tokens())
 }

@@ -3,9 +3,7 @@
 use std::sync::Arc;
 
 use super::TrainableTokens;
-use super::adapters::named;
-use crate::active::expect_disjoint;
-use crate::{Backend, EmbeddingSource, Error, Overlap, TokenRows, WriteRows};
+use crate::{Backend, EmbeddingSource, Error, Overlap, TokenId, TokenRows, WriteRows};
 
 /// What is checked before rows are written into the table.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -59,9 +57,10 @@ impl<B: Backend<Source: WriteRows>> TrainableTokens<B> {
     ///
     /// # Errors
     ///
-    /// [`Error::NotOneActive`] without any adapter; [`Error::AlreadyMerged`], [`Error::Disabled`], [`Error::UnknownAdapter`], [`Error::AdapterName`] for a name given
-    /// twice, [`Error::Overlap`], [`Error::NonFinite`]; [`Error::Shape`] and [`Error::Hyperparameter`] for weights; the
-    /// table's errors. The table is unchanged then.
+    /// [`Error::NotOneActive`] without any adapter; [`Error::AlreadyMerged`], [`Error::Disabled`],
+    /// [`Error::UnknownAdapter`], [`Error::AdapterName`] for a name given twice, [`Error::Overlap`],
+    /// [`Error::NonFinite`]; [`Error::Shape`] and [`Error::Hyperparameter`] for weights; the table's errors. The table is
+    /// unchanged then.
     pub fn merge_adapters(
         &mut self,
         names: &[&str],
@@ -79,17 +78,15 @@ impl<B: Backend<Source: WriteRows>> TrainableTokens<B> {
             self.adapters[*at].expect_unmerged()?;
         }
         if *overlap != Overlap::LastWins {
-            self.expect_apart(&places)?;
+            let active = |name: &str| self.active_names().any(|active| active == name);
+            self.expect_apart(&places, |at| {
+                let other = &self.adapters[at];
+                !places.contains(&at) && (other.is_merged() || active(other.name()))
+            })?;
         }
-        let set = self.named_set(&places, overlap)?;
-        let parts = places.iter().map(|at| self.adapters[*at].rows());
-        let parts = parts.collect::<Result<Vec<_>, _>>()?;
-        let rows = match &parts[..] {
-            [rows] => rows.clone(),
-            parts => set.mix.apply(&parts.iter().collect::<Vec<_>>())?,
-        };
+        let (ids, rows) = self.rows_to_merge(&places, overlap)?;
         if check == MergeCheck::Finite {
-            self.expect_finite(names, set.tokens.ids(), &rows)?;
+            self.expect_finite(names, &ids, &rows)?;
         }
         let mark = |layer: &mut Self, merged| {
             for at in &places {
@@ -101,7 +98,7 @@ impl<B: Backend<Source: WriteRows>> TrainableTokens<B> {
             .effective_of(&self.active, &self.overlap)
             .map_err(B::Error::from)
             .and_then(|effective| {
-                self.journal.apply(&mut self.source, set.tokens.ids(), &rows)?;
+                self.journal.apply(&mut self.source, &ids, &rows)?;
                 Ok(effective)
             });
         match written {
@@ -137,21 +134,25 @@ impl<B: Backend<Source: WriteRows>> TrainableTokens<B> {
         Ok(())
     }
 
-    /// Refuses tokens that merged or other active adapters train too.
-    fn expect_apart(&self, places: &[usize]) -> crate::Result<()> {
-        let used = |name: &str| self.active_names().any(|active| active == name);
-        for (at, other) in self.adapters.iter().enumerate() {
-            if places.contains(&at) || !(other.is_merged() || used(other.name())) {
-                continue;
-            }
-            for place in places {
-                expect_disjoint(named(other), named(&self.adapters[*place]))?;
-            }
+    /// The tokens of these adapters together and their rows.
+    fn rows_to_merge(
+        &self,
+        places: &[usize],
+        overlap: &Overlap,
+    ) -> Result<(Vec<TokenId>, TokenRows), B::Error> {
+        if let [at] = *places {
+            overlap.expect_weights(1)?;
+            let adapter = &self.adapters[at];
+            return Ok((adapter.tokens().ids().to_vec(), adapter.rows()?));
         }
-        Ok(())
+        let set = self.named_set(places, overlap)?;
+        let parts = places.iter().map(|at| self.adapters[*at].rows());
+        let parts = parts.collect::<Result<Vec<_>, _>>()?;
+        let rows = set.mix.apply(&parts.iter().collect::<Vec<_>>())?;
+        Ok((set.tokens.ids().to_vec(), rows))
     }
 
-    fn expect_finite(&self, names: &[&str], ids: &[crate::TokenId], rows: &TokenRows) -> crate::Result<()> {
+    fn expect_finite(&self, names: &[&str], ids: &[TokenId], rows: &TokenRows) -> crate::Result<()> {
         match rows.to_dtype(self.source.dtype()).first_non_finite() {
             None => Ok(()),
             Some((row, column)) => Err(Error::NonFinite {
