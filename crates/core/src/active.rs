@@ -35,8 +35,24 @@ impl Overlap {
         Ok((tokens, mix))
     }
 
+    /// The choice among some of the adapters, by their places: weights are those of these adapters.
+    #[must_use]
+    pub fn among(&self, places: impl IntoIterator<Item = usize>) -> Self {
+        match self {
+            Self::WeightedMean(weights) => {
+                let weights = places.into_iter().filter_map(|at| weights.get(at).copied());
+                Self::WeightedMean(weights.collect())
+            }
+            other => other.clone(),
+        }
+    }
+
     /// The weight of each of `adapters`, if there are weights.
-    pub(crate) fn expect_weights(&self, adapters: usize) -> Result<&[f64]> {
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Shape`] for another number of weights, [`Error::Hyperparameter`] for one that is not above 0.
+    pub fn expect_weights(&self, adapters: usize) -> Result<&[f64]> {
         let Self::WeightedMean(weights) = self else {
             return Ok(&[]);
         };

@@ -224,13 +224,7 @@ impl<B: Backend> TrainableTokens<B> {
         let apart = |at: &usize| !self.adapters[*at].is_merged();
         let all_merged = !places.iter().any(apart);
         let kept = |at: &usize| all_merged || apart(at);
-        let overlap = match overlap {
-            Overlap::WeightedMean(weights) => {
-                let kept = places.iter().zip(weights).filter(|(at, _)| kept(at));
-                &Overlap::WeightedMean(kept.map(|(_, weight)| *weight).collect())
-            }
-            other => other,
-        };
+        let overlap = &overlap.among((0..places.len()).filter(|at| kept(&places[*at])));
         let places: Vec<_> = places.iter().copied().filter(kept).collect();
         Ok(match places[..] {
             [] => Effective::None(TokenSet::new([], self.source.vocab_size())?),

@@ -119,7 +119,7 @@ impl<'a> Merge<'a> {
     pub fn write(&self, out: impl AsRef<Path>, overwrite: Overwrite) -> Result<MergeReport> {
         let mut plan = Plan::new(self.base, self.check);
         let mut tables: BTreeMap<&str, Owned<'_>> = BTreeMap::new();
-        self.check_weights()?;
+        self.overlap.expect_weights(self.parts.len())?;
         for part in &self.parts {
             for (tensor, table) in &part.tables {
                 plan.start_from(tensor, table.clone())?;
@@ -158,39 +158,13 @@ impl<'a> Merge<'a> {
             .map(|(place, _)| self.parts[*place].name.as_str())
             .collect();
         let adapters: Vec<_> = names.iter().copied().zip(&sets).collect();
-        let (tokens, mix) = self.overlap_of(owned).unite(&adapters, vocab_size)?;
+        let overlap = self.overlap.among(owned.iter().map(|(place, _)| *place));
+        let (tokens, mix) = overlap.unite(&adapters, vocab_size)?;
         let parts: Vec<&TokenRows> = owned.iter().map(|(_, rows)| &rows.rows).collect();
         let whose = |id| {
             let of_token = adapters.iter().filter(|(_, tokens)| tokens.contains(id));
             of_token.map(|(name, _)| *name).collect::<Vec<_>>().join(" and ")
         };
         plan.replace(tensor, tokens.ids(), &mix.apply(&parts)?, whose)
-    }
-
-    /// The policy among the adapters that have rows for one table.
-    fn overlap_of(&self, owned: &Owned<'_>) -> Overlap {
-        match &self.overlap {
-            Overlap::WeightedMean(weights) => Overlap::WeightedMean(
-                owned
-                    .iter()
-                    .filter_map(|(place, _)| weights.get(*place).copied())
-                    .collect(),
-            ),
-            other => other.clone(),
-        }
-    }
-
-    /// One weight for each adapter, whether or not it has rows that others have too.
-    fn check_weights(&self) -> Result<()> {
-        match &self.overlap {
-            Overlap::WeightedMean(weights) if weights.len() != self.parts.len() => {
-                Err(Error::Core(trainable_tokens_core::Error::Shape {
-                    what: "weights of the adapters",
-                    expected: vec![self.parts.len()],
-                    got: vec![weights.len()],
-                }))
-            }
-            _ => Ok(()),
-        }
     }
 }
