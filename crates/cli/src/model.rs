@@ -81,10 +81,11 @@ impl Model {
         )?)
     }
 
-    /// An adapter of the input embedding alone, checked against this model.
+    /// An adapter of the input embedding alone that fits this model. Whether the model is the one that it was trained on is
+    /// asked when it is loaded: the answer takes reading the whole table.
     fn adapter(&self, dir: &Path) -> Result<Adapter> {
         let adapter = Adapter::read(dir)?;
-        adapter.check_against(&self.checkpoint, BaseCheck::SameTable)?;
+        adapter.check_against(&self.checkpoint, BaseCheck::Fits)?;
         self.expect_rows_alone(&adapter, dir)?;
         if adapter.module(EMBEDDING_MODULE).is_none() {
             bail!(
