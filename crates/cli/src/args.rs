@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
+use trainable_tokens_trainer::LoraOptions;
 
 use crate::initial::{InitSpec, TokenInit};
 use crate::tokens::IdRanges;
@@ -81,6 +82,42 @@ pub(crate) struct RowInitArgs {
     pub(crate) init_token: Vec<TokenInit>,
 }
 
+/// What trains beside the rows.
+#[derive(Debug, Args)]
+pub(crate) struct LoraArgs {
+    /// Also train weights of LoRA, of this rank.
+    #[arg(long, value_name = "R", value_parser = positive)]
+    lora_rank: Option<usize>,
+    /// Linear layers that get them, as PEFT names them, or all-linear.
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "q_proj,v_proj",
+        requires = "lora_rank",
+        value_name = "MODULES"
+    )]
+    lora_targets: Vec<String>,
+    /// LoRA's alpha: the product of the weights is multiplied by alpha / rank.
+    #[arg(long, default_value_t = 8.0, requires = "lora_rank")]
+    lora_alpha: f64,
+    /// Multiply by alpha / sqrt(rank) instead.
+    #[arg(long, requires = "lora_rank")]
+    use_rslora: bool,
+}
+
+impl LoraArgs {
+    /// The settings, if LoRA is asked for.
+    pub(crate) fn options(&self, seed: u64) -> Option<LoraOptions> {
+        Some(LoraOptions {
+            rank: self.lora_rank?,
+            alpha: self.lora_alpha,
+            rank_stabilized: self.use_rslora,
+            targets: self.lora_targets.clone(),
+            seed,
+        })
+    }
+}
+
 /// Where and in what type the frozen weights work.
 #[derive(Clone, Copy, Debug, Args)]
 pub(crate) struct ComputeArgs {
@@ -104,6 +141,8 @@ pub(crate) struct TrainArgs {
     pub(crate) tokens: TokenArgs,
     #[command(flatten)]
     pub(crate) init: RowInitArgs,
+    #[command(flatten)]
+    pub(crate) lora: LoraArgs,
     /// Adapter directory to write.
     #[arg(long, value_name = "DIR")]
     pub(crate) out: PathBuf,
@@ -143,10 +182,10 @@ pub(crate) struct TrainArgs {
     /// Steps in which the learning rate rises from 0.
     #[arg(long, default_value_t = 0)]
     pub(crate) warmup_steps: u64,
-    /// Clip the gradient of all rows together to this L2 norm.
+    /// Clip the gradient of all that trains together to this L2 norm.
     #[arg(long)]
     pub(crate) max_grad_norm: Option<f64>,
-    /// Seed of the shuffle, and of rows that start with random numbers.
+    /// Seed of the shuffle, and of rows and weights of LoRA that start with random numbers.
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
     /// Take the lines in a new order at each pass.

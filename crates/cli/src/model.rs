@@ -6,9 +6,7 @@ use std::path::Path;
 use anyhow::{Result, bail};
 use candle_core::{DType, Device};
 use trainable_tokens_core::{EmbeddingSource, PaddingRule, TokenRows, TokenSet};
-use trainable_tokens_format::{
-    Adapter, AdapterBuilder, AdapterModule, BaseCheck, Checkpoint, MappedTable, TableDigest,
-};
+use trainable_tokens_format::{Adapter, AdapterBuilder, BaseCheck, Checkpoint, MappedTable, TableDigest};
 use trainable_tokens_trainer::{
     Decoder, EMBEDDING_MODULE, EMBEDDING_TENSOR, HEAD_MODULE, ModelConfig, Vocabulary,
 };
@@ -45,17 +43,29 @@ impl Model {
         Ok(self.checkpoint.table(EMBEDDING_TENSOR)?)
     }
 
-    /// Loads the decoder, with the rows of an adapter if there is one.
+    /// Loads the decoder, with an adapter if there is one. Whether the adapter fits is asked before any weight is read, and
+    /// whether the model is the one that it was trained on, which takes reading the whole table, when it is loaded.
     pub(crate) fn load(&self, adapter: Option<&Path>, compute: ComputeArgs) -> Result<Decoder> {
         let padding = PaddingRule::NoLookupGradient;
         let Some(dir) = adapter else {
             return self.load_rows(&[], None, padding, compute);
         };
-        let adapter = self.adapter(dir)?;
+        let adapter = Adapter::read(dir)?;
+        adapter.check_against(&self.checkpoint, BaseCheck::Fits)?;
+        self.load_adapter(&adapter, padding, compute)
+    }
+
+    /// Loads the decoder with all of an adapter.
+    pub(crate) fn load_adapter(
+        &self,
+        adapter: &Adapter,
+        padding: PaddingRule,
+        compute: ComputeArgs,
+    ) -> Result<Decoder> {
         let (dtype, device) = (weight_type(compute), open_device(compute.device)?);
         Ok(Decoder::load_adapter(
             &self.checkpoint,
-            &adapter,
+            adapter,
             padding,
             dtype,
             &device,
@@ -79,54 +89,6 @@ impl Model {
             dtype,
             &device,
         )?)
-    }
-
-    /// An adapter of the input embedding alone that fits this model. Whether the model is the one that it was trained on is
-    /// asked when it is loaded: the answer takes reading the whole table.
-    fn adapter(&self, dir: &Path) -> Result<Adapter> {
-        let adapter = Adapter::read(dir)?;
-        adapter.check_against(&self.checkpoint, BaseCheck::Fits)?;
-        self.expect_rows_alone(&adapter, dir)?;
-        if adapter.module(EMBEDDING_MODULE).is_none() {
-            bail!(
-                "adapter {} trains {}, not the input embedding {EMBEDDING_MODULE}",
-                dir.display(),
-                adapter
-                    .modules()
-                    .iter()
-                    .map(AdapterModule::path)
-                    .collect::<Vec<_>>()
-                    .join(", ")
-            );
-        }
-        Ok(adapter)
-    }
-
-    /// Refuses an adapter of which the rows of the input embedding are only a part: the others would not count.
-    fn expect_rows_alone(&self, adapter: &Adapter, dir: &Path) -> Result<()> {
-        let lora = adapter.lora_weights()?;
-        if let Some(first) = lora.first() {
-            bail!(
-                "adapter {} has weights of LoRA for {} modules, such as {}, which this command does not apply; use `merge`, \
-                 and then the merged model",
-                dir.display(),
-                lora.len(),
-                first.path()
-            );
-        }
-        let apart = |module: &&AdapterModule| {
-            module.path() != EMBEDDING_MODULE
-                && self.checkpoint.contains(&format!("{}.weight", module.path()))
-        };
-        match adapter.modules().iter().find(apart) {
-            None => Ok(()),
-            Some(module) => bail!(
-                "adapter {} also trains {}, which has a table of its own; this command applies rows of the input embedding \
-                 {EMBEDDING_MODULE} alone; use `merge`, and then the merged model",
-                dir.display(),
-                module.path()
-            ),
-        }
     }
 
     /// Starts the adapter of rows of this model, with all that makes it tell its own story.

@@ -14,6 +14,8 @@ pub(crate) struct Summary {
     pub(crate) init: String,
     pub(crate) steps: u64,
     pub(crate) rows_trained: usize,
+    /// Linear layers with weights of LoRA.
+    pub(crate) lora_modules: usize,
     pub(crate) vocab_size: usize,
     pub(crate) parameters_trained: usize,
     pub(crate) parameters_total: usize,
@@ -77,7 +79,8 @@ impl Summary {
             ("adapter", self.adapter.display().to_string()),
         ];
         let started = (self.init != "keep").then(|| ("rows started as", self.init.clone()));
-        let rows = started.into_iter().chain(rows);
+        let lora = (self.lora_modules > 0).then(|| ("layers with LoRA", self.lora_modules.to_string()));
+        let rows = started.into_iter().chain(lora).chain(rows);
         let lines: Vec<String> = rows
             .map(|(name, value)| format!("{name:<25} {value}\n"))
             .collect();

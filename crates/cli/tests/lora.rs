@@ -4,13 +4,15 @@
 
 mod support;
 
+use std::ffi::OsString;
 use std::fs;
+use std::path::Path;
 
 use safetensors::Dtype;
 use serde_json::json;
 use support::{
     Case, PROGRAM, Run, Tensors, args, assert_close, checkpoint_tensors, copy_dir, edit_json, fixture,
-    floats_of, read_tensors, run, write_tensors,
+    floats_of, read_json, read_tensors, run, write_tensors,
 };
 
 const CASES: [&str; 4] = [
@@ -163,44 +165,159 @@ fn an_adapter_that_cannot_be_merged_is_named_and_nothing_is_written() {
     refuse(&["lora_magnitude_vector", "DoRA"]);
 }
 
-/// Rows without the weights that they were trained with are another model.
+/// An adapter beside a model: its rows, its rows of the head and its weights of LoRA count, and none without the others.
 #[test]
-fn rows_of_an_adapter_are_not_used_without_its_other_parts() {
+fn adapters_beside_a_model() {
     let home = tempfile::tempdir().unwrap();
     let ids = home.path().join("ids.json");
-    fs::write(&ids, "[[1, 2, 3]]").unwrap();
-    let data = home.path().join("data.jsonl");
-    fs::write(&data, "{\"input_ids\": [1, 2, 3]}\n").unwrap();
-    let out = home.path().join("out");
-    let dir = fixture("lora_list_untied");
-    let (base, adapter) = (dir.join("base"), dir.join("adapter"));
+    let out = home.path().join("forward.safetensors");
+    let forward = |base: &Path, adapter: &Path| {
+        run(&args![
+            "forward",
+            "--force",
+            "--model",
+            base,
+            "--adapter",
+            adapter,
+            "--input-ids",
+            ids,
+            "--out",
+            out
+        ])
+    };
+    for name in CASES {
+        let case = Case::open(name);
+        fs::write(&ids, json!(case.integers("probe.input_ids")).to_string()).unwrap();
+        forward(&case.dir.join("base"), &case.dir.join("adapter")).ok();
+        let ours = floats_of(&read_tensors(&out), "logits");
+        assert_close(name, &ours, &case.floats("logits.trained"), 1e-4, 1e-4);
+    }
+    fs::remove_file(&out).unwrap();
+    let base = fixture("lora_dict_untied/base");
     let without_weights = home.path().join("rows");
     copy_dir(&fixture("lora_dict_untied/adapter"), &without_weights);
     support::edit_tensors(&without_weights.join("adapter_model.safetensors"), |tensors| {
         tensors.retain(|name, _| name.contains("trainable_tokens_delta"));
     });
-    for (adapter, parts) in [
-        (&adapter, ["weights of LoRA", Q]),
-        (&without_weights, ["lm_head", "table of its own"]),
-    ] {
-        for args in [
-            args![
-                "forward",
-                "--model",
-                base,
-                "--adapter",
-                adapter,
-                "--input-ids",
-                ids,
-                "--out",
-                out
-            ],
-            args!["eval", "--model", base, "--adapter", adapter, "--data", data],
-        ] {
-            run(&args).refused(&[&parts[..], &["merge"]].concat());
-            assert!(!out.exists());
-        }
+    forward(&base, &without_weights).refused(&["lora_A", Q, "target_modules"]);
+    let data = home.path().join("data.jsonl");
+    fs::write(&data, "{\"input_ids\": [1, 2, 3]}\n").unwrap();
+    run(&args![
+        "eval",
+        "--model",
+        base,
+        "--adapter",
+        without_weights,
+        "--data",
+        data
+    ])
+    .refused(&["lora_A", Q]);
+    assert!(!out.exists());
+}
+
+/// Rows and weights of LoRA train together; the adapter is PEFT's, applies, resumes bit for bit, and merges.
+#[test]
+fn training_beside_rows() {
+    let home = tempfile::tempdir().unwrap();
+    let base = fixture("llama_untied/base");
+    let data = home.path().join("data.jsonl");
+    fs::write(
+        &data,
+        "{\"input_ids\": [1, 40, 7, 149, 9]}\n{\"input_ids\": [149, 12, 40, 5, 8]}\n".repeat(3),
+    )
+    .unwrap();
+    let train = |out: &Path, [alpha, targets]: [&str; 2], more: &[&str]| {
+        let mut args = args![
+            "train",
+            "--json",
+            "--model",
+            base,
+            "--data",
+            data,
+            "--token-ids",
+            "149,40",
+            "--out",
+            out,
+            "--batch-size",
+            "2",
+            "--lr",
+            "0.02",
+            "--lora-rank",
+            "2",
+            "--lora-alpha",
+            alpha,
+            "--lora-targets",
+            targets,
+            "--seed",
+            "3"
+        ];
+        args.extend(more.iter().map(Into::into));
+        run(&args)
+    };
+    let usual = ["4", "q_proj,down_proj"];
+    let whole = home.path().join("whole");
+    let report = train(&whole, usual, &[]).ok();
+    assert_eq!(report.json()["lora_modules"], 4);
+    // Two rows; in each of two layers A and B of q_proj and down_proj.
+    let (hidden, inner, rank) = (48, 80, 2);
+    let factors = 2 * rank * ((hidden + hidden) + (inner + hidden));
+    assert_eq!(report.json()["parameters_trained"], 2 * hidden + factors);
+    assert!(report.json()["gradient_check_error"].as_f64().unwrap() < 0.1);
+    let saved = read_json(&whole.join("adapter_config.json"));
+    assert_eq!(saved["peft_type"], "LORA");
+    assert_eq!(saved["trainable_token_indices"], json!([149, 40]));
+    assert_eq!(saved["target_modules"], json!(["q_proj", "down_proj"]));
+    assert_eq!((&saved["r"], &saved["lora_alpha"]), (&json!(2), &json!(4)));
+    let tensors = read_tensors(&whole.join("adapter_model.safetensors"));
+    let moved = floats_of(&tensors, &format!("base_model.model.{Q}.lora_B.weight"));
+    assert!(moved.iter().any(|value| *value != 0.0), "B has not trained");
+
+    // Cut in two, it goes on bit for bit.
+    let cut = home.path().join("cut");
+    train(&cut, usual, &["--steps", "2", "--save-every", "1"]).ok();
+    train(
+        &cut,
+        usual,
+        &[
+            "--steps",
+            "3",
+            "--save-every",
+            "1",
+            "--resume",
+            cut.to_str().unwrap(),
+        ],
+    )
+    .ok();
+    let resumed = read_tensors(&cut.join("adapter_model.safetensors"));
+    for (name, (_, _, bytes)) in &tensors {
+        assert_eq!(bytes, &resumed[name].2, "{name}");
     }
+    train(&cut, ["8", usual[1]], &["--resume", cut.to_str().unwrap()]).refused(&["scales", Q, "by 2, not 4"]);
+    train(&cut, ["4", "q_proj"], &["--resume", cut.to_str().unwrap()])
+        .refused(&["other trained weights", "down_proj"]);
+
+    // With the adapter beside it, or merged into it, the model computes the same.
+    let merged = home.path().join("merged");
+    run(&args![
+        "merge",
+        "--model",
+        base,
+        "--adapter",
+        whole,
+        "--out",
+        merged
+    ])
+    .ok();
+    let loss = |args: &[OsString]| {
+        let mut all = args!["eval", "--json", "--data", data, "--model"];
+        all.extend(args.iter().cloned());
+        run(&all).ok().json()["loss"].as_f64().unwrap()
+    };
+    let (beside, inside) = (loss(&args![base, "--adapter", whole]), loss(&args![merged]));
+    assert!((beside - inside).abs() < 1e-5, "{beside} {inside}");
+    assert!(beside < loss(&args![base]) - 0.1);
+    run(&args!["verify", "--model", base, "--adapter", whole]).ok();
+    train(&home.path().join("other"), ["4", "nothing"], &[]).refused(&["'nothing'", "q_proj"]);
 }
 
 #[test]

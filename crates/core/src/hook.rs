@@ -3,7 +3,7 @@
 mod clip;
 mod decay;
 
-pub use clip::ClipGradNorm;
+pub use clip::{ClipGradNorm, joint_norm};
 pub use decay::DecayTowardOriginal;
 
 use crate::{Result, TokenRows, TokenSet};

@@ -43,7 +43,7 @@ pub use backend::Backend;
 pub use delta::DeltaStore;
 pub use dtype::{DType, Element};
 pub use error::{BackendError, Error, ErrorKind, Result};
-pub use hook::{ClipGradNorm, DecayTowardOriginal, OptimizerHook, StepContext};
+pub use hook::{ClipGradNorm, DecayTowardOriginal, OptimizerHook, StepContext, joint_norm};
 pub use host::{HostRows, RowGradients};
 pub use init::{
     InitError, InitMode, InitModifier, InitText, ParseInitError, Population, RowInit, initial_rows,

@@ -12,13 +12,15 @@ use std::path::Path;
 
 pub use delta::LoraDelta;
 pub(crate) use delta::LowRank;
-use key::{Factor, Key};
+pub(crate) use key::Factor;
+use key::Key;
 use settings::Settings;
 use target::LoraTargets;
-use trainable_tokens_core::DType;
+use trainable_tokens_core::{DType, TokenRows};
 
 use crate::adapter::Adapter;
-use crate::config::{CONFIG_FILE, PeftType};
+use crate::checkpoint::Checkpoint;
+use crate::config::{AdapterConfig, CONFIG_FILE, PeftType};
 use crate::error::{Error, Result};
 use crate::file::{SafetensorsFile, TensorRef};
 
@@ -76,6 +78,20 @@ impl LoraWeights {
         self.b.shape[0]
     }
 
+    /// The factors `A` and `B`, read from the file.
+    ///
+    /// # Errors
+    ///
+    /// None for weights that an adapter has handed out; the file's bytes are those of its shapes.
+    pub fn factors(&self) -> Result<[TokenRows; 2]> {
+        Ok([self.a.to_rows()?, self.b.to_rows()?])
+    }
+
+    /// Whether the file also has the weight that the product is added to, in the place of the base's.
+    pub fn replaces_base(&self) -> bool {
+        self.base.is_some()
+    }
+
     /// The element types of the factors.
     pub fn dtypes(&self) -> [DType; 2] {
         [self.a.dtype, self.b.dtype]
@@ -121,6 +137,11 @@ impl StoredFactor {
             dtype,
             shape: [rows, columns],
         })
+    }
+
+    fn to_rows(&self) -> Result<TokenRows> {
+        let [rows, columns] = self.shape;
+        Ok(TokenRows::from_le_bytes(self.dtype, rows, columns, self.bytes())?)
     }
 
     /// Little-endian bytes, row-major.
@@ -188,6 +209,35 @@ impl Adapter {
             })
         });
         weights.collect()
+    }
+}
+
+impl AdapterConfig {
+    /// The modules of a model that a `LoraConfig` gives weights, as PEFT chooses them: those with a matrix that
+    /// `target_modules` targets, in the order of their paths.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Field`] for a wrong field; [`Error::Unsupported`] for one that is not supported, and for a config of another
+    /// kind, or without `target_modules`.
+    pub fn lora_modules(&self, base: &Checkpoint) -> Result<Vec<String>> {
+        let file = Path::new(CONFIG_FILE);
+        Settings::new(self, file)?;
+        let targets = LoraTargets::new(self, file)?;
+        if self.peft_type() != PeftType::Lora || !targets.are_known() {
+            return Err(Error::Unsupported {
+                path: file.to_owned(),
+                what: "only the target_modules of a LoRA config, spelled out, name modules".to_owned(),
+            });
+        }
+        let mut modules = Vec::new();
+        for name in base.names() {
+            if let Some(path) = targets.matrix(base, name)? {
+                modules.push(path.to_owned());
+            }
+        }
+        modules.sort_unstable();
+        Ok(modules)
     }
 }
 

@@ -2,6 +2,7 @@
 //!
 //! - [`Decoder`]: a causal language model of the Llama family ([`ModelConfig`]), every weight frozen but the rows
 //!   of some tokens; no backward pass makes a gradient of a frozen weight.
+//! - [`LoraOptions`], [`LowRank`]: weights of LoRA that train beside the rows.
 //! - [`Dataset`], [`Batch`], [`Sampler`]: JSON Lines or text, through the model's tokenizer ([`Vocabulary`]).
 //! - [`Trainer`]: steps, schedules ([`Schedule`]), clipping, evaluation, exact resumption. Before the first step,
 //!   [`check_gradient`] compares the gradient with finite differences of the loss and refuses to train on a wrong
@@ -15,11 +16,13 @@ mod error;
 mod evaluate;
 mod generate;
 mod json;
+mod lora;
 mod loss;
 mod memory;
 mod model;
 mod ops;
 mod options;
+mod part;
 mod probe;
 mod schedule;
 mod trainer;
@@ -30,9 +33,10 @@ pub use data::{Batch, Dataset, Example, IGNORED, Sampler};
 pub use error::{Error, Result};
 pub use evaluate::{Evaluation, evaluate};
 pub use generate::generate;
+pub use lora::{ALL_LINEAR, LoraOptions};
 pub use loss::{Graph, causal_loss};
 pub use memory::peak_rss_bytes;
-pub use model::{Decoder, EMBEDDING_MODULE, EMBEDDING_TENSOR, HEAD_MODULE};
+pub use model::{Decoder, EMBEDDING_MODULE, EMBEDDING_TENSOR, HEAD_MODULE, LowRank};
 pub use options::{DecayToward, OptimizerKind, TrainOptions};
 pub use probe::{GradientCheck, check_gradient};
 pub use schedule::Schedule;

@@ -1,6 +1,6 @@
 //! The causal language-modelling loss of transformers.
 
-use candle_core::{D, Tensor};
+use candle_core::{D, Tensor, Var};
 
 use crate::data::Batch;
 use crate::ops::{add_frozen, working_dtype};
@@ -25,8 +25,13 @@ pub fn causal_loss(model: &Decoder, batch: &Batch, graph: Graph) -> Result<Tenso
     let (rows, length) = (batch.num_rows(), batch.length());
     let input_ids = Tensor::from_slice(batch.input_ids(), (rows, length), model.device())?;
     let mut embeddings = model.embed(&input_ids)?;
-    if graph == Graph::Drop {
-        embeddings = embeddings.detach();
+    match graph {
+        Graph::Drop => embeddings = embeddings.detach(),
+        // Weights of LoRA join the graph of their input, so that there must be one.
+        Graph::Keep if !embeddings.track_op() && !model.low_rank().is_empty() => {
+            embeddings = Var::from_tensor(&embeddings)?.into_inner();
+        }
+        Graph::Keep => {}
     }
     let hidden = model.hidden(&embeddings)?;
     let dim = hidden.dim(D::Minus1)?;

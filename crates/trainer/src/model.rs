@@ -1,6 +1,7 @@
 //! Decoders of the Llama family, differentiable everywhere, frozen but for the trainable tokens.
 
 mod attention;
+mod linear;
 mod mlp;
 mod rotary;
 mod weights;
@@ -11,9 +12,11 @@ use trainable_tokens_candle::{FrozenLinear, TiedHead, TrainableTokens};
 use trainable_tokens_core::{
     EmbeddingSource, LayerOptions, Padding, PaddingRule, TokenId, TokenRows, TokenSet,
 };
-use trainable_tokens_format::{Adapter, BaseCheck, Checkpoint};
+use trainable_tokens_format::{Adapter, AdapterModule, BaseCheck, Checkpoint, LoraLayer};
 
 use self::attention::Attention;
+use self::linear::Linear;
+pub use self::linear::LowRank;
 use self::mlp::Mlp;
 use self::rotary::Rotary;
 use self::weights::Weights;
@@ -27,10 +30,10 @@ pub const HEAD_MODULE: &str = "lm_head";
 /// The tensor of the embedding table in a checkpoint.
 pub const EMBEDDING_TENSOR: &str = "model.embed_tokens.weight";
 
-/// A causal language model of which only the rows of some tokens train.
+/// A causal language model of which only the rows of some tokens train, and weights of LoRA where an adapter has some.
 ///
 /// Every linear layer is a [`FrozenLinear`] and every norm's weight is captured: a backward pass makes gradients
-/// of activations and of the trained rows, never of a frozen weight.
+/// of activations and of what trains, never of a frozen weight.
 #[derive(Debug)]
 pub struct Decoder {
     config: ModelConfig,
@@ -39,13 +42,16 @@ pub struct Decoder {
     norm: Tensor,
     head: Head,
     rotary: Rotary,
+    low_rank: Vec<LowRank>,
     num_parameters: usize,
 }
 
 #[derive(Debug)]
 enum Head {
     Tied(TiedHead),
-    Untied(FrozenLinear),
+    Untied(Linear),
+    /// A table of its own, with trained rows of its own.
+    Rows(TrainableTokens),
 }
 
 #[derive(Debug)]
@@ -83,17 +89,22 @@ impl Decoder {
             Some(rows) => rows.clone(),
             None => checkpoint.table(EMBEDDING_TENSOR)?.read_rows(tokens.ids())?,
         };
-        let head =
-            |weights: &Weights<'_>| weights.linear(HEAD_MODULE, config.vocab_size, config.hidden_size, false);
-        Self::build(config.clone(), &weights, table, (&tokens, &rows), padding, head)
+        let embedding = embedding(table, &tokens, &rows, padding, &config)?;
+        let head = |weights: &Weights<'_>| {
+            let head = weights.linear(HEAD_MODULE, config.vocab_size, config.hidden_size, false)?;
+            Ok(Head::Untied(head))
+        };
+        Self::build(config.clone(), &weights, embedding, head)
     }
 
-    /// Loads a checkpoint with the rows of an adapter for its input embedding trainable. Where the adapter's vocabulary is
-    /// larger than the checkpoint's, the table grows by the adapter's rows, and so does the head.
+    /// Loads a checkpoint with an adapter: its rows for the input embedding, its rows for an untied head, and its weights of
+    /// LoRA for linear layers, all trainable. Where the adapter's vocabulary is larger than the checkpoint's, the table grows
+    /// by the adapter's rows, and so does the head.
     ///
     /// # Errors
     ///
-    /// Those of [`load`](Self::load); [`Error::Format`] if the adapter does not fit, naming the rows that are missing.
+    /// Those of [`load`](Self::load); [`Error::Format`] if the adapter does not fit, naming the rows that are missing;
+    /// [`Error::Setting`] for rows or weights of LoRA of another module, which only merging applies.
     pub fn load_adapter(
         checkpoint: &Checkpoint,
         adapter: &Adapter,
@@ -103,7 +114,8 @@ impl Decoder {
     ) -> Result<Self> {
         let mut config = ModelConfig::read(&checkpoint.config_path())?;
         adapter.check_against(checkpoint, BaseCheck::SameTable)?;
-        let weights = Weights::new(checkpoint, dtype, device);
+        let low_rank = low_rank(checkpoint, adapter, device)?;
+        let weights = Weights::new(checkpoint, dtype, device).with_low_rank(low_rank);
         let shape = [config.vocab_size, config.hidden_size];
         weights.expect_shape(EMBEDDING_TENSOR, &shape)?;
         let table = adapter.table(EMBEDDING_MODULE, checkpoint)?;
@@ -115,44 +127,41 @@ impl Decoder {
                 TokenRows::zeros(table.dtype(), 0, config.hidden_size),
             ),
         };
-        let table = weights.table(&table)?;
+        let embedding = embedding(weights.table(&table)?, &tokens, &rows, padding, &config)?;
+        let rows_of_head = head_rows(adapter, &config)?;
         let head = |weights: &Weights<'_>| {
             weights.expect_shape(&format!("{HEAD_MODULE}.weight"), &shape)?;
-            let head = adapter.table(HEAD_MODULE, checkpoint)?;
-            Ok(FrozenLinear::new(weights.table(&head)?, None)?)
+            let table = weights.table(&adapter.table(HEAD_MODULE, checkpoint)?)?;
+            match rows_of_head {
+                None => Ok(Head::Untied(
+                    weights.with_low_rank_of(HEAD_MODULE, FrozenLinear::new(table, None)?),
+                )),
+                Some(module) => {
+                    let tokens = module.token_set(table.dims()[0])?;
+                    Ok(Head::Rows(trainable(table, &tokens, module.rows())?))
+                }
+            }
         };
-        Self::build(config, &weights, table, (&tokens, &rows), padding, head)
+        Self::build(config, &weights, embedding, head)
     }
 
-    fn build(
+    fn build<'a>(
         config: ModelConfig,
-        weights: &Weights<'_>,
-        table: Tensor,
-        (tokens, rows): (&TokenSet, &TokenRows),
-        padding: PaddingRule,
-        untied_head: impl FnOnce(&Weights<'_>) -> Result<FrozenLinear>,
+        weights: &Weights<'a>,
+        embedding: TrainableTokens,
+        untied_head: impl FnOnce(&Weights<'a>) -> Result<Head>,
     ) -> Result<Self> {
-        let padding = config.pad_token_id.map(|id| Padding {
-            token: TokenId(id),
-            rule: padding,
-        });
-        let row_dtype = rows.dtype().default_row_dtype();
-        let embedding = TrainableTokens::with_rows(table, &tokens.to_vec(), &rows.to_dtype(row_dtype))?
-            .with_options(LayerOptions {
-                padding,
-                ..LayerOptions::default()
-            });
         let head = if config.tie_word_embeddings {
             Head::Tied(embedding.tied_head())
         } else {
-            Head::Untied(untied_head(weights)?)
+            untied_head(weights)?
         };
         let layers = (0..config.num_hidden_layers)
             .map(|index| Layer::load(weights, &config, index))
             .collect::<Result<Vec<_>>>()?;
         let norm = weights.tensor("model.norm.weight", &[config.hidden_size])?;
+        weights.expect_all_taken()?;
         let rotary = Rotary::new(&config);
-        let num_parameters = weights.num_parameters();
         Ok(Self {
             config,
             embedding,
@@ -160,7 +169,8 @@ impl Decoder {
             norm,
             head,
             rotary,
-            num_parameters,
+            low_rank: weights.low_rank(),
+            num_parameters: weights.num_parameters(),
         })
     }
 
@@ -179,7 +189,20 @@ impl Decoder {
         &mut self.embedding
     }
 
-    /// Parameters of the model, the frozen ones included; a tied table counts once.
+    /// The untied head, if rows of its own train.
+    pub fn head_rows(&self) -> Option<&TrainableTokens> {
+        match &self.head {
+            Head::Rows(head) => Some(head),
+            Head::Tied(_) | Head::Untied(_) => None,
+        }
+    }
+
+    /// The weights of LoRA, in the order of the layers.
+    pub fn low_rank(&self) -> &[LowRank] {
+        &self.low_rank
+    }
+
+    /// Parameters of the checkpoint, frozen or not; a tied table counts once.
     pub fn num_parameters(&self) -> usize {
         self.num_parameters
     }
@@ -230,8 +253,65 @@ impl Decoder {
         Ok(match &self.head {
             Head::Tied(head) => head.forward(hidden)?,
             Head::Untied(head) => head.forward(hidden)?,
+            Head::Rows(head) => head.tied_head().forward(hidden)?,
         })
     }
+}
+
+/// The embedding layer over a table, its rows in the type that they train in.
+fn embedding(
+    table: Tensor,
+    tokens: &TokenSet,
+    rows: &TokenRows,
+    padding: PaddingRule,
+    config: &ModelConfig,
+) -> Result<TrainableTokens> {
+    let padding = config.pad_token_id.map(|id| Padding {
+        token: TokenId(id),
+        rule: padding,
+    });
+    Ok(trainable(table, tokens, rows)?.with_options(LayerOptions {
+        padding,
+        ..LayerOptions::default()
+    }))
+}
+
+fn trainable(table: Tensor, tokens: &TokenSet, rows: &TokenRows) -> Result<TrainableTokens> {
+    let rows = rows.to_dtype(rows.dtype().default_row_dtype());
+    Ok(TrainableTokens::with_rows(table, &tokens.to_vec(), &rows)?)
+}
+
+/// The adapter's rows of an untied head. Rows of other modules than this and the input embedding have no place.
+fn head_rows<'a>(adapter: &'a Adapter, config: &ModelConfig) -> Result<Option<&'a AdapterModule>> {
+    let is_head = |module: &AdapterModule| module.path() == HEAD_MODULE && !config.tie_word_embeddings;
+    let is_placed = |module: &&AdapterModule| {
+        let tied_head = module.path() == HEAD_MODULE && config.tie_word_embeddings;
+        module.path() == EMBEDDING_MODULE || tied_head || is_head(module)
+    };
+    match adapter.modules().iter().find(|module| !is_placed(module)) {
+        None => Ok(adapter.modules().iter().find(|module| is_head(module))),
+        Some(module) => Err(Error::Setting(format!(
+            "the adapter has rows for {}, which is neither {EMBEDDING_MODULE} nor an untied {HEAD_MODULE}; `merge` applies \
+             them",
+            module.path()
+        ))),
+    }
+}
+
+/// The adapter's weights of LoRA, on the device.
+fn low_rank(checkpoint: &Checkpoint, adapter: &Adapter, device: &Device) -> Result<Vec<LowRank>> {
+    let deltas = adapter.lora_deltas(checkpoint)?;
+    let low_rank = deltas.iter().map(|delta| {
+        let weights = delta.weights();
+        if weights.layer() == LoraLayer::Embedding || weights.replaces_base() {
+            return Err(Error::Setting(format!(
+                "module {} has weights of LoRA for an embedding or beside a weight of its own; `merge` applies them",
+                weights.path()
+            )));
+        }
+        LowRank::new(weights, device)
+    });
+    low_rank.collect()
 }
 
 impl Layer {

@@ -27,7 +27,7 @@ pub enum DecayToward {
     /// Zero, as in torch.
     #[default]
     Zero,
-    /// The rows that training started from; decoupled from the gradient in every optimizer.
+    /// The values that training started from; decoupled from the gradient in every optimizer.
     Original,
 }
 
@@ -58,7 +58,7 @@ pub struct TrainOptions {
     pub schedule: Schedule,
     /// Steps in which the learning rate rises from 0.
     pub warmup_steps: u64,
-    /// Largest L2 norm of the gradient, all rows together.
+    /// Largest L2 norm of the gradient of all that trains together.
     pub max_grad_norm: Option<f64>,
     /// Seed of the shuffle and of the gradient check.
     pub seed: u64,
@@ -100,13 +100,6 @@ impl Default for TrainOptions {
 /// bounds a batch.
 const LARGEST_BATCH: usize = 1 << 16;
 
-/// The hooks that a run's options ask for.
-#[derive(Debug)]
-pub(crate) struct Hooks {
-    pub(crate) clip: Option<ClipGradNorm>,
-    pub(crate) decay: Option<DecayTowardOriginal>,
-}
-
 impl TrainOptions {
     /// The optimizer, its settings checked.
     pub(crate) fn build_optimizer(&self) -> Result<Box<dyn RowOptimizer>> {
@@ -146,14 +139,17 @@ impl TrainOptions {
         })
     }
 
-    /// The hooks, for rows that start as `original`.
-    pub(crate) fn build_hooks(&self, original: &TokenRows) -> Result<Hooks> {
-        let clip = self.max_grad_norm.map(ClipGradNorm::new).transpose()?;
-        let decay = match self.decay_toward {
+    /// The clipping of all gradients together.
+    pub(crate) fn build_clip(&self) -> Result<Option<ClipGradNorm>> {
+        Ok(self.max_grad_norm.map(ClipGradNorm::new).transpose()?)
+    }
+
+    /// The decay toward `original`, where training started from.
+    pub(crate) fn build_decay(&self, original: &TokenRows) -> Result<Option<DecayTowardOriginal>> {
+        Ok(match self.decay_toward {
             DecayToward::Zero => None,
             DecayToward::Original => Some(DecayTowardOriginal::new(self.weight_decay, original.clone())?),
-        };
-        Ok(Hooks { clip, decay })
+        })
     }
 
     /// Checks what no constructor above does.

@@ -1,19 +1,20 @@
 //! The training loop.
 
+use std::path::Path;
 use std::time::Instant;
 
 use candle_core::DType;
+use candle_core::backprop::GradStore;
 use serde::{Deserialize, Serialize};
-use trainable_tokens_core::{
-    EmbeddingSource, OptimizerHook, PaddingRule, RowOptimizer, Slot, TokenId, TokenRows,
-};
-use trainable_tokens_format::{Checkpoint, TrainingState};
+use trainable_tokens_core::{ClipGradNorm, EmbeddingSource, PaddingRule, Slot, TokenId, TokenRows};
+use trainable_tokens_format::{Adapter, Checkpoint, TrainingState};
 
 use crate::loss::scalar;
-use crate::options::Hooks;
+use crate::part::{self, Matrix, Part};
+use crate::probe::{SHORTEST_FACTOR, SHORTEST_ROW};
 use crate::{
-    Batch, Dataset, Decoder, EMBEDDING_TENSOR, Error, Evaluation, GradientCheck, Graph, OptimizerKind,
-    Result, Sampler, TrainOptions, causal_loss, check_gradient, evaluate, peak_rss_bytes,
+    Batch, Dataset, Decoder, EMBEDDING_MODULE, EMBEDDING_TENSOR, Error, Evaluation, GradientCheck, Graph,
+    OptimizerKind, Result, Sampler, TrainOptions, causal_loss, check_gradient, evaluate, peak_rss_bytes,
 };
 
 /// What one step did, as it is written to a metrics file.
@@ -47,16 +48,19 @@ struct RunIdentity {
     batch_size: usize,
     seed: u64,
     shuffle: bool,
+    /// What trains beside the rows of these tokens.
+    #[serde(default)]
+    others: Vec<String>,
 }
 
-/// Trains the rows of a [`Decoder`] on a [`Dataset`].
+/// Trains the rows of a [`Decoder`], and its weights of LoRA where it has some, on a [`Dataset`].
 pub struct Trainer {
     model: Decoder,
     data: Dataset,
     options: TrainOptions,
     sampler: Sampler,
-    optimizer: Box<dyn RowOptimizer>,
-    hooks: Hooks,
+    parts: Vec<Part>,
+    clip: Option<ClipGradNorm>,
     step: u64,
     total_steps: u64,
 }
@@ -70,7 +74,8 @@ impl Trainer {
     /// trains.
     pub fn new(model: Decoder, data: Dataset, options: TrainOptions) -> Result<Self> {
         options.check()?;
-        if model.embedding().tokens().is_empty() {
+        let parts = part::parts(&model, &options)?;
+        if parts.is_empty() {
             return Err(Error::Setting("no token trains: name at least one".to_owned()));
         }
         let shuffle = options.shuffle.then_some(options.seed);
@@ -81,15 +86,14 @@ impl Trainer {
             options.steps.is_some(),
         );
         let total_steps = options.steps.unwrap_or_else(|| sampler.steps_per_epoch());
-        let optimizer = options.build_optimizer()?;
-        let hooks = options.build_hooks(&model.embedding().rows()?)?;
+        let clip = options.build_clip()?;
         Ok(Self {
             model,
             data,
             options,
             sampler,
-            optimizer,
-            hooks,
+            parts,
+            clip,
             step: 0,
             total_steps,
         })
@@ -110,9 +114,9 @@ impl Trainer {
         self.total_steps
     }
 
-    /// Compares the gradient of the first example with finite differences of its loss; the rows are as before
-    /// afterwards. The row of a padding token that gets no gradient from the lookup is left out: that gradient is
-    /// not the slope of the loss, by choice.
+    /// Compares the gradient of the first example with finite differences of its loss, once for the rows and once for
+    /// LoRA's factors; all values are as before afterwards. The row of a padding token that gets no gradient from the lookup
+    /// is left out: that gradient is not the slope of the loss, by choice. Returns the worse of the two.
     ///
     /// # Errors
     ///
@@ -120,9 +124,29 @@ impl Trainer {
     /// reaches the rows; candle's errors.
     pub fn check_gradient(&mut self) -> Result<GradientCheck> {
         let batch = self.probe_batch()?;
-        let rows = self.model.embedding().rows()?;
-        let loss = causal_loss(&self.model, &batch, Graph::Keep)?;
-        let gradient = self.model.embedding().gradient(&loss.backward()?)?;
+        let gradients = causal_loss(&self.model, &batch, Graph::Keep)?.backward()?;
+        let mut worst = GradientCheck::default();
+        for factors in [false, true] {
+            let parts = 0..self.parts.len();
+            let chosen: Vec<usize> = parts
+                .filter(|at| self.parts[*at].matrix().is_factor() == factors)
+                .collect();
+            let shortest = if factors { SHORTEST_FACTOR } else { SHORTEST_ROW };
+            let check = self.check_parts(&chosen, shortest, &gradients, &batch)?;
+            if check.relative_error > worst.relative_error {
+                worst = check;
+            }
+        }
+        Ok(worst)
+    }
+
+    fn check_parts(
+        &mut self,
+        chosen: &[usize],
+        shortest: f64,
+        gradients: &GradStore,
+        batch: &Batch,
+    ) -> Result<GradientCheck> {
         let precision = match self.model.embedding().table().tensor().dtype() {
             DType::F64 => f64::EPSILON,
             DType::F16 => half::f16::EPSILON.to_f64(),
@@ -130,18 +154,33 @@ impl Trainer {
             _ => f64::from(f32::EPSILON),
         };
         let held = self.row_without_lookup_gradient();
-        let gradient = with_row(
-            &gradient,
-            held,
-            &TokenRows::zeros(gradient.dtype(), rows.num_rows(), rows.embedding_dim()),
-        )?;
-        let (model, seed) = (&mut self.model, self.options.seed);
+        let held_of = |part: &Part| held.filter(|_| *part.matrix() == Matrix::Rows(EMBEDDING_MODULE));
+        let (mut start, mut slopes) = (Vec::new(), Vec::new());
+        for part in chosen.iter().map(|at| &self.parts[*at]) {
+            let (values, slope) = (part.read()?, part.gradient(gradients)?);
+            let nothing = TokenRows::zeros(slope.dtype(), values.num_rows(), values.embedding_dim());
+            slopes.push(with_row(&slope, held_of(part), &nothing)?);
+            start.push(values);
+        }
+        let (model, parts) = (&self.model, &mut self.parts);
         // A loss is a mean of many rounded terms: a few units in the last place.
-        let outcome = check_gradient(&rows, &gradient, seed, 4.0 * precision, |nudged| {
-            model.embedding_mut().set_rows(&with_row(nudged, held, &rows)?)?;
-            Ok(scalar(&causal_loss(model, &batch, Graph::Drop)?)?)
-        });
-        self.model.embedding_mut().set_rows(&rows)?;
+        let outcome = check_gradient(
+            &start,
+            &slopes,
+            shortest,
+            self.options.seed,
+            4.0 * precision,
+            |nudged| {
+                for ((at, nudged), start) in chosen.iter().zip(nudged).zip(&start) {
+                    let part = &mut parts[*at];
+                    part.write(&with_row(nudged, held_of(part), start)?)?;
+                }
+                Ok(scalar(&causal_loss(model, batch, Graph::Drop)?)?)
+            },
+        );
+        for (at, start) in chosen.iter().zip(&start) {
+            parts[*at].write(start)?;
+        }
         outcome
     }
 
@@ -190,21 +229,14 @@ impl Trainer {
             .options
             .schedule
             .factor(self.step, self.options.warmup_steps, self.total_steps);
-        self.optimizer.set_learning_rate(self.options.lr * factor);
-        let Hooks { clip, decay } = &mut self.hooks;
-        let mut hooks: Vec<&mut dyn OptimizerHook> = Vec::new();
-        hooks.extend(clip.as_mut().map(|hook| hook as &mut dyn OptimizerHook));
-        hooks.extend(decay.as_mut().map(|hook| hook as &mut dyn OptimizerHook));
-        let report = self
-            .model
-            .embedding_mut()
-            .step(&gradients, &mut *self.optimizer, &mut hooks)?;
+        let lr = self.options.lr * factor;
+        let grad_norm = part::step(&mut self.parts, &gradients, self.clip.as_ref(), lr)?;
         self.step += 1;
         Ok(StepMetrics {
             step: self.step,
             loss: value,
-            lr: report.learning_rate,
-            grad_norm: report.grad_norm,
+            lr,
+            grad_norm,
             tokens: batch.num_tokens() as u64,
             seconds: started.elapsed().as_secs_f64(),
             peak_rss_bytes: peak_rss_bytes(),
@@ -230,18 +262,20 @@ impl Trainer {
         let extra =
             serde_json::to_value(self.identity()).map_err(|error| Error::Setting(error.to_string()))?;
         Ok(TrainingState {
-            optimizer: self.optimizer.state(),
+            optimizer: part::state(&self.parts),
             extra,
         })
     }
 
-    /// Continues a run from its rows and state: the next step is the one that the run would have taken.
+    /// Continues a run from what it saved, its adapter and its state: the next step is the one that the run would have
+    /// taken.
     ///
     /// # Errors
     ///
     /// [`Error::Resume`] if the state belongs to a run with another optimizer, other tokens, data, batch size, seed
-    /// or order; core's errors if its tensors do not fit.
-    pub fn resume(&mut self, rows: &TokenRows, state: TrainingState, path: &std::path::Path) -> Result<()> {
+    /// or order, or if other matrices train; [`Error::Setting`] if the adapter lacks one of them; core's errors if tensors
+    /// do not fit.
+    pub fn resume(&mut self, adapter: &Adapter, state: TrainingState, path: &Path) -> Result<()> {
         let refuse = |reason: String| Error::Resume {
             path: path.to_owned(),
             reason,
@@ -262,8 +296,7 @@ impl Trainer {
                 self.total_steps
             )));
         }
-        self.optimizer.load_state(state.optimizer)?;
-        self.model.embedding_mut().set_rows(rows)?;
+        part::load(&mut self.parts, state.optimizer, adapter)?;
         self.step = step;
         Ok(())
     }
@@ -276,7 +309,17 @@ impl Trainer {
             batch_size: self.options.batch_size,
             seed: self.options.seed,
             shuffle: self.options.shuffle,
+            others: self.others(),
         }
+    }
+
+    /// What trains beside the rows of the input embedding.
+    fn others(&self) -> Vec<String> {
+        let others = self
+            .parts
+            .iter()
+            .filter(|part| *part.matrix() != Matrix::Rows(EMBEDDING_MODULE));
+        others.map(Part::describe).collect()
     }
 
     /// The largest absolute difference between any row of the frozen table and the checkpoint it was loaded from.
@@ -359,6 +402,11 @@ impl RunIdentity {
             ),
             ("seed", self.seed.to_string(), current.seed.to_string()),
             ("shuffle", self.shuffle.to_string(), current.shuffle.to_string()),
+            (
+                "list of other trained weights",
+                format!("{:?}", self.others),
+                format!("{:?}", current.others),
+            ),
         ];
         let differs = pairs.into_iter().find(|(_, saved, current)| saved != current);
         differs.map_or_else(String::new, |(name, saved, current)| {

@@ -30,12 +30,13 @@ fn check(norm: Norm) -> Result<GradientCheck, Error> {
     let rows = layer.rows().unwrap();
     let gradient = layer.gradient(&loss(&layer, norm).backward().unwrap()).unwrap();
     check_gradient(
-        &rows,
-        &gradient,
+        &[rows],
+        &[gradient],
+        1e-3,
         1,
         f64::from(f32::EPSILON),
-        |nudged: &TokenRows| {
-            layer.set_rows(nudged)?;
+        |nudged: &[TokenRows]| {
+            layer.set_rows(&nudged[0])?;
             Ok(f64::from(loss(&layer, norm).to_scalar::<f32>()?))
         },
     )

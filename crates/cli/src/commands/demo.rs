@@ -135,6 +135,7 @@ fn train(mut output: Output, out: &Path) -> Result<Output> {
         model: &model,
         model_dir: &output.model,
         target_modules: &["embed_tokens".to_owned()],
+        lora: None,
         initial: &Initial::keep(TOKENS.len()),
         outputs: Outputs {
             adapter: &adapter,

@@ -1,4 +1,4 @@
-//! `train`: rows of some tokens, on a data set, into an adapter.
+//! `train`: rows of some tokens, and weights of LoRA if asked, on a data set, into an adapter.
 
 mod run;
 
@@ -45,7 +45,14 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
         .transpose()?;
     let initial = args.init.resolve(&model.vocabulary, &ids, args.seed)?;
     let rows = start(&model, &ids, &initial)?;
-    let decoder = model.load_rows(&ids, rows.as_ref(), padding, args.compute)?;
+    let lora = args.lora.options(args.seed);
+    let decoder = match &lora {
+        None => model.load_rows(&ids, rows.as_ref(), padding, args.compute)?,
+        Some(lora) => {
+            let start = lora.start(&model.checkpoint, &ids, rows.as_ref())?;
+            model.load_adapter(&start, padding, args.compute)?
+        }
+    };
     let mut trainer = Trainer::new(decoder, data, options(args))?;
     if let Some(dir) = &args.resume {
         resume(&mut trainer, dir, &initial)?;
@@ -54,6 +61,7 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
         model: &model,
         model_dir: &args.model,
         target_modules: &args.target_modules,
+        lora: lora.as_ref(),
         initial: &initial,
         outputs: Outputs {
             adapter: &args.out,
@@ -158,10 +166,10 @@ fn resume(trainer: &mut Trainer, dir: &Path, initial: &Initial) -> Result<()> {
     }
     let path = dir.join(TrainingState::FILE_NAME);
     let state = TrainingState::read(&path)?;
-    let Some(rows) = adapter.rows(EMBEDDING_MODULE) else {
+    if adapter.rows(EMBEDDING_MODULE).is_none() {
         bail!("adapter {} has no rows for {EMBEDDING_MODULE}", dir.display());
-    };
-    trainer.resume(rows, state, &path)?;
+    }
+    trainer.resume(&adapter, state, &path)?;
     Ok(())
 }
 

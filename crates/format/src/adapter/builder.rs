@@ -18,6 +18,7 @@ use crate::digest::TableDigest;
 use crate::error::{Error, Result};
 use crate::file::SafetensorsFile;
 use crate::header::{TensorData, write_safetensors};
+use crate::lora::Factor;
 use crate::table::file_dtype;
 
 /// Collects what an adapter needs; [`build`](Self::build) checks it. Made by [`Adapter::builder`].
@@ -115,6 +116,15 @@ impl AdapterBuilder {
     ) -> Self {
         self.extra.push((name.into(), dtype, shape.into(), bytes));
         self
+    }
+
+    /// Adds LoRA's weights of the linear layer at `path`: `A` `[r, in]` and `B` `[out, r]`.
+    pub fn lora_linear(self, path: &str, a: &TokenRows, b: &TokenRows) -> Self {
+        let factors = [(Factor::LinearA, a), (Factor::LinearB, b)];
+        factors.into_iter().fold(self, |builder, (factor, values)| {
+            let dtype = file_dtype(values.dtype());
+            builder.extra_tensor(factor.key(path), dtype, values.shape(), values.to_le_bytes())
+        })
     }
 
     /// Stores the whole table of the last module beside its rows, and for each module that is tied to it, as PEFT does

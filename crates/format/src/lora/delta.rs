@@ -12,7 +12,7 @@ use crate::checkpoint::Checkpoint;
 use crate::config::PeftType;
 use crate::error::{Error, Result};
 use crate::model::ModelTables;
-use crate::table::{ExtendedTable, float_dtype};
+use crate::table::ExtendedTable;
 
 /// LoRA's weights of one module, matched with the tensor of a checkpoint that they are added to.
 #[derive(Clone, Debug)]
@@ -75,18 +75,15 @@ impl Adapter {
             return Err(missing(super::Factor::LinearA.key("<module>"), hint));
         }
         for name in base.names() {
-            let (path, leaf) = name.rsplit_once('.').unwrap_or_default();
+            let (path, _) = name.rsplit_once('.').unwrap_or_default();
             if targets.save(path)? {
                 let hint = format!(", though modules_to_save has the module of {name:?}");
                 return Err(missing(format!("base_model.model.{name}"), hint));
             }
-            let tensor = base.tensor(name)?;
-            let is_matrix = tensor.shape.len() == 2 && float_dtype(tensor.dtype).is_some();
-            if leaf == "weight"
-                && is_matrix
-                && targets.are_known()
-                && !weights.iter().any(|lora| lora.path() == path)
-                && targets.contain(path)?
+            let has_weights = |path: &str| weights.iter().any(|lora| lora.path() == path);
+            if targets.are_known()
+                && let Some(path) = targets.matrix(base, name)?
+                && !has_weights(path)
             {
                 let hint = format!(
                     ", though target_modules targets {path:?}; if the model has no such module, name it in exclude_modules"

@@ -15,7 +15,7 @@ pub(super) enum Key<'a> {
 
 /// The factors that a module can have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Factor {
+pub(crate) enum Factor {
     /// `[r, in]`.
     LinearA,
     /// `[out, r]`.
@@ -53,7 +53,7 @@ impl Factor {
     }
 
     /// The name of the factor of the module at `path`.
-    pub(super) fn key(self, path: &str) -> String {
+    pub(crate) fn key(self, path: &str) -> String {
         format!("{PREFIX}{path}.{}", self.name())
     }
 }

@@ -5,9 +5,11 @@ use std::path::{Path, PathBuf};
 use fancy_regex::Regex;
 use serde_json::Value;
 
+use crate::checkpoint::Checkpoint;
 use crate::config::{AdapterConfig, CONFIG_FILE, TargetModules, is_path_or_suffix};
 use crate::error::{Error, Result, one_line};
 use crate::regex;
+use crate::table::float_dtype;
 
 /// PEFT's word for all linear layers. It is resolved before an adapter is saved.
 const ALL_LINEAR: &str = "all-linear";
@@ -100,6 +102,18 @@ impl LoraTargets {
                 .contain(path)
                 .map_err(|reason| Error::field(&self.path, "layers_pattern", reason)),
         }
+    }
+}
+
+impl LoraTargets {
+    /// The path of the module whose matrix the tensor `name` of `base` is, if it has weights as far as the config says.
+    pub(super) fn matrix<'a>(&self, base: &Checkpoint, name: &'a str) -> Result<Option<&'a str>> {
+        let Some(path) = name.strip_suffix(".weight") else {
+            return Ok(None);
+        };
+        let tensor = base.tensor(name)?;
+        let is_matrix = tensor.shape.len() == 2 && float_dtype(tensor.dtype).is_some();
+        Ok((is_matrix && self.contain(path)?).then_some(path))
     }
 }
 

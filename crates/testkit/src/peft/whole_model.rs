@@ -18,10 +18,9 @@ pub struct WholeModel {
 
 const LOGITS: [&str; 4] = ["logits.base", "logits.noop", "logits.trained", "logits.merged"];
 const MODEL: &[&str] = &[LOGITS[0], LOGITS[1], LOGITS[2], LOGITS[3], "train"];
-const LORA_GRADIENTS: &str = "needs gradients of LoRA's weights";
 
 /// The operations on whole models that are not run: the case, their names, and the reason. All others are run by
-/// `trainable-tokens-trainer`, those with LoRA's weights on a base that has these weights merged.
+/// `trainable-tokens-trainer`.
 pub const NOT_RUN: &[(&str, &[&str], &str)] = &[
     ("bart_tied", MODEL, "needs a bart decoder"),
     ("bert_mlm", MODEL, "needs a bert encoder"),
@@ -35,10 +34,6 @@ pub const NOT_RUN: &[(&str, &[&str], &str)] = &[
         &[LOGITS[2], LOGITS[3], "train"],
         "is refused: the tokens of tied modules differ",
     ),
-    ("lora_dict_tied_same", &["train"], LORA_GRADIENTS),
-    ("lora_dict_untied", &["train"], LORA_GRADIENTS),
-    ("lora_list_tied", &["train"], LORA_GRADIENTS),
-    ("lora_list_untied", &["train"], LORA_GRADIENTS),
 ];
 
 /// Why an operation of a case is not run, if it is not.

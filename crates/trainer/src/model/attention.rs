@@ -2,8 +2,8 @@
 
 use candle_core::Tensor;
 use candle_nn::Module;
-use trainable_tokens_candle::FrozenLinear;
 
+use super::linear::Linear;
 use super::rotary::Positions;
 use super::weights::Weights;
 use crate::ops::{add_frozen, softmax};
@@ -11,10 +11,10 @@ use crate::{ModelConfig, Result};
 
 #[derive(Debug)]
 pub(super) struct Attention {
-    query: FrozenLinear,
-    key: FrozenLinear,
-    value: FrozenLinear,
-    output: FrozenLinear,
+    query: Linear,
+    key: Linear,
+    value: Linear,
+    output: Linear,
     query_heads: usize,
     key_heads: usize,
     head_dim: usize,

@@ -2,16 +2,16 @@
 
 use candle_core::Tensor;
 use candle_nn::Module;
-use trainable_tokens_candle::FrozenLinear;
 
+use super::linear::Linear;
 use super::weights::Weights;
 use crate::{ModelConfig, Result};
 
 #[derive(Debug)]
 pub(super) struct Mlp {
-    gate: FrozenLinear,
-    up: FrozenLinear,
-    down: FrozenLinear,
+    gate: Linear,
+    up: Linear,
+    down: Linear,
 }
 
 impl Mlp {

@@ -1,6 +1,7 @@
 //! Weights of a checkpoint as tensors on a device.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Tensor, WithDType};
 use half::{bf16, f16};
@@ -8,6 +9,7 @@ use trainable_tokens_candle::FrozenLinear;
 use trainable_tokens_core::{Element, EmbeddingSource, RowRef};
 use trainable_tokens_format::{Checkpoint, ExtendedTable, TensorRef};
 
+use super::linear::{Linear, LowRank};
 use crate::{Error, Result};
 
 /// Loads tensors by name, checks their shapes, converts them in one pass.
@@ -16,6 +18,10 @@ pub(super) struct Weights<'a> {
     dtype: DType,
     device: &'a Device,
     num_parameters: Cell<usize>,
+    /// LoRA's weights that no layer has taken yet, by the path of theirs.
+    waiting: RefCell<BTreeMap<String, LowRank>>,
+    /// Those that layers have taken.
+    taken: RefCell<Vec<LowRank>>,
 }
 
 impl<'a> Weights<'a> {
@@ -25,6 +31,32 @@ impl<'a> Weights<'a> {
             dtype,
             device,
             num_parameters: Cell::new(0),
+            waiting: RefCell::default(),
+            taken: RefCell::default(),
+        }
+    }
+
+    /// Gives the linear layers at their paths weights of LoRA.
+    pub(super) fn with_low_rank(self, weights: impl IntoIterator<Item = LowRank>) -> Self {
+        let by_path = weights
+            .into_iter()
+            .map(|low_rank| (low_rank.path().to_owned(), low_rank));
+        self.waiting.borrow_mut().extend(by_path);
+        self
+    }
+
+    /// LoRA's weights of the layers loaded so far.
+    pub(super) fn low_rank(&self) -> Vec<LowRank> {
+        self.taken.borrow().clone()
+    }
+
+    /// Refuses weights of LoRA for a layer that the model does not have.
+    pub(super) fn expect_all_taken(&self) -> Result<()> {
+        match self.waiting.borrow().keys().next() {
+            None => Ok(()),
+            Some(path) => Err(Error::Setting(format!(
+                "module {path} has weights of LoRA, but it is no linear layer of the decoder; `merge` applies them"
+            ))),
         }
     }
 
@@ -95,14 +127,21 @@ impl<'a> Weights<'a> {
         Ok(Tensor::from_vec(values, shape, self.device)?)
     }
 
-    /// A frozen linear layer `[out, in]`, with its bias where the model has one.
-    pub(super) fn linear(&self, module: &str, out: usize, input: usize, bias: bool) -> Result<FrozenLinear> {
+    /// A linear layer `[out, in]`, with its bias where the model has one, and with its weights of LoRA.
+    pub(super) fn linear(&self, module: &str, out: usize, input: usize, bias: bool) -> Result<Linear> {
         let weight = self.tensor(&format!("{module}.weight"), &[out, input])?;
         let bias = if bias {
             Some(self.tensor(&format!("{module}.bias"), &[out])?)
         } else {
             None
         };
-        Ok(FrozenLinear::new(weight, bias)?)
+        Ok(self.with_low_rank_of(module, FrozenLinear::new(weight, bias)?))
+    }
+
+    /// A linear layer with its weights of LoRA, if there are any.
+    pub(super) fn with_low_rank_of(&self, module: &str, frozen: FrozenLinear) -> Linear {
+        let low_rank = self.waiting.borrow_mut().remove(module);
+        self.taken.borrow_mut().extend(low_rank.clone());
+        Linear::new(frozen, low_rank)
     }
 }

@@ -9,7 +9,9 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use trainable_tokens_core::EmbeddingSource;
 use trainable_tokens_format::{Overwrite, write_dir_atomically};
-use trainable_tokens_trainer::{Dataset, GradientCheck, StepMetrics, Trainer, peak_rss_bytes};
+use trainable_tokens_trainer::{
+    Dataset, GradientCheck, LoraOptions, LowRank, StepMetrics, Trainer, peak_rss_bytes,
+};
 
 use crate::initial::Initial;
 use crate::model::Model;
@@ -22,6 +24,8 @@ pub(crate) struct Run<'a> {
     /// As the user named it, for `base_model_name_or_path`.
     pub(crate) model_dir: &'a Path,
     pub(crate) target_modules: &'a [String],
+    /// What trains beside the rows.
+    pub(crate) lora: Option<&'a LoraOptions>,
     pub(crate) initial: &'a Initial,
     pub(crate) outputs: Outputs<'a>,
     pub(crate) eval_data: Option<Dataset>,
@@ -136,10 +140,27 @@ impl Run<'_> {
                 trainer.steps_taken()
             );
         }
+        for low_rank in trainer.model().low_rank() {
+            if !low_rank
+                .read()?
+                .iter()
+                .all(|factor| factor.first_non_finite().is_none())
+            {
+                bail!(
+                    "the weights of LoRA for {} are not finite after step {}: lower the learning rate",
+                    low_rank.path(),
+                    trainer.steps_taken()
+                );
+            }
+        }
         let builder = self
             .model
             .adapter_builder(self.model_dir, &tokens, rows, self.initial)?;
-        let adapter = builder.target_modules(self.target_modules.to_vec()).build()?;
+        let builder = match self.lora {
+            None => builder.target_modules(self.target_modules.to_vec()),
+            Some(lora) => trainer.model().add_low_rank(builder.lora(lora.config()?))?,
+        };
+        let adapter = builder.build()?;
         let overwrite = if replace {
             Overwrite::Replace
         } else {
@@ -164,6 +185,7 @@ impl Run<'_> {
     ) -> Result<Summary> {
         let table = self.model.table()?;
         let rows = trainer.model().embedding().tokens().len();
+        let lora = trainer.model().low_rank();
         let (loss_of, losses) = if held_out.is_empty() {
             ("first and last training batch", training)
         } else {
@@ -177,7 +199,9 @@ impl Run<'_> {
             steps: trainer.steps_taken(),
             rows_trained: rows,
             vocab_size: table.vocab_size(),
-            parameters_trained: rows * table.embedding_dim(),
+            parameters_trained: rows * table.embedding_dim()
+                + lora.iter().map(LowRank::num_parameters).sum::<usize>(),
+            lora_modules: lora.len(),
             parameters_total: trainer.model().num_parameters(),
             adapter_bytes: std::fs::metadata(&file)
                 .with_context(|| format!("cannot read {}", file.display()))?

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
 use trainable_tokens_core::{PaddingRule, TokenRows};
-use trainable_tokens_format::{Adapter, AdapterModule, Checkpoint, Merge, Overwrite, PeftType};
+use trainable_tokens_format::{Adapter, AdapterModule, Checkpoint, Merge, Overwrite};
 use trainable_tokens_testkit::peft::{Fixture, fixtures};
 use trainable_tokens_trainer::{Decoder, EMBEDDING_MODULE};
 
@@ -50,7 +50,35 @@ impl Case {
         Adapter::read(self.path(dir.unwrap_or("adapter"))).unwrap()
     }
 
-    /// The model in the state that an operation names; without one, with the adapter. Rows of the head are no part of it.
+    /// The adapter of LoRA as training starts from it: its own config, and the recorded `init.*` as its tensors.
+    pub(crate) fn start(&self) -> Adapter {
+        let adapter = self.adapter(&Value::Null);
+        let rows = |key: &str| {
+            let tensor = &self.expected[&format!("init.base_model.model.{key}")];
+            let (rows, columns) = tensor.dims2().unwrap();
+            TokenRows::new(flat(tensor), rows, columns).unwrap()
+        };
+        let modules = adapter.modules().iter().map(|module| {
+            let rows = rows(&format!(
+                "{}.token_adapter.trainable_tokens_delta.default",
+                module.path()
+            ));
+            (module.path(), module.token_set(150).unwrap(), rows)
+        });
+        let mut modules = modules.collect::<Vec<_>>().into_iter();
+        let (path, tokens, first) = modules.next().unwrap();
+        let mut builder = Adapter::builder(path, &tokens, first).lora(adapter.config().clone());
+        for (path, tokens, rows) in modules {
+            builder = builder.module_of(path, &tokens, rows);
+        }
+        for weights in adapter.lora_weights().unwrap() {
+            let factor = |name: &str| rows(&format!("{}.{name}.default.weight", weights.path()));
+            builder = builder.lora_linear(weights.path(), &factor("lora_A"), &factor("lora_B"));
+        }
+        builder.build().unwrap()
+    }
+
+    /// The model in the state that an operation names; without one, with the adapter.
     pub(crate) fn model(&self, operation: &Value) -> Decoder {
         let base = self.base(operation);
         let module = |adapter: &Adapter| adapter.module(EMBEDDING_MODULE).cloned();
@@ -64,22 +92,11 @@ impl Case {
                     None,
                 )
             }
-            "adapter" => {
-                let adapter = self.adapter(operation);
-                let module = module(&adapter);
-                let (tokens, rows) = module.as_ref().map_or((&[][..], None), |module| {
-                    (module.token_indices(), Some(module.rows()))
-                });
-                match adapter.config().peft_type() {
-                    PeftType::TrainableTokens => load(&base, tokens, rows),
-                    // The rows stay apart; LoRA's own weights are merged.
-                    PeftType::Lora => merged(&base, &adapter.without_tokens().unwrap(), tokens, rows),
-                }
-            }
+            "adapter" => with_adapter(&base, &self.adapter(operation)),
             "merged" if self.path("merged").exists() => {
                 load(&Checkpoint::open(self.path("merged")).unwrap(), &[], None)
             }
-            "merged" => merged(&base, &self.adapter(operation), &[], None),
+            "merged" => merged(&base, &self.adapter(operation)),
             other => panic!("{}: the state {other} is unknown", self.name),
         }
     }
@@ -89,13 +106,19 @@ impl Case {
     }
 }
 
-/// A model that an adapter is merged into, with rows of tokens above it.
-fn merged(base: &Checkpoint, adapter: &Adapter, tokens: &[u32], rows: Option<&TokenRows>) -> Decoder {
+/// A model that an adapter is merged into.
+fn merged(base: &Checkpoint, adapter: &Adapter) -> Decoder {
     let home = tempfile::tempdir().unwrap();
     let out = home.path().join("merged");
     let merge = Merge::new(base).with("default", adapter).unwrap();
     merge.write(&out, Overwrite::Refuse).unwrap();
-    load(&Checkpoint::open(out).unwrap(), tokens, rows)
+    load(&Checkpoint::open(out).unwrap(), &[], None)
+}
+
+/// A model with all of an adapter beside its weights.
+pub(crate) fn with_adapter(base: &Checkpoint, adapter: &Adapter) -> Decoder {
+    let padding = PaddingRule::NoLookupGradient;
+    Decoder::load_adapter(base, adapter, padding, DType::F32, &Device::Cpu).unwrap()
 }
 
 fn load(checkpoint: &Checkpoint, tokens: &[u32], rows: Option<&TokenRows>) -> Decoder {
