@@ -17,7 +17,7 @@ use self::attention::Attention;
 use self::mlp::Mlp;
 use self::rotary::Rotary;
 use self::weights::Weights;
-use crate::ops::rms_norm;
+use crate::ops::{Rotation, rms_norm};
 use crate::{Error, ModelConfig, Result};
 
 /// The name of the embedding module, as PEFT's files and `target_modules` spell it.
@@ -211,12 +211,12 @@ impl Decoder {
                 format!("a sequence of {length} tokens is longer than the model's {most} positions");
             return Err(Error::Setting(message));
         }
-        let positions =
-            self.rotary
-                .positions(length, &self.config, embeddings.dtype(), embeddings.device())?;
+        let rotation = self
+            .rotary
+            .rotation(length, embeddings.dtype(), embeddings.device())?;
         let mut hidden = embeddings.clone();
         for layer in &self.layers {
-            hidden = layer.forward(&hidden, &positions, self.config.rms_norm_eps)?;
+            hidden = layer.forward(&hidden, &rotation, self.config.rms_norm_eps)?;
         }
         Ok(rms_norm(&hidden, &self.norm, self.config.rms_norm_eps)?)
     }
@@ -246,10 +246,10 @@ impl Layer {
         })
     }
 
-    fn forward(&self, hidden: &Tensor, positions: &rotary::Positions, eps: f64) -> Result<Tensor> {
+    fn forward(&self, hidden: &Tensor, rotation: &Rotation, eps: f64) -> Result<Tensor> {
         let attended = self
             .attention
-            .forward(&rms_norm(hidden, &self.input_norm, eps)?, positions)?;
+            .forward(&rms_norm(hidden, &self.input_norm, eps)?, rotation)?;
         let hidden = (hidden + attended)?;
         let transformed = self
             .mlp

@@ -5,6 +5,7 @@ use candle_nn::Module;
 use trainable_tokens_candle::FrozenLinear;
 
 use super::weights::Weights;
+use crate::ops::silu_gate;
 use crate::{ModelConfig, Result};
 
 #[derive(Debug)]
@@ -27,7 +28,7 @@ impl Mlp {
     }
 
     pub(super) fn forward(&self, hidden: &Tensor) -> Result<Tensor> {
-        let gated = (self.gate.forward(hidden)?.silu()? * self.up.forward(hidden)?)?;
+        let gated = silu_gate(&self.gate.forward(hidden)?, &self.up.forward(hidden)?)?;
         Ok(self.down.forward(&gated)?)
     }
 }
