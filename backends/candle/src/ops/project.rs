@@ -71,16 +71,21 @@ pub(crate) fn project(
             got: x.device().location(),
         });
     }
+    let plain = Project::new(weight, bias);
+    let Some(overrides) = overrides else {
+        // Only a matrix is taken as it lies.
+        let x = if leading.len() == 1 {
+            x.clone()
+        } else {
+            x.contiguous()?
+        };
+        return Ok(x.apply_op1(plain)?);
+    };
     let shape = [leading, &[v]].concat();
     let rows = leading.iter().product::<usize>();
-    let x = x.reshape((rows, d))?;
-    let plain = Project::new(weight, bias);
-    let out = match overrides {
-        None => x.apply_op1(plain)?,
-        Some(overrides) => {
-            let delta = overrides.delta.clone();
-            x.apply_op2(&delta, ProjectOverridden::new(plain, overrides))?
-        }
-    };
+    let delta = overrides.delta.clone();
+    let out = x
+        .reshape((rows, d))?
+        .apply_op2(&delta, ProjectOverridden::new(plain, overrides))?;
     Ok(out.reshape(shape)?)
 }
