@@ -1,9 +1,9 @@
 //! The causal language-modelling loss of transformers.
 
-use candle_core::{D, Tensor};
+use candle_core::{Device, Tensor};
+use trainable_tokens_core::IGNORED_LABEL;
 
 use crate::data::Batch;
-use crate::ops::{add_frozen, working_dtype};
 use crate::{Decoder, Result};
 
 /// Whether a pass keeps the graph that gradients need.
@@ -16,37 +16,25 @@ pub enum Graph {
 }
 
 /// Mean cross-entropy over the batch's targets, shifted by one: the logits at a position predict the next label, and
-/// labels of -100 are ignored. Computed in `f32`; only positions with a target reach the head.
+/// labels of -100 are ignored. Computed in `f32`; only positions with a target reach the head, a chunk of them at a time.
 ///
 /// # Errors
 ///
 /// A token out of range; candle's errors.
 pub fn causal_loss(model: &Decoder, batch: &Batch, graph: Graph) -> Result<Tensor> {
-    let (rows, length) = (batch.num_rows(), batch.length());
-    let input_ids = Tensor::from_slice(batch.input_ids(), (rows, length), model.device())?;
+    let shape = (batch.num_rows(), batch.length());
+    let input_ids = Tensor::from_slice(batch.input_ids(), shape, model.device())?;
     let mut embeddings = model.embed(&input_ids)?;
     if graph == Graph::Drop {
         embeddings = embeddings.detach();
     }
     let hidden = model.hidden(&embeddings)?;
-    let dim = hidden.dim(D::Minus1)?;
-    let num_targets = batch.targets().len();
-    let positions = Tensor::from_slice(batch.target_positions(), num_targets, model.device())?;
-    let hidden = hidden
-        .reshape((rows * length, dim))?
-        .index_select(&positions, 0)?;
-    let logits = model.logits(&hidden)?;
-    let targets = Tensor::from_slice(batch.targets(), (num_targets, 1), model.device())?;
-    Ok(cross_entropy(&logits, &targets)?)
-}
-
-/// Mean of `log(sum(exp(logits))) - logits[target]`, from `[N, V]` and `[N, 1]`.
-fn cross_entropy(logits: &Tensor, targets: &Tensor) -> candle_core::Result<Tensor> {
-    let logits = logits.to_dtype(working_dtype(logits.dtype()))?;
-    let highest = logits.detach().max_keepdim(D::Minus1)?;
-    let shifted = add_frozen(&logits, &highest.neg()?)?;
-    let normalizer = shifted.exp()?.sum_keepdim(D::Minus1)?.log()?;
-    (normalizer - shifted.gather(targets, D::Minus1)?)?.mean_all()
+    let mut labels = vec![IGNORED_LABEL; batch.input_ids().len()];
+    for (position, target) in batch.target_positions().iter().zip(batch.targets()) {
+        labels[*position as usize] = i64::from(*target);
+    }
+    let labels = Tensor::from_vec(labels, shape, &Device::Cpu)?;
+    model.cross_entropy(&hidden, &labels, graph)
 }
 
 /// The number of a loss.

@@ -9,7 +9,7 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::Module;
 use trainable_tokens_candle::{FrozenLinear, TiedHead, TrainableTokens};
 use trainable_tokens_core::{
-    EmbeddingSource, LayerOptions, Padding, PaddingRule, TokenId, TokenRows, TokenSet,
+    CrossEntropyOptions, EmbeddingSource, LayerOptions, Padding, PaddingRule, TokenId, TokenRows, TokenSet,
 };
 use trainable_tokens_format::{Adapter, BaseCheck, Checkpoint};
 
@@ -18,7 +18,7 @@ use self::mlp::Mlp;
 use self::rotary::Rotary;
 use self::weights::Weights;
 use crate::ops::{Rotation, rms_norm};
-use crate::{Error, ModelConfig, Result};
+use crate::{Error, Graph, ModelConfig, Result};
 
 /// The name of the embedding module, as PEFT's files and `target_modules` spell it.
 pub const EMBEDDING_MODULE: &str = "model.embed_tokens";
@@ -230,6 +230,22 @@ impl Decoder {
         Ok(match &self.head {
             Head::Tied(head) => head.forward(hidden)?,
             Head::Untied(head) => head.forward(hidden)?,
+        })
+    }
+
+    /// The mean cross-entropy of the logits of hidden states `[.., D]` for the label of each, `[..]`: the id that it must
+    /// predict, or -100 for none. The logits are never held at once. Without a graph no gradient is prepared.
+    ///
+    /// # Errors
+    ///
+    /// A label out of range, or no label; candle's errors.
+    pub fn cross_entropy(&self, hidden: &Tensor, labels: &Tensor, graph: Graph) -> Result<Tensor> {
+        let options = CrossEntropyOptions::default();
+        Ok(match (&self.head, graph) {
+            (Head::Tied(head), Graph::Keep) => head.cross_entropy(hidden, labels, options)?,
+            (Head::Tied(head), Graph::Drop) => head.evaluate_cross_entropy(hidden, labels, options)?,
+            (Head::Untied(head), Graph::Keep) => head.cross_entropy(hidden, labels, options)?,
+            (Head::Untied(head), Graph::Drop) => head.evaluate_cross_entropy(hidden, labels, options)?,
         })
     }
 }

@@ -15,13 +15,12 @@ mod storage;
 mod tests;
 
 pub(crate) use attention::{AttentionKind, Mask, Rotation, attention};
-pub(crate) use frozen::add_frozen;
 pub(crate) use gate::silu_gate;
 pub(crate) use norm::rms_norm;
 
 use candle_core::DType;
 
-/// The type that norms, softmax and losses compute in.
-pub(crate) fn working_dtype(dtype: DType) -> DType {
+/// The type that norms and softmax compute in.
+fn working_dtype(dtype: DType) -> DType {
     if dtype == DType::F64 { dtype } else { DType::F32 }
 }
