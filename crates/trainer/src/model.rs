@@ -5,6 +5,8 @@ mod mlp;
 mod rotary;
 mod weights;
 
+use std::sync::Arc;
+
 use candle_core::{DType, Device, Tensor};
 use candle_nn::Module;
 use trainable_tokens_candle::{FrozenLinear, TiedHead, TrainableTokens};
@@ -17,7 +19,7 @@ use self::attention::Attention;
 use self::mlp::Mlp;
 use self::rotary::Rotary;
 use self::weights::Weights;
-use crate::ops::{Rotation, rms_norm};
+use crate::ops::{Rotation, recompute, rms_norm};
 use crate::{Error, Graph, ModelConfig, Result};
 
 /// The name of the embedding module, as PEFT's files and `target_modules` spell it.
@@ -35,11 +37,12 @@ pub const EMBEDDING_TENSOR: &str = "model.embed_tokens.weight";
 pub struct Decoder {
     config: ModelConfig,
     embedding: TrainableTokens,
-    layers: Vec<Layer>,
+    layers: Vec<Arc<Layer>>,
     norm: Tensor,
     head: Head,
     rotary: Rotary,
     num_parameters: usize,
+    recomputes: bool,
 }
 
 #[derive(Debug)]
@@ -148,7 +151,7 @@ impl Decoder {
             Head::Untied(untied_head(weights)?)
         };
         let layers = (0..config.num_hidden_layers)
-            .map(|index| Layer::load(weights, &config, index))
+            .map(|index| Layer::load(weights, &config, index).map(Arc::new))
             .collect::<Result<Vec<_>>>()?;
         let norm = weights.tensor("model.norm.weight", &[config.hidden_size])?;
         let rotary = Rotary::new(&config);
@@ -161,7 +164,16 @@ impl Decoder {
             head,
             rotary,
             num_parameters,
+            recomputes: false,
         })
+    }
+
+    /// Sets whether the activations of a layer are computed again in the backward pass instead of kept. That costs
+    /// another forward pass of the layers, but then only each layer's input is kept. The loss is the same.
+    #[must_use]
+    pub fn with_recomputation(mut self, recomputes: bool) -> Self {
+        self.recomputes = recomputes;
+        self
     }
 
     /// The model's configuration.
@@ -216,7 +228,14 @@ impl Decoder {
             .rotation(length, embeddings.dtype(), embeddings.device())?;
         let mut hidden = embeddings.clone();
         for layer in &self.layers {
-            hidden = layer.forward(&hidden, &rotation, self.config.rms_norm_eps)?;
+            hidden = if self.recomputes {
+                let (layer, rotation, eps) = (layer.clone(), rotation.clone(), self.config.rms_norm_eps);
+                let block =
+                    move |x: &Tensor| layer.forward(x, &rotation, eps).map_err(candle_core::Error::wrap);
+                recompute(&hidden, &[], Arc::new(block))?
+            } else {
+                layer.forward(&hidden, &rotation, self.config.rms_norm_eps)?
+            };
         }
         Ok(rms_norm(&hidden, &self.norm, self.config.rms_norm_eps)?)
     }

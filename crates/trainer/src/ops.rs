@@ -10,6 +10,7 @@ mod gate;
 mod norm;
 mod parallel;
 mod product;
+mod recompute;
 mod storage;
 #[cfg(test)]
 mod tests;
@@ -17,6 +18,7 @@ mod tests;
 pub(crate) use attention::{AttentionKind, Mask, Rotation, attention};
 pub(crate) use gate::silu_gate;
 pub(crate) use norm::rms_norm;
+pub(crate) use recompute::recompute;
 
 use candle_core::DType;
 

@@ -84,7 +84,7 @@ impl Trainer {
         let optimizer = options.build_optimizer()?;
         let hooks = options.build_hooks(&model.embedding().rows()?)?;
         Ok(Self {
-            model,
+            model: model.with_recomputation(options.recompute),
             data,
             options,
             sampler,

@@ -33,7 +33,7 @@ fn write_batches(case: &Case, path: &Path) {
     std::fs::write(path, text).unwrap();
 }
 
-fn trainer(case: &Case, data: &Path) -> Trainer {
+fn trainer(case: &Case, data: &Path, recompute: bool) -> Trainer {
     let operation = training(case);
     let spec = &operation["optimizer"];
     assert_eq!(spec["type"], "AdamW");
@@ -45,6 +45,7 @@ fn trainer(case: &Case, data: &Path) -> Trainer {
         beta2: spec["betas"][1].as_f64().unwrap(),
         eps: number("eps"),
         weight_decay: number("weight_decay"),
+        recompute,
         ..TrainOptions::default()
     };
     let base = case.base(&Value::Null);
@@ -62,7 +63,7 @@ fn train(name: &str) {
     let data = dir.path().join("batches.jsonl");
     write_batches(&case, &data);
 
-    let mut trainer = trainer(&case, &data);
+    let mut trainer = trainer(&case, &data, false);
     let probe = trainer.check_gradient().unwrap();
     assert!(probe.relative_error < 0.1, "{probe:?}");
     assert_eq!(trainer.total_steps(), 20);
@@ -96,13 +97,13 @@ fn train(name: &str) {
 
     // A run that is cut in two goes on bit for bit.
     let rows = trainer.model().embedding().rows().unwrap();
-    let mut first = self::trainer(&case, &data);
+    let mut first = self::trainer(&case, &data, false);
     (0..7).for_each(|_| assert!(first.step().unwrap().loss > 0.0));
     let saved = (
         first.model().embedding().rows().unwrap(),
         first.training_state().unwrap(),
     );
-    let mut second = self::trainer(&case, &data);
+    let mut second = self::trainer(&case, &data, false);
     second
         .resume(&saved.0, saved.1, Path::new("training_state.safetensors"))
         .unwrap();
@@ -111,6 +112,14 @@ fn train(name: &str) {
     assert!(
         second.model().embedding().rows().unwrap().bits_eq(&rows),
         "{name}: resumed run"
+    );
+
+    // Activations that are computed again are the same.
+    let mut thrifty = self::trainer(&case, &data, true);
+    (0..20).for_each(|_| assert!(thrifty.step().unwrap().loss > 0.0));
+    assert!(
+        thrifty.model().embedding().rows().unwrap().bits_eq(&rows),
+        "{name}: recomputation"
     );
 }
 

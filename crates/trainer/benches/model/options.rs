@@ -18,6 +18,7 @@ pub(crate) struct Options {
     pub(crate) token_ids: Vec<u32>,
     pub(crate) steps: u64,
     pub(crate) lr: f64,
+    pub(crate) recompute: bool,
     pub(crate) dtype: DType,
     pub(crate) device: Device,
 }
@@ -31,6 +32,7 @@ impl Options {
             token_ids: (255_000..255_016).collect(),
             steps: 4,
             lr: 1e-3,
+            recompute: false,
             dtype: DType::F32,
             device: Device::Cpu,
         };
@@ -46,6 +48,7 @@ impl Options {
                 "--token-ids" => options.token_ids = ids(&value()),
                 "--steps" => options.steps = value().parse().unwrap(),
                 "--lr" => options.lr = value().parse().unwrap(),
+                "--recompute" => options.recompute = true,
                 "--dtype" => {
                     options.dtype = match value().as_str() {
                         "f32" => DType::F32,

@@ -6,6 +6,8 @@ use candle_core::backend::BackendStorage;
 use candle_core::op::{Add, BinaryOpT, Mul};
 use candle_core::{CpuStorage, CudaStorage, CustomOp1, Layout, MetalStorage, Result, Shape, Storage, Tensor};
 
+use super::storage::{cpu, cuda, metal};
+
 /// `x * constant`, the constant broadcast to `x`'s shape; only `x` gets a gradient.
 pub(crate) fn mul_frozen(x: &Tensor, constant: &Tensor) -> Result<Tensor> {
     let constant = constant.detach().broadcast_as(x.shape())?;
@@ -59,24 +61,15 @@ impl<Op: BinaryOpT + Send + Sync> CustomOp1 for WithFrozen<Op> {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        self.forward(x, layout, |storage| match storage {
-            Storage::Cpu(storage) => Some(storage),
-            _ => None,
-        })
+        self.forward(x, layout, cpu)
     }
 
     fn cuda_fwd(&self, x: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
-        self.forward(x, layout, |storage| match storage {
-            Storage::Cuda(storage) => Some(storage),
-            _ => None,
-        })
+        self.forward(x, layout, cuda)
     }
 
     fn metal_fwd(&self, x: &MetalStorage, layout: &Layout) -> Result<(MetalStorage, Shape)> {
-        self.forward(x, layout, |storage| match storage {
-            Storage::Metal(storage) => Some(storage),
-            _ => None,
-        })
+        self.forward(x, layout, metal)
     }
 
     fn bwd(&self, _: &Tensor, _: &Tensor, upstream: &Tensor) -> Result<Option<Tensor>> {

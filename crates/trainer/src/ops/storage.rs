@@ -1,6 +1,6 @@
-//! From candle's tensors on the CPU to slices of numbers.
+//! From candle's tensors to the storage of a device, and on the CPU to slices of numbers.
 
-use candle_core::{CpuStorage, Layout, Result, Storage, Tensor, WithDType, bail};
+use candle_core::{CpuStorage, CudaStorage, Layout, MetalStorage, Result, Storage, Tensor, WithDType, bail};
 use trainable_tokens_core::Element;
 
 /// An element type of tensors, with arithmetic in `f32` or `f64`.
@@ -78,4 +78,28 @@ pub(super) fn dot<C: Real>(a: &[C], b: &[C]) -> C {
 /// A number of the type that arithmetic runs in.
 pub(super) fn real<C: Real>(value: f64) -> C {
     <C as Element>::from_f64(value)
+}
+
+/// The storage, if it is the CPU's.
+pub(super) fn cpu(storage: &Storage) -> Option<&CpuStorage> {
+    match storage {
+        Storage::Cpu(storage) => Some(storage),
+        _ => None,
+    }
+}
+
+/// The storage, if it is a CUDA device's.
+pub(super) fn cuda(storage: &Storage) -> Option<&CudaStorage> {
+    match storage {
+        Storage::Cuda(storage) => Some(storage),
+        _ => None,
+    }
+}
+
+/// The storage, if it is a Metal device's.
+pub(super) fn metal(storage: &Storage) -> Option<&MetalStorage> {
+    match storage {
+        Storage::Metal(storage) => Some(storage),
+        _ => None,
+    }
 }

@@ -1,11 +1,14 @@
 //! Each operation's gradient against finite differences, and against the composition that other devices run.
 
+use std::sync::Arc;
+
 use candle_core::{DType, Device, Result, Tensor, Var};
 
 use super::attention::{AttentionKind, Mask, Rotation, attention, composed, softmax};
 use super::frozen::{add_frozen, mul_frozen};
 use super::gate::silu_gate;
 use super::norm::rms_norm;
+use super::recompute::recompute;
 use super::{gate, norm};
 
 type Operation<'a> = &'a dyn Fn(&[Tensor]) -> Result<Tensor>;
@@ -250,4 +253,49 @@ fn the_frozen_operand_gets_no_gradient() {
         assert!(gradients.get(frozen.as_tensor()).is_none());
         assert!(gradients.get(x.as_tensor()).is_some());
     }
+}
+
+/// A block with leaves, of which the second is used twice.
+fn block(x: &Tensor, leaves: &[Tensor]) -> Result<Tensor> {
+    let mixed = x.matmul(&leaves[0])?.tanh()?;
+    mixed.matmul(&leaves[1])?.broadcast_add(&leaves[1].sum(0)?)? + x
+}
+
+#[test]
+fn recomputation_changes_nothing() {
+    let operands = [noise(&[3, 4], 0.0), noise(&[4, 2], 0.2), noise(&[2, 4], 0.6)];
+    let again = |x: &[Tensor]| {
+        let leaves = x[1..].to_vec();
+        recompute(&x[0], &x[1..], Arc::new(move |x: &Tensor| block(x, &leaves)))
+    };
+    matches_finite_differences(&again, &operands);
+    let plain = |x: &[Tensor]| block(&x[0], &x[1..]);
+    assert_eq!(gradients(&again, &operands), gradients(&plain, &operands));
+    assert_eq!(
+        values(&again(&operands).unwrap()),
+        values(&plain(&operands).unwrap())
+    );
+    // Without leaves.
+    let again = |x: &[Tensor]| recompute(&x[0], &[], Arc::new(|x: &Tensor| x.sqr()?.tanh()));
+    let plain = |x: &[Tensor]| x[0].sqr()?.tanh();
+    assert_eq!(
+        gradients(&again, &operands[..1]),
+        gradients(&plain, &operands[..1])
+    );
+}
+
+#[test]
+fn an_operation_on_tensors_without_a_graph_keeps_none() {
+    let x = noise(&[2, 3], 0.0);
+    let weight = noise(&[3], 0.2);
+    assert!(!rms_norm(&x, &weight, 1e-3).unwrap().track_op());
+    assert!(!silu_gate(&x, &x).unwrap().track_op());
+    assert!(
+        !recompute(&x, &[], Arc::new(|x: &Tensor| x.sqr()))
+            .unwrap()
+            .track_op()
+    );
+    let (kind, operands) = attentions([5, 4]).swap_remove(0);
+    let out = attention(&operands[0], &operands[1], &operands[2], &kind).unwrap();
+    assert!(!out.track_op());
 }
