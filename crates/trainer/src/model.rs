@@ -11,7 +11,8 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::Module;
 use trainable_tokens_candle::{FrozenLinear, TiedHead, TrainableTokens};
 use trainable_tokens_core::{
-    CrossEntropyOptions, EmbeddingSource, LayerOptions, Padding, PaddingRule, TokenId, TokenRows, TokenSet,
+    CrossEntropyOptions, EmbeddingSource, LayerOptions, LogitsChunk, Padding, PaddingRule, TokenId,
+    TokenRows, TokenSet,
 };
 use trainable_tokens_format::{Adapter, BaseCheck, Checkpoint};
 
@@ -43,6 +44,7 @@ pub struct Decoder {
     rotary: Rotary,
     num_parameters: usize,
     recomputes: bool,
+    logits_chunk: LogitsChunk,
 }
 
 #[derive(Debug)]
@@ -165,6 +167,7 @@ impl Decoder {
             rotary,
             num_parameters,
             recomputes: false,
+            logits_chunk: LogitsChunk::default(),
         })
     }
 
@@ -173,6 +176,13 @@ impl Decoder {
     #[must_use]
     pub fn with_recomputation(mut self, recomputes: bool) -> Self {
         self.recomputes = recomputes;
+        self
+    }
+
+    /// Sets how many rows of logits exist at once in a loss.
+    #[must_use]
+    pub fn with_logits_chunk(mut self, chunk: LogitsChunk) -> Self {
+        self.logits_chunk = chunk;
         self
     }
 
@@ -259,7 +269,10 @@ impl Decoder {
     ///
     /// A label out of range, or no label; candle's errors.
     pub fn cross_entropy(&self, hidden: &Tensor, labels: &Tensor, graph: Graph) -> Result<Tensor> {
-        let options = CrossEntropyOptions::default();
+        let options = CrossEntropyOptions {
+            chunk: self.logits_chunk,
+            ..CrossEntropyOptions::default()
+        };
         Ok(match (&self.head, graph) {
             (Head::Tied(head), Graph::Keep) => head.cross_entropy(hidden, labels, options)?,
             (Head::Tied(head), Graph::Drop) => head.evaluate_cross_entropy(hidden, labels, options)?,
