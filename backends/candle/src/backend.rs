@@ -6,12 +6,12 @@ use std::sync::Arc;
 use candle_core::Tensor;
 use candle_core::backprop::GradStore;
 use trainable_tokens_core::{
-    Backend, DeltaStore, EmbeddingSource, Error as CoreError, LookupPlan, RowMix, RowTransform, TokenRows,
-    TokenSet,
+    Backend, CrossEntropyPlan, DeltaStore, EmbeddingSource, Error as CoreError, LookupPlan, RowMix,
+    RowTransform, TokenRows, TokenSet,
 };
 
 use crate::convert::to_rows;
-use crate::ops::{Overrides, lookup_rows, project, stack_rows};
+use crate::ops::{Overrides, Passes, linear_cross_entropy, lookup_rows, project, stack_rows};
 use crate::{CandleDelta, CandleTable, Error, Result};
 
 /// Candle, as core sees it.
@@ -45,6 +45,18 @@ impl Backend for Candle {
         tokens: &TokenSet,
     ) -> Result<Tensor> {
         logits(&hidden, source, delta.map(|delta| (delta, tokens)), None)
+    }
+
+    fn linear_cross_entropy(
+        hidden: Tensor,
+        source: &CandleTable,
+        delta: Option<&CandleDelta>,
+        tokens: &TokenSet,
+        plan: &CrossEntropyPlan,
+    ) -> Result<Tensor> {
+        let trained = delta.map(|delta| (delta, tokens));
+        let loss = cross_entropy(&hidden, source, trained, None, plan, Passes::Both)?;
+        Ok(loss.reshape((1, 1))?)
     }
 
     fn combine(deltas: &[&CandleDelta], mix: &RowMix) -> Result<CandleDelta> {
@@ -85,19 +97,39 @@ pub(crate) fn logits(
     trained: Option<(&CandleDelta, &TokenSet)>,
     bias: Option<&Tensor>,
 ) -> Result<Tensor> {
-    let table = source.tensor();
-    let overrides = match trained.filter(|(_, tokens)| !tokens.is_empty()) {
-        None => None,
-        Some((delta, tokens)) => {
-            let what = "token set of the head";
-            let expected = [delta.num_rows(), source.vocab_size()];
-            let got = [tokens.len(), tokens.vocab_size()];
-            if expected != got {
-                return Err(CoreError::shape(what, &expected, &got).into());
-            }
-            let columns = Tensor::from_vec(tokens.to_vec(), tokens.len(), table.device())?;
-            Some(Overrides::new(table, delta.tensor(), columns)?)
-        }
+    let overrides = overrides(source, trained)?;
+    project(hidden, source.tensor(), bias, overrides)
+}
+
+/// The cross-entropy `[]` of [`logits`], as many of them at a time as the plan says.
+///
+/// # Errors
+///
+/// As for [`logits`]; when there is not one label for each row.
+pub(crate) fn cross_entropy(
+    hidden: &Tensor,
+    source: &CandleTable,
+    trained: Option<(&CandleDelta, &TokenSet)>,
+    bias: Option<&Tensor>,
+    plan: &CrossEntropyPlan,
+    passes: Passes,
+) -> Result<Tensor> {
+    let overrides = overrides(source, trained)?;
+    linear_cross_entropy(hidden, source.tensor(), bias, overrides.as_ref(), plan, passes)
+}
+
+/// The trained rows of at least one token, in the place of the table's.
+fn overrides(source: &CandleTable, trained: Option<(&CandleDelta, &TokenSet)>) -> Result<Option<Overrides>> {
+    let Some((delta, tokens)) = trained.filter(|(_, tokens)| !tokens.is_empty()) else {
+        return Ok(None);
     };
-    project(hidden, table, bias, overrides)
+    let what = "token set of the head";
+    let expected = [delta.num_rows(), source.vocab_size()];
+    let got = [tokens.len(), tokens.vocab_size()];
+    if expected != got {
+        return Err(CoreError::shape(what, &expected, &got).into());
+    }
+    let table = source.tensor();
+    let columns = Tensor::from_vec(tokens.to_vec(), tokens.len(), table.device())?;
+    Overrides::new(table, delta.tensor(), columns).map(Some)
 }

@@ -2,11 +2,14 @@
 
 use candle_core::Tensor;
 use candle_nn::Module;
-use trainable_tokens_core::{Backend, EmbeddingSource, TokenAdapter};
+#[cfg(doc)]
+use trainable_tokens_core::Error as CoreError;
+use trainable_tokens_core::{Backend, CrossEntropyOptions, CrossEntropyPlan, EmbeddingSource, TokenAdapter};
 
-use crate::backend::logits;
-use crate::ids::expect_examples;
+use crate::backend::{cross_entropy, logits};
+use crate::ids::{expect_examples, read_labels};
 use crate::linear::check_bias;
+use crate::ops::{Passes, check_input};
 use crate::shared::Shared;
 use crate::{Candle, Error, Result};
 
@@ -61,6 +64,57 @@ impl TiedHead {
         let rows = layer.active()?;
         let trained = rows.as_deref().map(|rows| (rows, layer.tokens()));
         logits(hidden, layer.source(), trained, self.bias.as_ref())
+    }
+
+    /// The cross-entropy `[]` of the logits of `hidden` `[.., D]` for `labels` `[..]` of any integer type, one for each row:
+    /// the id that it must predict, or one that is ignored and costs nothing.
+    ///
+    /// It is that of [`logits`](Self::logits) up to rounding, with the same gradients, in `f32` (`f64` for such a table).
+    /// But there is never more than a chunk of logits at once, 128 MiB unless the options say otherwise: loss and
+    /// gradients are computed together, chunk by chunk, in this call. Gradients that nothing asks for (of `hidden` without
+    /// a graph) are left out.
+    ///
+    /// # Errors
+    ///
+    /// When shape, element type or device are not the table's; [`CoreError::LabelOutOfRange`]; [`CoreError::AllIgnored`]
+    /// for the mean over no label; when candle fails.
+    pub fn cross_entropy(
+        &self,
+        hidden: &Tensor,
+        labels: &Tensor,
+        options: CrossEntropyOptions,
+    ) -> Result<Tensor> {
+        self.loss(hidden, labels, options, Passes::Both)
+    }
+
+    /// As [`cross_entropy`](Self::cross_entropy), but detached: at less than half of the cost, for evaluation.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`cross_entropy`](Self::cross_entropy).
+    pub fn evaluate_cross_entropy(
+        &self,
+        hidden: &Tensor,
+        labels: &Tensor,
+        options: CrossEntropyOptions,
+    ) -> Result<Tensor> {
+        self.loss(hidden, labels, options, Passes::Forward)
+    }
+
+    fn loss(
+        &self,
+        hidden: &Tensor,
+        labels: &Tensor,
+        options: CrossEntropyOptions,
+        passes: Passes,
+    ) -> Result<Tensor> {
+        let layer = self.layer.read();
+        let source = layer.source();
+        let labels = read_labels(labels, check_input(hidden, source.tensor())?)?;
+        let plan = CrossEntropyPlan::new(&labels, source.vocab_size(), options)?;
+        let rows = layer.active()?;
+        let trained = rows.as_deref().map(|rows| (rows, layer.tokens()));
+        cross_entropy(hidden, source, trained, self.bias.as_ref(), &plan, passes)
     }
 
     /// The logits `[B, .., V]` of a mixed batch `hidden` `[B, .., D]`: each of its `B` examples sees the rows of the

@@ -3,10 +3,11 @@
 use candle_core::Tensor;
 use candle_nn::Module;
 
-use trainable_tokens_core::Error as CoreError;
+use trainable_tokens_core::{CrossEntropyOptions, CrossEntropyPlan, Error as CoreError};
 
 use crate::convert::core_dtype;
-use crate::ops::project;
+use crate::ids::read_labels;
+use crate::ops::{Passes, check_input, linear_cross_entropy, project};
 use crate::{Error, Result};
 
 /// `x · Wᵀ + b` with a gradient for `x` only.
@@ -55,6 +56,43 @@ impl FrozenLinear {
     /// The bias, `[out_features]`.
     pub fn bias(&self) -> Option<&Tensor> {
         self.bias.as_ref()
+    }
+
+    /// The cross-entropy `[]` of the outputs for `x` `[.., in_features]` and `labels` `[..]`, as that of
+    /// [`TiedHead::cross_entropy`](crate::TiedHead::cross_entropy): for heads of which no row trains.
+    ///
+    /// # Errors
+    ///
+    /// When shape, element type or device are not the weight's; [`CoreError::LabelOutOfRange`]; [`CoreError::AllIgnored`]
+    /// for the mean over no label; when candle fails.
+    pub fn cross_entropy(&self, x: &Tensor, labels: &Tensor, options: CrossEntropyOptions) -> Result<Tensor> {
+        self.loss(x, labels, options, Passes::Both)
+    }
+
+    /// As [`cross_entropy`](Self::cross_entropy), but detached: at less than half of the cost, for evaluation.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`cross_entropy`](Self::cross_entropy).
+    pub fn evaluate_cross_entropy(
+        &self,
+        x: &Tensor,
+        labels: &Tensor,
+        options: CrossEntropyOptions,
+    ) -> Result<Tensor> {
+        self.loss(x, labels, options, Passes::Forward)
+    }
+
+    fn loss(
+        &self,
+        x: &Tensor,
+        labels: &Tensor,
+        options: CrossEntropyOptions,
+        passes: Passes,
+    ) -> Result<Tensor> {
+        let labels = read_labels(labels, check_input(x, &self.weight)?)?;
+        let plan = CrossEntropyPlan::new(&labels, self.weight.dims()[0], options)?;
+        linear_cross_entropy(x, &self.weight, self.bias.as_ref(), None, &plan, passes)
     }
 }
 

@@ -3,14 +3,17 @@
 //! Each has one forward pass over candle's storage trait, which serves every device, and a faster one for the CPU.
 
 mod lookup;
+mod loss;
+mod matrix;
 mod mix;
 mod product;
 mod project;
 mod storage;
 
 pub(crate) use lookup::lookup_rows;
+pub(crate) use loss::{Passes, linear_cross_entropy};
 pub(crate) use mix::{mix_rows, stack_rows};
-pub(crate) use project::{Overrides, project};
+pub(crate) use project::{Overrides, check_input, project};
 pub(crate) use storage::DeviceStorage;
 
 use candle_core::DType;

@@ -9,7 +9,10 @@ use candle_nn::{Embedding, Module};
 use common::{DTYPES, assert_close, bytes, noise, tolerance, values};
 use proptest::prelude::*;
 use trainable_tokens_candle::TrainableTokens;
-use trainable_tokens_core::{Adam, AdamConfig, EmbedScale, LayerOptions, Overlap};
+use trainable_tokens_core::{
+    Adam, AdamConfig, BackendError, CrossEntropyOptions, EmbedScale, ErrorKind, LayerOptions, LogitsChunk,
+    Overlap, Reduction, Softcap,
+};
 
 /// A table's size and type, its trainable tokens, and a batch.
 #[derive(Clone, Debug)]
@@ -176,6 +179,60 @@ proptest! {
         let got = layer.gradient(&gradients).unwrap();
         let of_rows = if setup.dtype == DType::F64 { 1e-12 } else { 2e-5 };
         assert_close("rows", &got.to_f64_vec(), &setup.rows_of(want.get(&dense)), of_rows);
+    }
+
+    #[test]
+    fn the_fused_loss_is_that_of_the_logits(
+        setup in setup(),
+        labels in prop::collection::vec(prop::option::of(any::<u32>()), 1..12),
+        softcap in prop::option::of(0.5..5.0f64),
+        mean in any::<bool>(),
+        chunk in 1..14usize,
+    ) {
+        let layer = setup.trained(&setup.base());
+        let head = layer.tied_head();
+        let vocab = u32::try_from(setup.vocab).unwrap();
+        let labels: Vec<Option<u32>> = labels.iter().map(|label| label.map(|id| id % vocab)).collect();
+        let count = labels.iter().flatten().count();
+        let reduction = if mean { Reduction::Mean } else { Reduction::Sum };
+        let options = CrossEntropyOptions {
+            softcap: softcap.map(|softcap| Softcap::new(softcap).unwrap()),
+            reduction,
+            chunk: LogitsChunk::rows(chunk).unwrap(),
+            ..CrossEntropyOptions::default()
+        };
+        let n = labels.len();
+        let hidden = Var::from_tensor(&noise(&[n, setup.dim], setup.dtype, 3)).unwrap();
+        let ids: Vec<i64> = labels.iter().map(|label| label.map_or(-100, i64::from)).collect();
+        let got = head.cross_entropy(&hidden, &Tensor::from_vec(ids, n, &Device::Cpu).unwrap(), options);
+        if mean && count == 0 {
+            prop_assert_eq!(got.unwrap_err().kind(), ErrorKind::AllIgnored);
+            return Ok(());
+        }
+        let got = got.unwrap();
+
+        let wide = |t: &Tensor| t.detach().to_dtype(DType::F64).unwrap();
+        let (dense, exact) = (setup.dense(&layer), Var::from_tensor(&wide(&hidden)).unwrap());
+        let mut logits = exact.matmul(&dense.t().unwrap()).unwrap();
+        if let Some(softcap) = softcap {
+            logits = ((logits / softcap).unwrap().tanh().unwrap() * softcap).unwrap();
+        }
+        let at: Vec<u32> = labels.iter().map(|label| label.unwrap_or(0)).collect();
+        let of_labels = logits.gather(&Tensor::from_vec(at, (n, 1), &Device::Cpu).unwrap(), 1).unwrap();
+        let losses = (logits.exp().unwrap().sum_keepdim(1).unwrap().log().unwrap() - of_labels).unwrap();
+        let factor = if mean { 1.0 / count as f64 } else { 1.0 };
+        let factors: Vec<f64> = labels.iter().map(|label| if label.is_some() { factor } else { 0.0 }).collect();
+        let factors = Tensor::from_vec(factors, (n, 1), &Device::Cpu).unwrap();
+        let want = (losses * factors).unwrap().sum_all().unwrap();
+
+        // The logits of half tables are never rounded; the gradient of the hidden states is.
+        let of_sums = if setup.dtype == DType::F64 { 1e-12 } else { 2e-5 };
+        assert_close("loss", &values(&got), &values(&want), of_sums);
+        let (got, want) = (got.backward().unwrap(), want.backward().unwrap());
+        let of_hidden = values(want.get(&exact).unwrap());
+        assert_close("hidden", &values(got.get(&hidden).unwrap()), &of_hidden, tolerance(setup.dtype));
+        let of_rows = layer.gradient(&got).unwrap().to_f64_vec();
+        assert_close("rows", &of_rows, &setup.rows_of(want.get(&dense)), of_sums);
     }
 
     #[test]

@@ -194,6 +194,9 @@ pub(crate) struct TrainArgs {
     /// Cut longer lines, and plain text, at this many tokens.
     #[arg(long, value_parser = positive)]
     pub(crate) max_length: Option<usize>,
+    /// Compute the activations of layers again in the backward pass instead of keeping them: less memory, more time.
+    #[arg(long)]
+    pub(crate) recompute: bool,
     #[command(flatten)]
     pub(crate) compute: ComputeArgs,
     /// Module whose rows train, as PEFT names it; only the input embedding can be.

@@ -3,7 +3,8 @@
 use std::ops::Range;
 
 use crate::{
-    BackendError, DeltaStore, EmbeddingSource, LookupPlan, RowMix, RowTransform, TokenRows, TokenSet,
+    BackendError, CrossEntropyPlan, DeltaStore, EmbeddingSource, Error, LookupPlan, RowMix, RowTransform,
+    TokenRows, TokenSet,
 };
 
 /// A tensor framework, seen by the layer: a few operations over its own types.
@@ -26,6 +27,8 @@ use crate::{
 ///    `deltas` need not show in a combination made before.
 /// 7. *Rows of values.* `join_rows` of what `split_rows` made is the value again, bit for bit, and gradients pass through
 ///    both unchanged.
+/// 8. *Loss.* `linear_cross_entropy(hidden)` equals the cross-entropy of `logits(hidden)` up to rounding, with the gradients
+///    of clause 3, but never holds more than a chunk of the plan's rows of logits.
 pub trait Backend {
     /// The backend's error.
     type Error: BackendError;
@@ -69,6 +72,25 @@ pub trait Backend {
         delta: Option<&Self::Delta>,
         tokens: &TokenSet,
     ) -> Result<Self::Tensor, Self::Error>;
+
+    /// The loss `[1, 1]` of `hidden` `[N, D]` for the labels of `plan`, with the gradients of [`logits`](Self::logits) and
+    /// of the plan's softcap and reduction. It is of the compute type of the table's element type, or where values have but
+    /// one type rounded to that. Without a delta it is that of the base.
+    ///
+    /// # Errors
+    ///
+    /// When the shapes do not fit or the framework fails; [`Error::Unsupported`] where a backend does not have it.
+    fn linear_cross_entropy(
+        hidden: Self::Tensor,
+        source: &Self::Source,
+        delta: Option<&Self::Delta>,
+        tokens: &TokenSet,
+        plan: &CrossEntropyPlan,
+    ) -> Result<Self::Tensor, Self::Error> {
+        let _ = (hidden, source, delta, tokens, plan);
+        let what = "fused linear cross-entropy";
+        Err(Error::Unsupported { what }.into())
+    }
 
     /// The rows of several adapters as one value, for [`lookup`](Self::lookup) and [`logits`](Self::logits) alone: it is
     /// no leaf, is never written and has no gradient of its own. The adapters' rows are equally long, and as many as

@@ -31,6 +31,8 @@ pub enum ErrorKind {
     NonFinite,
     /// The loss does not reach the trained rows.
     NoGradient,
+    /// A mean loss is asked for, but no label counts.
+    AllIgnored,
     /// A hyper-parameter is out of its range.
     Hyperparameter,
     /// Rows cannot be initialised as asked.
@@ -147,6 +149,25 @@ pub enum Error {
     },
     /// The gradients hold nothing for the trained rows: the loss does not depend on them, or the graph is cut.
     NoGradient,
+    /// A label is neither a token's id nor ignored.
+    LabelOutOfRange {
+        /// Its place among the labels.
+        position: usize,
+        /// The label.
+        id: i64,
+        /// Rows of the table.
+        vocab_size: usize,
+    },
+    /// No label counts, so that there is no mean loss.
+    AllIgnored {
+        /// The number of labels.
+        num_rows: usize,
+    },
+    /// The backend does not serve the call.
+    Unsupported {
+        /// What was asked for.
+        what: &'static str,
+    },
     /// A hyper-parameter is out of its range.
     Hyperparameter {
         /// Its name, as torch spells it.
@@ -244,6 +265,18 @@ impl fmt::Display for Error {
             Self::NoGradient => f.write_str(
                 "no gradient reaches the trained rows: the loss does not depend on them or the graph is cut",
             ),
+            Self::LabelOutOfRange {
+                position,
+                id,
+                vocab_size,
+            } => write!(
+                f,
+                "label {id} at position {position} is neither ignored nor in the vocabulary of {vocab_size} rows"
+            ),
+            Self::AllIgnored { num_rows } => {
+                write!(f, "none of {num_rows} labels counts, so there is no mean loss")
+            }
+            Self::Unsupported { what } => write!(f, "this backend has no {what}"),
             Self::Hyperparameter { name, value, must } => {
                 write!(f, "{name} is {value}, but it must be {must}")
             }
@@ -258,7 +291,9 @@ impl std::error::Error for Error {}
 impl BackendError for Error {
     fn kind(&self) -> ErrorKind {
         match self {
-            Self::TokenOutOfRange { .. } | Self::VocabularyTooLarge { .. } => ErrorKind::TokenOutOfRange,
+            Self::TokenOutOfRange { .. } | Self::VocabularyTooLarge { .. } | Self::LabelOutOfRange { .. } => {
+                ErrorKind::TokenOutOfRange
+            }
             Self::DuplicateToken { .. } => ErrorKind::DuplicateToken,
             Self::Shape { .. } | Self::OptimizerState { .. } => ErrorKind::Shape,
             Self::DType { .. } => ErrorKind::DType,
@@ -272,6 +307,8 @@ impl BackendError for Error {
             Self::Overlap { .. } => ErrorKind::Overlap,
             Self::NonFinite { .. } => ErrorKind::NonFinite,
             Self::NoGradient => ErrorKind::NoGradient,
+            Self::AllIgnored { .. } => ErrorKind::AllIgnored,
+            Self::Unsupported { .. } => ErrorKind::Unsupported,
             Self::Hyperparameter { .. } => ErrorKind::Hyperparameter,
             Self::Init(_) => ErrorKind::Init,
         }

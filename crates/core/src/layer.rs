@@ -18,8 +18,8 @@ use crate::Error;
 use crate::active::{ActiveSet, NamedTokens};
 use crate::adapter::{DEFAULT, TokenAdapter};
 use crate::{
-    Backend, EmbeddingSource, LayerOptions, LookupPlan, OptimizerHook, Overlap, RowOptimizer, RowTransform,
-    StepReport, TokenRows, TokenSet, UndoJournal,
+    Backend, CrossEntropyOptions, CrossEntropyPlan, EmbeddingSource, LayerOptions, LookupPlan, OptimizerHook,
+    Overlap, RowOptimizer, RowTransform, StepReport, TokenRows, TokenSet, UndoJournal,
 };
 
 /// A frozen table of which the rows of some tokens train.
@@ -218,6 +218,24 @@ impl<B: Backend> TrainableTokens<B> {
     /// When the shapes do not fit or the framework fails.
     pub fn logits(&self, hidden: B::Tensor) -> Result<B::Tensor, B::Error> {
         B::logits(hidden, &self.source, self.active()?.as_deref(), self.tokens())
+    }
+
+    /// The cross-entropy `[1, 1]` of that head for `hidden` `[N, D]` and a label for each of its rows, of which there is
+    /// never more than a chunk of logits: see [`CrossEntropyPlan`].
+    ///
+    /// # Errors
+    ///
+    /// [`Error::LabelOutOfRange`], [`Error::AllIgnored`]; when the shapes do not fit or the framework fails;
+    /// [`Error::Unsupported`] where the backend does not have it.
+    pub fn linear_cross_entropy(
+        &self,
+        hidden: B::Tensor,
+        labels: &[i64],
+        options: CrossEntropyOptions,
+    ) -> Result<B::Tensor, B::Error> {
+        let plan = CrossEntropyPlan::new(labels, self.source.vocab_size(), options)?;
+        let rows = self.active()?;
+        B::linear_cross_entropy(hidden, &self.source, rows.as_deref(), self.tokens(), &plan)
     }
 
     /// What [`lookup`](Self::lookup) does to each row after the override, its factor rounded as the options say.

@@ -12,6 +12,7 @@
 //!   without a graph.
 //! - [`TrainableTokens`]: the layer, written once over them, with exact merge and unmerge, and any number of
 //!   [`TokenAdapter`]s by name: one or several active at once, or one per example of a mixed batch.
+//! - [`CrossEntropyPlan`]: the loss of a head without a matrix of all logits, chunk by chunk.
 //! - [`RowOptimizer`] ([`Sgd`], [`Adam`]) and [`OptimizerHook`] ([`ClipGradNorm`], [`DecayTowardOriginal`]).
 //!
 //! It does no file I/O and knows no framework.
@@ -28,6 +29,7 @@ mod host;
 mod init;
 mod journal;
 mod layer;
+mod loss;
 mod mix;
 mod optim;
 mod options;
@@ -50,6 +52,7 @@ pub use init::{
 };
 pub use journal::UndoJournal;
 pub use layer::{ActiveRows, KnownActive, LayerParts, MergeCheck, MergeParts, MixedPart, TrainableTokens};
+pub use loss::{CrossEntropyOptions, CrossEntropyPlan, IGNORED_LABEL, LogitsChunk, Reduction, Softcap};
 pub use mix::{MixRound, RowMix};
 pub use optim::{
     Adam, AdamConfig, Decay, OptimizerState, RowOptimizer, Sgd, SgdConfig, StepReport, step_delta, step_rows,

@@ -8,7 +8,6 @@
 //!   [`check_gradient`] compares the gradient with finite differences of the loss and refuses to train on a wrong
 //!   one.
 //! - [`generate`], [`causal_loss`]: what training is measured by.
-#![forbid(unsafe_code)]
 
 mod config;
 mod data;

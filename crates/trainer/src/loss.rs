@@ -1,9 +1,10 @@
 //! The causal language-modelling loss of transformers.
 
-use candle_core::{D, Tensor, Var};
+use candle_core::{D, Device, Tensor, Var};
+use trainable_tokens_core::{CrossEntropyOptions, CrossEntropyPlan, IGNORED_LABEL};
 
 use crate::data::Batch;
-use crate::ops::{add_frozen, working_dtype};
+use crate::ops::working_dtype;
 use crate::{Decoder, Result};
 
 /// Whether a pass keeps the graph that gradients need.
@@ -16,14 +17,14 @@ pub enum Graph {
 }
 
 /// Mean cross-entropy over the batch's targets, shifted by one: the logits at a position predict the next label, and
-/// labels of -100 are ignored. Computed in `f32`; only positions with a target reach the head.
+/// labels of -100 are ignored. Computed in `f32`; only positions with a target reach the head, a chunk of them at a time.
 ///
 /// # Errors
 ///
 /// A token out of range; candle's errors.
 pub fn causal_loss(model: &Decoder, batch: &Batch, graph: Graph) -> Result<Tensor> {
-    let (rows, length) = (batch.num_rows(), batch.length());
-    let input_ids = Tensor::from_slice(batch.input_ids(), (rows, length), model.device())?;
+    let shape = (batch.num_rows(), batch.length());
+    let input_ids = Tensor::from_slice(batch.input_ids(), shape, model.device())?;
     let mut embeddings = model.embed(&input_ids)?;
     match graph {
         Graph::Drop => embeddings = embeddings.detach(),
@@ -34,24 +35,34 @@ pub fn causal_loss(model: &Decoder, batch: &Batch, graph: Graph) -> Result<Tenso
         Graph::Keep => {}
     }
     let hidden = model.hidden(&embeddings)?;
-    let dim = hidden.dim(D::Minus1)?;
-    let num_targets = batch.targets().len();
-    let positions = Tensor::from_slice(batch.target_positions(), num_targets, model.device())?;
-    let hidden = hidden
-        .reshape((rows * length, dim))?
-        .index_select(&positions, 0)?;
-    let logits = model.logits(&hidden)?;
-    let targets = Tensor::from_slice(batch.targets(), (num_targets, 1), model.device())?;
-    Ok(cross_entropy(&logits, &targets)?)
+    let mut labels = vec![IGNORED_LABEL; batch.input_ids().len()];
+    for (position, target) in batch.target_positions().iter().zip(batch.targets()) {
+        labels[*position as usize] = i64::from(*target);
+    }
+    let labels = Tensor::from_vec(labels, shape, &Device::Cpu)?;
+    model.cross_entropy(&hidden, &labels, graph)
 }
 
-/// Mean of `log(sum(exp(logits))) - logits[target]`, from `[N, V]` and `[N, 1]`.
-fn cross_entropy(logits: &Tensor, targets: &Tensor) -> candle_core::Result<Tensor> {
+/// The same loss from the logits `[.., V]` themselves.
+pub(crate) fn cross_entropy(logits: &Tensor, labels: &Tensor) -> Result<Tensor> {
+    let labels = labels.flatten_all()?.to_vec1::<i64>()?;
+    let vocab_size = logits.dim(D::Minus1)?;
+    let plan = CrossEntropyPlan::new(&labels, vocab_size, CrossEntropyOptions::default())?;
+    let select = |values: &[u32]| Tensor::from_slice(values, values.len(), logits.device());
+    let logits = logits
+        .reshape(((), vocab_size))?
+        .index_select(&select(plan.positions())?, 0)?;
     let logits = logits.to_dtype(working_dtype(logits.dtype()))?;
     let highest = logits.detach().max_keepdim(D::Minus1)?;
-    let shifted = add_frozen(&logits, &highest.neg()?)?;
+    let shifted = logits.broadcast_sub(&highest)?;
     let normalizer = shifted.exp()?.sum_keepdim(D::Minus1)?.log()?;
-    (normalizer - shifted.gather(targets, D::Minus1)?)?.mean_all()
+    let counted = plan
+        .positions()
+        .iter()
+        .filter_map(|at| u32::try_from(labels[*at as usize]).ok());
+    let counted = select(&counted.collect::<Vec<_>>())?.unsqueeze(1)?;
+    let of_labels = shifted.gather(&counted, D::Minus1)?;
+    Ok((normalizer - of_labels)?.mean_all()?)
 }
 
 /// The number of a loss.

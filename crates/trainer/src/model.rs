@@ -6,11 +6,14 @@ mod mlp;
 mod rotary;
 mod weights;
 
+use std::sync::Arc;
+
 use candle_core::{DType, Device, Tensor};
 use candle_nn::Module;
 use trainable_tokens_candle::{FrozenLinear, TiedHead, TrainableTokens};
 use trainable_tokens_core::{
-    EmbeddingSource, LayerOptions, Padding, PaddingRule, TokenId, TokenRows, TokenSet,
+    CrossEntropyOptions, EmbeddingSource, LayerOptions, LogitsChunk, Padding, PaddingRule, TokenId,
+    TokenRows, TokenSet,
 };
 use trainable_tokens_format::{Adapter, AdapterModule, BaseCheck, Checkpoint, LoraLayer};
 
@@ -20,8 +23,8 @@ pub use self::linear::LowRank;
 use self::mlp::Mlp;
 use self::rotary::Rotary;
 use self::weights::Weights;
-use crate::ops::rms_norm;
-use crate::{Error, ModelConfig, Result};
+use crate::ops::{Rotation, recompute, rms_norm};
+use crate::{Error, Graph, ModelConfig, Result};
 
 /// The name of the embedding module, as PEFT's files and `target_modules` spell it.
 pub const EMBEDDING_MODULE: &str = "model.embed_tokens";
@@ -38,12 +41,14 @@ pub const EMBEDDING_TENSOR: &str = "model.embed_tokens.weight";
 pub struct Decoder {
     config: ModelConfig,
     embedding: TrainableTokens,
-    layers: Vec<Layer>,
+    layers: Vec<Arc<Layer>>,
     norm: Tensor,
     head: Head,
     rotary: Rotary,
     low_rank: Vec<LowRank>,
     num_parameters: usize,
+    recomputes: bool,
+    logits_chunk: LogitsChunk,
 }
 
 #[derive(Debug)]
@@ -157,7 +162,7 @@ impl Decoder {
             untied_head(weights)?
         };
         let layers = (0..config.num_hidden_layers)
-            .map(|index| Layer::load(weights, &config, index))
+            .map(|index| Layer::load(weights, &config, index).map(Arc::new))
             .collect::<Result<Vec<_>>>()?;
         let norm = weights.tensor("model.norm.weight", &[config.hidden_size])?;
         weights.expect_all_taken()?;
@@ -171,7 +176,24 @@ impl Decoder {
             rotary,
             low_rank: weights.low_rank(),
             num_parameters: weights.num_parameters(),
+            recomputes: false,
+            logits_chunk: LogitsChunk::default(),
         })
+    }
+
+    /// Sets whether the activations of a layer are computed again in the backward pass instead of kept. That costs
+    /// another forward pass of the layers, but then only each layer's input is kept. The loss is the same.
+    #[must_use]
+    pub fn with_recomputation(mut self, recomputes: bool) -> Self {
+        self.recomputes = recomputes;
+        self
+    }
+
+    /// Sets how many rows of logits exist at once in a loss.
+    #[must_use]
+    pub fn with_logits_chunk(mut self, chunk: LogitsChunk) -> Self {
+        self.logits_chunk = chunk;
+        self
     }
 
     /// The model's configuration.
@@ -234,12 +256,23 @@ impl Decoder {
                 format!("a sequence of {length} tokens is longer than the model's {most} positions");
             return Err(Error::Setting(message));
         }
-        let positions =
-            self.rotary
-                .positions(length, &self.config, embeddings.dtype(), embeddings.device())?;
+        let rotation = self
+            .rotary
+            .rotation(length, embeddings.dtype(), embeddings.device())?;
         let mut hidden = embeddings.clone();
         for layer in &self.layers {
-            hidden = layer.forward(&hidden, &positions, self.config.rms_norm_eps)?;
+            hidden = if self.recomputes {
+                let leaves: Vec<Tensor> = match hidden.track_op() {
+                    true => layer.leaves().cloned().collect(),
+                    false => Vec::new(),
+                };
+                let (layer, rotation, eps) = (layer.clone(), rotation.clone(), self.config.rms_norm_eps);
+                let block =
+                    move |x: &Tensor| layer.forward(x, &rotation, eps).map_err(candle_core::Error::wrap);
+                recompute(&hidden, &leaves, Arc::new(block))?
+            } else {
+                layer.forward(&hidden, &rotation, self.config.rms_norm_eps)?
+            };
         }
         Ok(rms_norm(&hidden, &self.norm, self.config.rms_norm_eps)?)
     }
@@ -254,6 +287,33 @@ impl Decoder {
             Head::Tied(head) => head.forward(hidden)?,
             Head::Untied(head) => head.forward(hidden)?,
             Head::Rows(head) => head.tied_head().forward(hidden)?,
+        })
+    }
+
+    /// The mean cross-entropy of the logits of hidden states `[.., D]` for the label of each, `[..]`: the id that it must
+    /// predict, or -100 for none. The logits are never held at once, but for a head with weights of LoRA. Without a graph no
+    /// gradient is prepared.
+    ///
+    /// # Errors
+    ///
+    /// A label out of range, or no label; candle's errors.
+    pub fn cross_entropy(&self, hidden: &Tensor, labels: &Tensor, graph: Graph) -> Result<Tensor> {
+        let options = CrossEntropyOptions {
+            chunk: self.logits_chunk,
+            ..CrossEntropyOptions::default()
+        };
+        Ok(match (&self.head, graph) {
+            (Head::Tied(head), Graph::Keep) => head.cross_entropy(hidden, labels, options)?,
+            (Head::Tied(head), Graph::Drop) => head.evaluate_cross_entropy(hidden, labels, options)?,
+            (Head::Rows(head), Graph::Keep) => head.tied_head().cross_entropy(hidden, labels, options)?,
+            (Head::Rows(head), Graph::Drop) => {
+                head.tied_head().evaluate_cross_entropy(hidden, labels, options)?
+            }
+            (Head::Untied(head), _) => match (head.frozen(), graph) {
+                (Some(head), Graph::Keep) => head.cross_entropy(hidden, labels, options)?,
+                (Some(head), Graph::Drop) => head.evaluate_cross_entropy(hidden, labels, options)?,
+                (None, _) => crate::loss::cross_entropy(&head.forward(hidden)?, labels)?,
+            },
         })
     }
 }
@@ -326,10 +386,16 @@ impl Layer {
         })
     }
 
-    fn forward(&self, hidden: &Tensor, positions: &rotary::Positions, eps: f64) -> Result<Tensor> {
+    /// What trains in it.
+    fn leaves(&self) -> impl Iterator<Item = &Tensor> {
+        let linear = self.attention.linear().into_iter().chain(self.mlp.linear());
+        linear.flat_map(Linear::leaves)
+    }
+
+    fn forward(&self, hidden: &Tensor, rotation: &Rotation, eps: f64) -> Result<Tensor> {
         let attended = self
             .attention
-            .forward(&rms_norm(hidden, &self.input_norm, eps)?, positions)?;
+            .forward(&rms_norm(hidden, &self.input_norm, eps)?, rotation)?;
         let hidden = (hidden + attended)?;
         let transformed = self
             .mlp

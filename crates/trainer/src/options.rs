@@ -64,6 +64,8 @@ pub struct TrainOptions {
     pub seed: u64,
     /// Whether each pass takes the examples in a new order.
     pub shuffle: bool,
+    /// Whether activations are computed again in the backward pass instead of kept: less memory, more time.
+    pub recompute: bool,
 }
 
 impl Default for TrainOptions {
@@ -92,6 +94,7 @@ impl Default for TrainOptions {
             max_grad_norm: None,
             seed: 0,
             shuffle: false,
+            recompute: false,
         }
     }
 }

@@ -88,7 +88,7 @@ impl Trainer {
         let total_steps = options.steps.unwrap_or_else(|| sampler.steps_per_epoch());
         let clip = options.build_clip()?;
         Ok(Self {
-            model,
+            model: model.with_recomputation(options.recompute),
             data,
             options,
             sampler,

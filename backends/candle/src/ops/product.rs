@@ -18,7 +18,7 @@ const CHUNK_ROWS: usize = 192;
 /// Ranges of about equal length that cover the rows of a weight `[v, d]`, to widen one after the other for `n` rows
 /// of input. None is much shorter than the others: for small matrices products sum in another order, and the parts
 /// of a product must have the bits of the whole.
-fn chunks(n: usize, v: usize, d: usize) -> impl Iterator<Item = Range<usize>> {
+pub(super) fn chunks(n: usize, v: usize, d: usize) -> impl Iterator<Item = Range<usize>> {
     let rows = (CHUNK_ELEMENTS / d.max(1)).max(CHUNK_ROWS).max(n.min(1024));
     let count = v.div_ceil(rows);
     (0..count).map(move |i| i * v / count..(i + 1) * v / count)

@@ -5,23 +5,24 @@ mod plain;
 #[cfg(test)]
 mod tests;
 
-use candle_core::Tensor;
+use candle_core::{CpuStorage, Tensor};
 use trainable_tokens_core::Error as CoreError;
 
 use self::overridden::ProjectOverridden;
 use self::plain::Project;
-use crate::convert::core_dtype;
+use crate::convert::{core_dtype, unsupported};
+use crate::ops::storage::{DeviceStorage, elements};
 use crate::{Error, Result};
 
 /// Trained rows in the place of some rows of a weight, as they are at the time of the call.
 pub(crate) struct Overrides {
-    delta: Tensor,
+    pub(crate) delta: Tensor,
     /// A copy of the delta in the weight's type, `[k, D]`.
-    rows: Tensor,
+    pub(crate) rows: Tensor,
     /// The weight's own rows, `[k, D]`.
-    base_rows: Tensor,
+    pub(crate) base_rows: Tensor,
     /// Which rows of the weight they are, `[k]`.
-    columns: Tensor,
+    pub(crate) columns: Tensor,
 }
 
 impl Overrides {
@@ -40,6 +41,35 @@ impl Overrides {
             columns,
         })
     }
+
+    /// The slots whose row differs from the base's, on the CPU.
+    ///
+    /// # Errors
+    ///
+    /// When the rows lie elsewhere.
+    pub(crate) fn changed_slots(&self) -> Result<Vec<u32>> {
+        fn differing<T: PartialEq>(rows: &[T], base: &[T], dim: usize) -> Vec<u32> {
+            let rows = rows.chunks_exact(dim).zip(base.chunks_exact(dim));
+            let differing = (0u32..).zip(rows).filter(|(_, (row, base))| row != base);
+            differing.map(|(slot, _)| slot).collect()
+        }
+        let dim = self.rows.dims()[1].max(1);
+        let (rows, rows_layout) = self.rows.storage_and_layout();
+        let (base, base_layout) = self.base_rows.storage_and_layout();
+        let (rows, base) = (CpuStorage::of(&rows)?, CpuStorage::of(&base)?);
+        macro_rules! compare {
+            ($($variant:ident)*) => {
+                $(if let (Some(rows), Some(base)) = (
+                    elements!(rows, rows_layout, $variant),
+                    elements!(base, base_layout, $variant),
+                ) {
+                    return Ok(differing(rows, base, dim));
+                })*
+            };
+        }
+        compare!(F32 BF16 F16 F64);
+        Err(unsupported())
+    }
 }
 
 /// `x · Wᵀ + b` for `x` `[.., D]`, the detached weight `[V, D]` and the detached bias `[V]`. Gradients go to `x`
@@ -50,12 +80,39 @@ pub(crate) fn project(
     bias: Option<&Tensor>,
     overrides: Option<Overrides>,
 ) -> Result<Tensor> {
-    let what = "input of the projection";
     let (v, d) = weight.dims2()?;
+    let leading = check_input(x, weight)?;
+    let plain = Project::new(weight, bias);
+    let Some(overrides) = overrides else {
+        // Only a matrix is taken as it lies.
+        let x = if leading.len() == 1 {
+            x.clone()
+        } else {
+            x.contiguous()?
+        };
+        return Ok(x.apply_op1(plain)?);
+    };
+    let shape = [leading, &[v]].concat();
+    let rows = leading.iter().product::<usize>();
+    let delta = overrides.delta.clone();
+    let out = x
+        .reshape((rows, d))?
+        .apply_op2(&delta, ProjectOverridden::new(plain, overrides))?;
+    Ok(out.reshape(shape)?)
+}
+
+/// The leading dimensions of an input `[.., D]` for a weight `[V, D]`.
+///
+/// # Errors
+///
+/// When shape, element type or device do not fit the weight.
+pub(crate) fn check_input<'a>(x: &'a Tensor, weight: &Tensor) -> Result<&'a [usize]> {
+    let what = "input of the projection";
     let Some((&last, leading)) = x.dims().split_last() else {
         let (expected, got) = ("[.., in_features]", Vec::new());
         return Err(Error::Rank { what, expected, got });
     };
+    let d = weight.dims2()?.1;
     if last != d {
         return Err(CoreError::shape(what, &[leading, &[d]].concat(), x.dims()).into());
     }
@@ -71,16 +128,5 @@ pub(crate) fn project(
             got: x.device().location(),
         });
     }
-    let shape = [leading, &[v]].concat();
-    let rows = leading.iter().product::<usize>();
-    let x = x.reshape((rows, d))?;
-    let plain = Project::new(weight, bias);
-    let out = match overrides {
-        None => x.apply_op1(plain)?,
-        Some(overrides) => {
-            let delta = overrides.delta.clone();
-            x.apply_op2(&delta, ProjectOverridden::new(plain, overrides))?
-        }
-    };
-    Ok(out.reshape(shape)?)
+    Ok(leading)
 }

@@ -105,6 +105,7 @@ fn options(args: &TrainArgs) -> TrainOptions {
         max_grad_norm: args.max_grad_norm,
         seed: args.seed,
         shuffle: args.shuffle,
+        recompute: args.recompute,
     }
 }
 

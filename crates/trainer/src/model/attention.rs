@@ -4,9 +4,8 @@ use candle_core::Tensor;
 use candle_nn::Module;
 
 use super::linear::Linear;
-use super::rotary::Positions;
 use super::weights::Weights;
-use crate::ops::{add_frozen, softmax};
+use crate::ops::{AttentionKind, Mask, Rotation, attention};
 use crate::{ModelConfig, Result};
 
 #[derive(Debug)]
@@ -18,6 +17,7 @@ pub(super) struct Attention {
     query_heads: usize,
     key_heads: usize,
     head_dim: usize,
+    mask: Mask,
 }
 
 impl Attention {
@@ -34,40 +34,28 @@ impl Attention {
             query_heads: config.num_attention_heads,
             key_heads: config.num_key_value_heads,
             head_dim: config.head_dim,
+            mask: Mask::causal(config.sliding_window),
         })
     }
 
-    /// `[B, L, D]` to `[B, L, D]`.
-    pub(super) fn forward(&self, hidden: &Tensor, positions: &Positions) -> Result<Tensor> {
-        let (batch, length, _) = hidden.dims3()?;
-        let heads = |projected: Tensor, heads: usize| {
-            projected
-                .reshape((batch, length, heads, self.head_dim))?
-                .transpose(1, 2)?
-                .contiguous()
-        };
-        let query = positions.rotate(&heads(self.query.forward(hidden)?, self.query_heads)?)?;
-        let key = positions.rotate(&heads(self.key.forward(hidden)?, self.key_heads)?)?;
-        let value = heads(self.value.forward(hidden)?, self.key_heads)?;
+    /// Its linear layers.
+    pub(super) fn linear(&self) -> [&Linear; 4] {
+        [&self.query, &self.key, &self.value, &self.output]
+    }
 
-        // The query heads of a group lie one after the other, so a group's scores are one product, without
-        // repeating keys and values.
-        let group = self.query_heads / self.key_heads * length;
-        let scale = 1.0 / (self.head_dim as f64).sqrt();
-        let query = (query.reshape((batch, self.key_heads, group, self.head_dim))? * scale)?;
-        let scores =
-            query
-                .matmul(&key.transpose(2, 3)?)?
-                .reshape((batch, self.query_heads, length, length))?;
-        let weights = softmax(&add_frozen(&scores, &positions.mask)?)?;
-        let mixed = weights
-            .reshape((batch, self.key_heads, group, length))?
-            .matmul(&value)?;
-        let mixed = mixed
-            .reshape((batch, self.query_heads, length, self.head_dim))?
-            .transpose(1, 2)?;
-        Ok(self
-            .output
-            .forward(&mixed.reshape((batch, length, self.query_heads * self.head_dim))?)?)
+    /// `[B, L, D]` to `[B, L, D]`.
+    pub(super) fn forward(&self, hidden: &Tensor, rotation: &Rotation) -> Result<Tensor> {
+        let (query, key) = (self.query.forward(hidden)?, self.key.forward(hidden)?);
+        let value = self.value.forward(hidden)?;
+        let kind = AttentionKind {
+            query_heads: self.query_heads,
+            key_heads: self.key_heads,
+            scale: 1.0 / (self.head_dim as f64).sqrt(),
+            softcap: None,
+            mask: self.mask,
+            rotation: Some(rotation.clone()),
+        };
+        let mixed = attention(&query, &key, &value, &kind)?;
+        Ok(self.output.forward(&mixed)?)
     }
 }

@@ -99,6 +99,20 @@ impl Linear {
     pub(super) fn new(frozen: FrozenLinear, low_rank: Option<LowRank>) -> Self {
         Self { frozen, low_rank }
     }
+
+    /// The frozen layer, if it is all there is.
+    pub(super) fn frozen(&self) -> Option<&FrozenLinear> {
+        match self.low_rank {
+            None => Some(&self.frozen),
+            Some(_) => None,
+        }
+    }
+
+    /// The leaves of the graph in it: LoRA's factors.
+    pub(super) fn leaves(&self) -> impl Iterator<Item = &Tensor> {
+        let factors = self.low_rank.iter().flat_map(LowRank::factors);
+        factors.map(CandleDelta::tensor)
+    }
 }
 
 impl Module for Linear {

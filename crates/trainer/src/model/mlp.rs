@@ -5,6 +5,7 @@ use candle_nn::Module;
 
 use super::linear::Linear;
 use super::weights::Weights;
+use crate::ops::silu_gate;
 use crate::{ModelConfig, Result};
 
 #[derive(Debug)]
@@ -26,8 +27,13 @@ impl Mlp {
         })
     }
 
+    /// Its linear layers.
+    pub(super) fn linear(&self) -> [&Linear; 3] {
+        [&self.gate, &self.up, &self.down]
+    }
+
     pub(super) fn forward(&self, hidden: &Tensor) -> Result<Tensor> {
-        let gated = (self.gate.forward(hidden)?.silu()? * self.up.forward(hidden)?)?;
+        let gated = silu_gate(&self.gate.forward(hidden)?, &self.up.forward(hidden)?)?;
         Ok(self.down.forward(&gated)?)
     }
 }

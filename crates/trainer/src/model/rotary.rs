@@ -1,27 +1,16 @@
-//! Rotary position embeddings (Su et al. 2021) and the causal mask, for one sequence length.
+//! The angles of rotary position embeddings (Su et al. 2021).
 
 use std::f32::consts::PI;
 
-use candle_core::{D, DType, Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 
 use crate::config::{ModelConfig, RopeScaling};
-use crate::ops::mul_frozen;
+use crate::ops::Rotation;
 
 /// The angular frequencies of a model.
 #[derive(Clone, Debug)]
 pub(super) struct Rotary {
     inverse_frequencies: Vec<f32>,
-}
-
-/// What attention needs to know of the positions `0..L`.
-#[derive(Debug)]
-pub(super) struct Positions {
-    /// `[L, head_dim]`.
-    cos: Tensor,
-    /// `[L, head_dim]`.
-    sin: Tensor,
-    /// `[L, L]`, 0 where a query sees a key and the type's lowest number where not.
-    pub(super) mask: Tensor,
 }
 
 // Positions and dimensions are far below 2^24, so they are exact in `f32`.
@@ -37,14 +26,8 @@ impl Rotary {
         }
     }
 
-    /// Angles and mask for `length` positions.
-    pub(super) fn positions(
-        &self,
-        length: usize,
-        config: &ModelConfig,
-        dtype: DType,
-        device: &Device,
-    ) -> Result<Positions> {
+    /// The rotation at `length` positions.
+    pub(super) fn rotation(&self, length: usize, dtype: DType, device: &Device) -> Result<Rotation> {
         let angles: Vec<f32> = (0..length)
             .flat_map(|position| {
                 let half = self
@@ -63,32 +46,10 @@ impl Rotary {
             )?
             .to_dtype(dtype)
         };
-        let window = config.sliding_window.unwrap_or(usize::MAX);
-        let hidden = if dtype == DType::F16 {
-            f32::from(half::f16::MIN)
-        } else {
-            f32::MIN
-        };
-        let sees = |query: usize, key: usize| key <= query && query - key < window;
-        let mask: Vec<f32> = (0..length)
-            .flat_map(|query| (0..length).map(move |key| if sees(query, key) { 0.0 } else { hidden }))
-            .collect();
-        Ok(Positions {
+        Ok(Rotation {
             cos: table(f32::cos)?,
             sin: table(f32::sin)?,
-            mask: Tensor::from_vec(mask, (length, length), device)?.to_dtype(dtype)?,
         })
-    }
-}
-
-impl Positions {
-    /// Rotates queries or keys `[B, heads, L, head_dim]`: dimension `i` pairs with `i + head_dim / 2`.
-    pub(super) fn rotate(&self, x: &Tensor) -> Result<Tensor> {
-        let half = x.dim(D::Minus1)? / 2;
-        let first = x.narrow(D::Minus1, 0, half)?;
-        let second = x.narrow(D::Minus1, half, half)?;
-        let turned = Tensor::cat(&[&second.neg()?, &first], D::Minus1)?;
-        mul_frozen(x, &self.cos)? + mul_frozen(&turned, &self.sin)?
     }
 }
 

@@ -3,7 +3,7 @@
 use candle_core::{DType, Device, Tensor};
 use serde_json::{Value, json};
 use trainable_tokens_core::PaddingRule;
-use trainable_tokens_trainer::{ALL_LINEAR, Decoder, LoraOptions};
+use trainable_tokens_trainer::{ALL_LINEAR, Decoder, Graph, LoraOptions};
 
 use crate::case::{Case, flat, with_adapter};
 
@@ -20,9 +20,8 @@ fn options(targets: &[&str]) -> LoraOptions {
 fn logits(model: &Decoder) -> Vec<f32> {
     let ids = Tensor::new(&[[1u32, 149, 40, 7], [3, 40, 149, 149]], &Device::Cpu).unwrap();
     let hidden = model.hidden(&model.embed(&ids).unwrap().detach()).unwrap();
-    let logits = model.logits(&hidden).unwrap();
-    assert!(!logits.track_op(), "a pass without a graph keeps one");
-    flat(&logits)
+    assert!(!hidden.track_op(), "a pass without a graph keeps one");
+    flat(&model.logits(&hidden).unwrap())
 }
 
 #[test]
@@ -131,4 +130,34 @@ fn what_cannot_train_is_refused_by_name() {
     // An untied head is a linear layer like any other.
     let head = options(&["lm_head"]).start(&untied, &[40], None).unwrap();
     assert_eq!(with_adapter(&untied, &head).low_rank().len(), 1);
+}
+
+/// The loss of a head with weights of LoRA is that of its logits.
+#[test]
+fn a_head_with_weights_of_lora_trains() {
+    let case = Case::open("llama_untied");
+    let base = case.base(&Value::Null);
+    let start = options(&["lm_head"]).start(&base, &[149, 40], None).unwrap();
+    let [with, without] = [
+        with_adapter(&base, &start),
+        case.model(&json!({ "state": "noop" })),
+    ];
+    let ids = Tensor::new(&[[1u32, 149, 40, 7]], &Device::Cpu).unwrap();
+    let labels = Tensor::new(&[[149i64, -100, 7, 40]], &Device::Cpu).unwrap();
+    let loss = |model: &Decoder| {
+        let hidden = model.hidden(&model.embed(&ids).unwrap()).unwrap();
+        model.cross_entropy(&hidden, &labels, Graph::Keep).unwrap()
+    };
+    let [ours, frozen] = [loss(&with), loss(&without)].map(|loss| loss.to_scalar::<f32>().unwrap());
+    assert!((ours - frozen).abs() < 1e-6, "{ours} {frozen}");
+    let gradients = loss(&with).backward().unwrap();
+    let [_, b] = with.low_rank()[0].factors();
+    let norm = gradients
+        .get(b.tensor())
+        .unwrap()
+        .sqr()
+        .unwrap()
+        .sum_all()
+        .unwrap();
+    assert!(norm.to_scalar::<f32>().unwrap() > 0.0);
 }

@@ -35,7 +35,7 @@ fn write_batches(case: &Case, path: &Path) {
     std::fs::write(path, text).unwrap();
 }
 
-fn trainer(case: &Case, data: &Path) -> Trainer {
+fn trainer(case: &Case, data: &Path, recompute: bool) -> Trainer {
     let operation = training(case);
     let spec = &operation["optimizer"];
     assert_eq!(spec["type"], "AdamW");
@@ -47,6 +47,7 @@ fn trainer(case: &Case, data: &Path) -> Trainer {
         beta2: spec["betas"][1].as_f64().unwrap(),
         eps: number("eps"),
         weight_decay: number("weight_decay"),
+        recompute,
         ..TrainOptions::default()
     };
     let base = case.base(&Value::Null);
@@ -102,7 +103,7 @@ fn train(name: &str) {
     let data = dir.path().join("batches.jsonl");
     write_batches(&case, &data);
 
-    let mut trainer = trainer(&case, &data);
+    let mut trainer = trainer(&case, &data, false);
     let probe = trainer.check_gradient().unwrap();
     assert!(probe.relative_error < 0.1, "{probe:?}");
     let losses = case.flat("losses");
@@ -140,25 +141,30 @@ fn train(name: &str) {
     // A run that is cut in two goes on bit for bit.
     let whole = saved(&case, &trainer);
     let cut = steps / 3;
-    let mut first = self::trainer(&case, &data);
+    let mut first = self::trainer(&case, &data, false);
     (0..cut).for_each(|_| assert!(first.step().unwrap().loss > 0.0));
-    let mut second = self::trainer(&case, &data);
+    let mut second = self::trainer(&case, &data, false);
     let state = first.training_state().unwrap();
     let path = Path::new("training_state.safetensors");
     second.resume(&saved(&case, &first), state, path).unwrap();
     assert_eq!(second.steps_taken(), cut as u64);
     (cut..steps).for_each(|_| assert!(second.step().unwrap().loss > 0.0));
-    let resumed = saved(&case, &second);
-    for (ours, theirs) in whole.modules().iter().zip(resumed.modules()) {
-        assert!(
-            ours.rows().bits_eq(theirs.rows()),
-            "{name}: resumed run, {}",
-            ours.path()
-        );
+    expect_same(&format!("{name}: resumed run"), &whole, &saved(&case, &second));
+
+    // Activations that are computed again are the same.
+    let mut thrifty = self::trainer(&case, &data, true);
+    (0..steps).for_each(|_| assert!(thrifty.step().unwrap().loss > 0.0));
+    expect_same(&format!("{name}: recomputation"), &whole, &saved(&case, &thrifty));
+}
+
+/// Equal bits in all that trained.
+fn expect_same(what: &str, one: &Adapter, other: &Adapter) {
+    for (ours, theirs) in one.modules().iter().zip(other.modules()) {
+        assert!(ours.rows().bits_eq(theirs.rows()), "{what}: {}", ours.path());
     }
-    for tensor in whole.extra_tensors() {
+    for tensor in one.extra_tensors() {
         let bytes = |adapter: &Adapter| adapter.extra_tensor(tensor).unwrap().bytes.to_vec();
-        assert_eq!(bytes(&whole), bytes(&resumed), "{name}: resumed run, {tensor}");
+        assert_eq!(bytes(one), bytes(other), "{what}: {tensor}");
     }
 }
 

@@ -7,7 +7,7 @@ use super::plain::Project;
 use crate::convert::unsupported;
 use crate::ops::compute_dtype;
 use crate::ops::product::{product, product_on_cpu, product_transposed};
-use crate::ops::storage::{DeviceStorage, elements};
+use crate::ops::storage::DeviceStorage;
 
 /// The projection as an operation on its input and the trained rows.
 ///
@@ -51,7 +51,7 @@ impl ProjectOverridden {
     }
 
     fn override_on_cpu(&self, x: &CpuStorage, layout: &Layout, out: &mut CpuStorage) -> Result<()> {
-        let slots = self.changed_slots()?;
+        let slots = self.overrides.changed_slots()?;
         if slots.is_empty() || layout.dims()[0] == 0 {
             return Ok(());
         }
@@ -71,31 +71,6 @@ impl ProjectOverridden {
             _ => return Err(unsupported().into()),
         }
         Ok(())
-    }
-
-    /// The slots whose row differs from the base's.
-    fn changed_slots(&self) -> Result<Vec<u32>> {
-        fn differing<T: PartialEq>(rows: &[T], base: &[T], dim: usize) -> Vec<u32> {
-            let rows = rows.chunks_exact(dim).zip(base.chunks_exact(dim));
-            let differing = (0u32..).zip(rows).filter(|(_, (row, base))| row != base);
-            differing.map(|(slot, _)| slot).collect()
-        }
-        let dim = self.overrides.rows.dims()[1].max(1);
-        let (rows, rows_layout) = self.overrides.rows.storage_and_layout();
-        let (base, base_layout) = self.overrides.base_rows.storage_and_layout();
-        let (rows, base) = (CpuStorage::of(&rows)?, CpuStorage::of(&base)?);
-        macro_rules! compare {
-            ($($variant:ident)*) => {
-                $(if let (Some(rows), Some(base)) = (
-                    elements!(rows, rows_layout, $variant),
-                    elements!(base, base_layout, $variant),
-                ) {
-                    return Ok(differing(rows, base, dim));
-                })*
-            };
-        }
-        compare!(F32 BF16 F16 F64);
-        Err(unsupported().into())
     }
 }
 

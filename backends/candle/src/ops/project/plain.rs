@@ -1,7 +1,7 @@
 //! `x · Wᵀ + b` with a gradient for `x` alone.
 
 use candle_core::op::Add;
-use candle_core::{CpuStorage, CudaStorage, CustomOp1, Layout, MetalStorage, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CudaStorage, CustomOp1, Layout, MetalStorage, Result, Shape, Tensor, bail};
 use half::{bf16, f16};
 
 use crate::convert::unsupported;
@@ -60,9 +60,31 @@ impl Project {
     }
 
     fn forward<S: DeviceStorage>(&self, x: &S, layout: &Layout) -> Result<(S, Shape)> {
-        let shape = self.shape(layout);
-        let out = product(x, layout, &self.weight)?;
-        Ok((self.add_bias(out, &shape)?, shape))
+        let rows = as_rows(layout)?;
+        let out = product(x, &rows, &self.weight)?;
+        Ok((self.add_bias(out, &self.shape(&rows))?, self.whole_shape(layout)))
+    }
+
+    /// The shape of the result for an input of any rank but 0.
+    fn whole_shape(&self, x: &Layout) -> Shape {
+        let mut dims = x.dims().to_vec();
+        if let Some(last) = dims.last_mut() {
+            *last = self.weight.dims()[0];
+        }
+        Shape::from(dims)
+    }
+}
+
+/// The rows of an input, which is contiguous unless it is a matrix. Reshaping the input instead would cost a backward
+/// pass two copies more.
+fn as_rows(x: &Layout) -> Result<Layout> {
+    match x.dims() {
+        [_, _] => Ok(x.clone()),
+        [leading @ .., width] if x.is_contiguous() => {
+            let shape = (leading.iter().product::<usize>(), *width);
+            Ok(Layout::contiguous_with_offset(shape, x.start_offset()))
+        }
+        dims => bail!("an input of shape {dims:?} has no rows that lie one after the other"),
     }
 }
 
@@ -72,9 +94,9 @@ impl CustomOp1 for Project {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let mut out = product_on_cpu(x, layout, &self.weight)?;
+        let mut out = product_on_cpu(x, &as_rows(layout)?, &self.weight)?;
         self.add_bias_on_cpu(&mut out)?;
-        Ok((out, self.shape(layout)))
+        Ok((out, self.whole_shape(layout)))
     }
 
     fn cuda_fwd(&self, x: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
@@ -86,9 +108,11 @@ impl CustomOp1 for Project {
     }
 
     fn bwd(&self, x: &Tensor, _: &Tensor, upstream: &Tensor) -> Result<Option<Tensor>> {
-        let upstream = upstream.detach().contiguous()?;
+        let shape = self.shape(&as_rows(&Layout::contiguous(x.shape()))?);
+        let upstream = upstream.detach().contiguous()?.reshape(shape)?;
         product_transposed(&upstream, &self.weight)?
-            .to_dtype(x.dtype())
+            .to_dtype(x.dtype())?
+            .reshape(x.shape())
             .map(Some)
     }
 }

@@ -1,0 +1,77 @@
+//! Attention, composed of candle's operations.
+
+use candle_core::{D, DType, Device, Result, Tensor};
+
+use super::{AttentionKind, Mask};
+use crate::ops::frozen::add_frozen;
+use crate::ops::working_dtype;
+
+/// See [`attention`](super::attention).
+pub(crate) fn composed(query: &Tensor, key: &Tensor, value: &Tensor, kind: &AttentionKind) -> Result<Tensor> {
+    let (batch, length, width) = query.dims3()?;
+    let head_dim = width / kind.query_heads;
+    let heads = |projected: &Tensor, heads: usize| {
+        projected
+            .reshape((batch, length, heads, head_dim))?
+            .transpose(1, 2)?
+            .contiguous()
+    };
+    let rotated = |heads: Tensor| match &kind.rotation {
+        Some(rotation) => rotation.composed(&heads),
+        None => Ok(heads),
+    };
+    let query = rotated(heads(query, kind.query_heads)?)?;
+    let key = rotated(heads(key, kind.key_heads)?)?;
+    let value = heads(value, kind.key_heads)?;
+
+    // The query heads of a group lie one after the other, so a group's scores are one product, without
+    // repeating keys and values.
+    let group = kind.query_heads / kind.key_heads * length;
+    let query = (query.reshape((batch, kind.key_heads, group, head_dim))? * kind.scale)?;
+    let scores = query.matmul(&key.transpose(2, 3)?)?;
+    let scores = match kind.softcap {
+        Some(cap) => ((scores / cap)?.tanh()? * cap)?,
+        None => scores,
+    };
+    let scores = scores.reshape((batch, kind.query_heads, length, length))?;
+    let mask = mask(kind.mask, length, scores.dtype(), scores.device())?;
+    let weights = softmax(&add_frozen(&scores, &mask)?)?;
+    let mixed = weights
+        .reshape((batch, kind.key_heads, group, length))?
+        .matmul(&value)?;
+    let mixed = mixed
+        .reshape((batch, kind.query_heads, length, head_dim))?
+        .transpose(1, 2)?;
+    mixed.reshape((batch, length, width))
+}
+
+/// `[L, L]`, 0 where a query sees a key and the type's lowest number where not.
+fn mask(mask: Mask, length: usize, dtype: DType, device: &Device) -> Result<Tensor> {
+    let lowest = if dtype == DType::F16 {
+        f32::from(half::f16::MIN)
+    } else {
+        f32::MIN
+    };
+    // Positions are far below 2^24, so they are exact in `f32`.
+    let position = Tensor::arange(0f32, length as f32, device)?;
+    let offset = position.unsqueeze(0)?.broadcast_sub(&position.unsqueeze(1)?)?;
+    let hidden = Tensor::full(lowest, (length, length), device)?;
+    let seen = offset
+        .ge(-(mask.behind as f64))?
+        .where_cond(&hidden.zeros_like()?, &hidden)?;
+    offset
+        .le(mask.ahead as f64)?
+        .where_cond(&seen, &hidden)?
+        .to_dtype(dtype)
+}
+
+/// Softmax over the last dimension.
+pub(crate) fn softmax(x: &Tensor) -> Result<Tensor> {
+    let dtype = x.dtype();
+    let x = x.to_dtype(working_dtype(dtype))?;
+    let highest = x.detach().max_keepdim(D::Minus1)?.neg()?;
+    let exponentials = add_frozen(&x, &highest)?.exp()?;
+    exponentials
+        .broadcast_div(&exponentials.sum_keepdim(D::Minus1)?)?
+        .to_dtype(dtype)
+}
