@@ -100,6 +100,48 @@ def check_lora(cli, report, work: Path):
     for number, case in enumerate(CASES):
         check_case(cli, report, case, model_path(work, case.model, case.dtype), work / f"case-{number}")
     check_refusals(cli, report, model_path(work, "llama", torch.float32), work / "refused")
+    for name in ("llama", "llama-tied"):
+        check_training(cli, report, model_path(work, name, torch.float32), work / f"trained-{name}")
+
+
+def check_training(cli, report, model: Path, work: Path):
+    """Weights of LoRA and rows train together as in PEFT, from the same start."""
+    work.mkdir()
+    what = f"LoRA, training of {model.name}:"
+    generator = torch.Generator().manual_seed(5)
+    lines = [torch.randint(VOCAB_SIZE, (12,), generator=generator).tolist() for _ in range(6)]
+    examples = [{"input_ids": line[:8] + TOKENS} for line in lines]
+    data = work / "data.jsonl"
+    data.write_text("".join(json.dumps(example) + "\n" for example in examples))
+    metrics, start, ours, again = (work / name for name in ("metrics.jsonl", "start", "ours", "again"))
+    options = dict(model=model, data=data, token_ids=",".join(map(str, TOKENS)), batch_size=3, seed=2)
+    options |= dict(padding_idx="torch", lora_rank=4, lora_alpha=12, lora_targets="all-linear", weight_decay=0.1)
+    cli("train", **options, out=start, steps=1, lr=0)
+    summary = cli("train", **options, out=ours, steps=8, lr=1e-2, metrics=metrics)
+    report.equal(f"{what} layers", summary["lora_modules"], 7 * SHAPE["num_hidden_layers"])
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trained = PeftModel.from_pretrained(reference.load_model(model), start, is_trainable=True).eval()
+    complaints = [str(warning.message) for warning in caught if "key" in str(warning.message)]
+    report.none(f"{what} PEFT's warnings on keys", complaints)
+    keys = reference.adapter_keys(trained)
+    report.equal(f"{what} keys", sorted(reference.read_tensors(ours)), sorted(keys))
+    losses = reference.train(trained, examples, 0, steps=8, batch_size=3, lr=1e-2, weight_decay=0.1)
+    steps = [json.loads(line) for line in metrics.read_text().splitlines()]
+    our_losses = [step["loss"] for step in steps if "step" in step]
+    difference = max(abs(a - b) for a, b in zip(our_losses, losses, strict=True))
+    report.within(f"{what} losses {losses[0]:.3f} to {losses[-1]:.3f}", difference, 2e-4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trained.save_pretrained(again)
+        loaded = PeftModel.from_pretrained(reference.load_model(model), ours).eval()
+    mine, theirs = reference.read_tensors(ours), reference.read_tensors(again)
+    difference = max((mine[name] - theirs[name]).abs().max().item() for name in theirs)
+    report.within(f"{what} weights and rows", difference, 2e-3)
+    ids = torch.tensor([example["input_ids"] for example in examples])
+    logits = reference.forward(loaded, ids)["logits"]
+    report.close(f"{what} logits", cli.forward(work, model, ids, adapter=ours)["logits"], logits, 1e-4)
 
 
 def model_path(work: Path, name: str, dtype: torch.dtype) -> Path:

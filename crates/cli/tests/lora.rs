@@ -383,7 +383,7 @@ fn tokens_of_several_adapters_are_refused_or_mixed_as_asked() {
             "--out",
             out
         ];
-        run(&[args, more.iter().map(std::ffi::OsString::from).collect()].concat())
+        run(&[args, more.iter().map(OsString::from).collect()].concat())
     };
     merge(&[]).refused(&["token id 5", "first", "second"]);
     merge(&["--overlap=error"]).refused(&["token id 5"]);
