@@ -1,7 +1,9 @@
 //! One module per command.
 
 mod demo;
+mod diff;
 mod eval;
+mod extract;
 mod forward;
 mod init;
 mod inspect;
@@ -26,6 +28,8 @@ pub(crate) fn run(cli: &Cli) -> Result<()> {
         Command::Forward(args) => forward::run(args, cli),
         Command::Init(args) => init::run(args, cli),
         Command::Merge(args) => merge::run(args, cli),
+        Command::Extract(args) => extract::run(args, cli),
+        Command::Diff(args) => diff::run(args, cli),
         Command::Inspect(args) => inspect::run(args, cli),
         Command::Verify(args) => verify::run(args, cli),
     }

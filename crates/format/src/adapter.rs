@@ -15,9 +15,11 @@ use std::path::{Path, PathBuf};
 
 pub use builder::AdapterBuilder;
 pub use check::BaseCheck;
+pub(crate) use check::{RecordedTable, weight_name};
 pub use extend::SaveEmbeddingLayers;
 use key::key_of;
 pub use metadata::{AdapterMetadata, ModuleMetadata};
+pub(crate) use parts::first_different_row;
 pub use set::AdapterSet;
 use trainable_tokens_core::{TokenId, TokenRows, TokenSet};
 

@@ -129,6 +129,12 @@ impl Checkpoint {
         self.tensors.keys().map(String::as_str)
     }
 
+    /// The names of the tensors in the order in which they lie in the files.
+    pub(crate) fn names_by_place(&self) -> impl Iterator<Item = &str> {
+        let names = self.files.iter().flat_map(SafetensorsFile::names_by_place);
+        names.filter(|name| self.contains(name))
+    }
+
     /// Whether there is a tensor `name`.
     pub fn contains(&self, name: &str) -> bool {
         self.tensors.contains_key(name)

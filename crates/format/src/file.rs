@@ -158,6 +158,13 @@ impl SafetensorsFile {
         self.inner.header.tensors.keys().map(String::as_str)
     }
 
+    /// The names of the tensors in the order in which they lie in the file.
+    pub(crate) fn names_by_place(&self) -> impl Iterator<Item = &str> + use<'_> {
+        let mut tensors: Vec<_> = self.inner.header.tensors.iter().collect();
+        tensors.sort_by_key(|(_, info)| info.data_offsets);
+        tensors.into_iter().map(|(name, _)| name.as_str())
+    }
+
     /// Whether there is a tensor `name`.
     pub fn contains(&self, name: &str) -> bool {
         self.inner.header.tensors.contains_key(name)
@@ -193,6 +200,11 @@ impl SafetensorsFile {
     pub fn table(&self, name: &str) -> Result<MappedTable> {
         let (_, info) = self.info(name)?;
         MappedTable::new(self.clone(), self.range_of(info), name, info)
+    }
+
+    /// Whether it is mapped, and not only in memory.
+    pub(crate) fn is_mapped(&self) -> bool {
+        matches!(self.inner.content, Content::Map(_))
     }
 
     /// The bytes of the whole file.

@@ -1,13 +1,12 @@
 //! One tensor with changes, written block by block.
 
 use std::collections::BTreeMap;
-use std::io::Write;
 use std::ops::Range;
-use std::path::Path;
 
 use half::{bf16, f16};
 use trainable_tokens_core::{DType, Element, EmbeddingSource, HostTable as _, MergeCheck, RowRef, TokenId};
 
+use super::output::Output;
 use crate::error::{Error, Result};
 use crate::lora::{LoraDelta, LowRank};
 use crate::table::{ExtendedTable, MappedTable};
@@ -113,31 +112,53 @@ impl TablePlan {
         self.table.embedding_dim() * self.table.dtype().size_in_bytes()
     }
 
-    /// Writes the tensor's bytes; `target` names the file in messages.
-    pub(super) fn write(&self, check: MergeCheck, target: &Path, out: &mut dyn Write) -> Result<()> {
-        let mut writer = Writer { check, target, out };
+    /// Writes the tensor's bytes.
+    pub(super) fn write<'a>(&'a self, check: MergeCheck, out: &mut Output<'a>) -> Result<()> {
         match self.table.dtype() {
-            _ if self.deltas.is_empty() && self.source.is_none() => self.write_rows(&mut writer),
-            DType::F64 => self.write_sums::<f64>(&mut writer),
-            DType::F32 => self.write_sums::<f32>(&mut writer),
-            DType::F16 => self.write_sums::<f16>(&mut writer),
-            DType::BF16 => self.write_sums::<bf16>(&mut writer),
+            _ if self.is_copied(check) => self.copy(out),
+            DType::F64 => self.write_sums::<f64>(check, out),
+            DType::F32 => self.write_sums::<f32>(check, out),
+            DType::F16 => self.write_sums::<f16>(check, out),
+            DType::BF16 => self.write_sums::<bf16>(check, out),
         }
     }
 
-    /// Only rows are replaced: all between them is copied.
-    fn write_rows(&self, writer: &mut Writer<'_>) -> Result<()> {
-        let (base, size) = (self.table.bytes(), self.row_bytes());
-        let mut at = 0;
+    /// Whether all but the replaced rows, which were checked, can be copied from where they lie. Rows after the base's
+    /// last are replaced ones.
+    fn is_copied(&self, check: MergeCheck) -> bool {
+        let may_copy = |source: &ExtendedTable| {
+            let is_checked = check == MergeCheck::Unchecked || self.is_base(source.base());
+            is_checked && source.dtype() == self.table.dtype()
+        };
+        self.deltas.is_empty() && self.source.as_ref().is_none_or(may_copy)
+    }
+
+    /// Whether a table is the one in the checkpoint.
+    fn is_base(&self, table: &MappedTable) -> bool {
+        (table.path(), table.file_range()) == (self.table.path(), self.file_range())
+    }
+
+    /// Copies what the tensor starts from, and has the replaced rows written over it.
+    fn copy<'a>(&'a self, out: &mut Output<'a>) -> Result<()> {
+        let (start, size) = (out.position(), self.row_bytes());
+        match &self.source {
+            None => out.copy(self.file_range())?,
+            Some(source) => {
+                if self.is_base(source.base()) {
+                    out.copy(self.file_range())?;
+                } else {
+                    out.put(source.base().bytes())?;
+                }
+                out.put(&source.added().to_le_bytes())?;
+            }
+        }
         for (id, row) in &self.rows {
-            writer.put(base.get(at..id.row() * size).unwrap_or_default())?;
-            writer.put(&row.bytes)?;
-            at = (id.row() + 1) * size;
+            out.patch(start + id.row() * size, &row.bytes);
         }
-        writer.put(base.get(at..).unwrap_or_default())
+        Ok(())
     }
 
-    fn write_sums<T: Element>(&self, writer: &mut Writer<'_>) -> Result<()> {
+    fn write_sums<T: Element>(&self, check: MergeCheck, out: &mut Output<'_>) -> Result<()> {
         let deltas: Vec<_> = self
             .deltas
             .iter()
@@ -153,7 +174,7 @@ impl TablePlan {
             for delta in &deltas {
                 delta.add_to(block.clone(), &mut values);
             }
-            if writer.check == MergeCheck::Finite {
+            if check == MergeCheck::Finite {
                 self.expect_finite(block.start, &values)?;
             }
             encoded.clear();
@@ -166,7 +187,7 @@ impl TablePlan {
                     place.copy_from_slice(&row.bytes);
                 }
             }
-            writer.put(&encoded)?;
+            out.put(&encoded)?;
         }
         Ok(())
     }
@@ -220,17 +241,5 @@ impl TablePlan {
             column: at % columns,
             dtype: self.table.dtype(),
         })
-    }
-}
-
-struct Writer<'a> {
-    check: MergeCheck,
-    target: &'a Path,
-    out: &'a mut dyn Write,
-}
-
-impl Writer<'_> {
-    fn put(&mut self, bytes: &[u8]) -> Result<()> {
-        self.out.write_all(bytes).map_err(Error::io("write", self.target))
     }
 }
