@@ -14,6 +14,7 @@
 //! Everything is read from the page cache.
 #![allow(missing_docs, clippy::unwrap_used, clippy::panic)]
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -298,7 +299,7 @@ fn adapter_of(base: &Checkpoint, lora: bool) -> Adapter {
         .tied("lm_head")
         .base(table.digest(), table.dtype());
     if lora {
-        let config = AdapterConfig::lora(&TokenIndices::List(Vec::new())).unwrap();
+        let config = AdapterConfig::lora(&TokenIndices::ByModule(BTreeMap::new())).unwrap();
         let config = config.with_field("r", &RANK.into()).unwrap();
         let config = config.with_field("target_modules", &json!(["x0"])).unwrap();
         builder = builder.lora(config);

@@ -1,6 +1,7 @@
 //! Merging, extracting and comparing take no memory for a table, only for its rows that change.
 #![allow(clippy::unwrap_used)]
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{BufWriter, Write as _};
 use std::path::Path;
@@ -57,7 +58,7 @@ fn adapter(base: &Checkpoint, lora: bool) -> Adapter {
         .tied("lm_head")
         .base(table.digest(), trainable_tokens_core::DType::BF16);
     if lora {
-        let config = AdapterConfig::lora(&TokenIndices::List(Vec::new())).unwrap();
+        let config = AdapterConfig::lora(&TokenIndices::ByModule(BTreeMap::new())).unwrap();
         let config = config.with_field("r", &1.into()).unwrap();
         builder = builder.lora(config.with_field("target_modules", &json!(["up_proj"])).unwrap());
         for (factor, shape) in [("A", [1, DIM]), ("B", [VOCAB_SIZE, 1])] {
