@@ -778,7 +778,8 @@ fn outputs_that_cannot_be_written() {
         // Parents that are missing are made, and only if all went well.
         let deep = workspace.path("a/b/out");
         let bad = set(workspace.command(name), "--out", &deep);
-        let bad = set(bad, "--model", workspace.path("nothing"));
+        let option = if name == "extract" { "--base" } else { "--model" };
+        let bad = set(bad, option, workspace.path("nothing"));
         workspace.refuses(&bad, &["/nothing"]);
         run(&set(workspace.command(name), "--out", &deep)).ok();
         assert!(deep.exists());

@@ -99,11 +99,11 @@ impl RowDiff {
             dot += a * b;
             distance += (a - b) * (a - b);
         }
-        let norms = squares.map(f64::sqrt);
-        let cosine = dot / (norms[0] * norms[1]);
+        // Of equal rows exactly 1: one root, not two.
+        let cosine = dot / (squares[0] * squares[1]).sqrt();
         Self {
             id,
-            norms,
+            norms: squares.map(f64::sqrt),
             // Rounding may take it past what a cosine can be; NaN stays.
             cosine: cosine.clamp(-1.0, 1.0),
             distance: distance.sqrt(),

@@ -91,8 +91,13 @@ fn other_tensors_and_modules_count_too() {
 
 #[test]
 fn every_adapter_of_peft_equals_itself() {
+    let mut compared = 0;
     for dir in adapter_dirs() {
-        let adapter = Adapter::read(&dir).unwrap();
+        // Some are there to be refused.
+        let Ok(adapter) = Adapter::read(&dir) else {
+            continue;
+        };
+        compared += 1;
         let diff = AdapterDiff::between(&adapter, &adapter).unwrap();
         assert!(diff.is_empty(), "{}", dir.display());
         let rows: usize = diff.modules.iter().map(|module| module.rows.len()).sum();
@@ -102,4 +107,5 @@ fn every_adapter_of_peft_equals_itself() {
             .map(|module| module.token_indices().len());
         assert_eq!(rows, expected.sum::<usize>(), "{}", dir.display());
     }
+    assert!(compared > 40, "{compared}");
 }

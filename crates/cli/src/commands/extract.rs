@@ -16,7 +16,7 @@ struct Output<'a> {
     adapter: &'a Path,
     /// The tables whose rows have changed.
     modules: Vec<&'a str>,
-    token_indices: &'a [u32],
+    token_indices: Vec<u32>,
     /// Where the tuned model has a tokenizer that knows them all.
     tokens: Option<Vec<String>>,
     embedding_dim: usize,
@@ -32,22 +32,18 @@ pub(super) fn run(args: &ExtractArgs, cli: &Cli) -> Result<()> {
         extract = extract.max_rows(rows);
     }
     let adapter = extract.adapter()?;
-    let ids = adapter
-        .modules()
-        .first()
-        .map_or(&[][..], AdapterModule::token_indices);
-    let tokens = token_strings(&[&args.tuned, &args.base], ids)?;
-    let adapter = with_tokens(adapter.clone(), tokens.clone())?;
+    let first = adapter.modules().first();
+    let ids = first.map_or_else(Vec::new, |module| module.token_indices().to_vec());
+    let tokens = token_strings(&[&args.tuned, &args.base], &ids)?;
+    let adapter = with_tokens(adapter, tokens.clone())?;
     adapter.write(&args.out, cli.overwrite())?;
+    let modules = adapter.modules();
     let output = Output {
         adapter: &args.out,
-        modules: adapter.modules().iter().map(AdapterModule::path).collect(),
+        modules: modules.iter().map(AdapterModule::path).collect(),
         token_indices: ids,
         tokens,
-        embedding_dim: adapter
-            .modules()
-            .first()
-            .map_or(0, |module| module.rows().embedding_dim()),
+        embedding_dim: modules.first().map_or(0, |module| module.rows().embedding_dim()),
         vocab_size: adapter.metadata().vocab_size,
     };
     print(cli.json, &output, to_text)
