@@ -47,6 +47,8 @@ pub(crate) enum Command {
     Extract(ExtractArgs),
     /// Compare two adapters token by token, or two models row by row.
     Diff(DiffArgs),
+    /// Bake the rows of a LoRA adapter into a copy of the model, and write the adapter without them.
+    Split(SplitArgs),
     /// Show what an adapter, a safetensors file or a model directory holds.
     Inspect(InspectArgs),
     /// Check that an adapter fits a model.
@@ -292,6 +294,22 @@ pub(crate) struct DiffArgs {
     /// Rows to list of each table; all are counted.
     #[arg(long, value_name = "N", default_value_t = 100)]
     pub(crate) limit: usize,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct SplitArgs {
+    /// Model directory.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) model: PathBuf,
+    /// Directory of a LoRA adapter that trains tokens.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) adapter: PathBuf,
+    /// Model directory to write, with the rows of the tokens.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out_model: PathBuf,
+    /// Adapter directory to write, with the weights of LoRA alone.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out_adapter: PathBuf,
 }
 
 #[derive(Debug, Args)]

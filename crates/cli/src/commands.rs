@@ -8,6 +8,7 @@ mod forward;
 mod init;
 mod inspect;
 mod merge;
+mod split;
 mod train;
 mod verify;
 
@@ -30,6 +31,7 @@ pub(crate) fn run(cli: &Cli) -> Result<()> {
         Command::Merge(args) => merge::run(args, cli),
         Command::Extract(args) => extract::run(args, cli),
         Command::Diff(args) => diff::run(args, cli),
+        Command::Split(args) => split::run(args, cli),
         Command::Inspect(args) => inspect::run(args, cli),
         Command::Verify(args) => verify::run(args, cli),
     }

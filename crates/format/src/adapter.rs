@@ -237,6 +237,16 @@ impl Adapter {
         })
     }
 
+    /// The same adapter without the whole tables that it holds beside its rows.
+    pub(crate) fn without_whole_tables(mut self) -> Self {
+        let extra = std::mem::take(&mut self.extra);
+        let (_, others) = extra
+            .into_iter()
+            .partition(|extra| self.is_whole_table(&extra.name));
+        self.extra = others;
+        self
+    }
+
     /// The module whose table the single digest of the metadata belongs to: the first by name, as in the file.
     fn first_module(&self) -> Option<&str> {
         let paths = self.modules.iter().map(AdapterModule::path);

@@ -8,7 +8,7 @@
 //! - [`Merge`]: adapters, with LoRA's weights ([`LoraWeights`]), baked into a copy of a checkpoint;
 //!   [`merge_checkpoint`]: rows alone.
 //! - [`Extract`]: the way back, an adapter from a checkpoint and the one that it was tuned from. [`CheckpointDiff`],
-//!   [`AdapterDiff`]: what differs between two.
+//!   [`AdapterDiff`]: what differs between two. [`split_adapter`]: rows into the model, LoRA's weights beside it.
 //! - [`TrainingState`]: the optimizer's memory beside the adapter.
 //! - [`write_dir_atomically`], [`write_file_atomically`]: output that appears whole or not at all.
 //!
@@ -50,6 +50,7 @@ mod lora;
 mod merge;
 mod model;
 mod regex;
+mod split;
 mod state;
 mod table;
 
@@ -68,5 +69,6 @@ pub use file::{SafetensorsFile, TensorRef};
 pub use lora::{LoraDelta, LoraLayer, LoraWeights};
 pub use merge::{Merge, MergeReport, RowReplacement, merge_checkpoint};
 pub use model::{ModelTables, TargetedTable};
+pub use split::split_adapter;
 pub use state::TrainingState;
 pub use table::{ExtendedTable, MappedTable};

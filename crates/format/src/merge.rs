@@ -115,7 +115,7 @@ fn write(
     out: &Path,
     overwrite: Overwrite,
 ) -> Result<MergeReport> {
-    check_apart(base.dir(), out)?;
+    check_apart("the base checkpoint", base.dir(), out)?;
     write_dir_atomically(out, overwrite, |dir| {
         thread::scope(|scope| {
             let check = || recorded.iter().try_for_each(RecordedTable::check);
@@ -151,22 +151,21 @@ fn fill(base: &Checkpoint, plan: &Plan<'_>, dir: &Path) -> Result<MergeReport> {
     Ok(report)
 }
 
-/// Refuses an output that is the base, lies inside it, or would take its place with all around it.
-fn check_apart(base: &Path, out: &Path) -> Result<()> {
-    let base = fs::canonicalize(base).map_err(Error::io("resolve", base))?;
-    let resolved = resolve(out)?;
-    let reason = if resolved == base {
-        "it is the base checkpoint"
-    } else if resolved.starts_with(&base) {
-        "it lies inside the base checkpoint"
-    } else if base.starts_with(&resolved) {
-        "the base checkpoint lies inside it"
+/// Refuses an output that is a directory, lies inside it, or would take its place with all around it; `what` it is.
+pub(crate) fn check_apart(what: &str, dir: &Path, out: &Path) -> Result<()> {
+    let (dir, resolved) = (resolve(dir)?, resolve(out)?);
+    let reason = if resolved == dir {
+        format!("it is {what}")
+    } else if resolved.starts_with(&dir) {
+        format!("it lies inside {what}")
+    } else if dir.starts_with(&resolved) {
+        format!("{what} lies inside it")
     } else {
         return Ok(());
     };
     Err(Error::Target {
         path: out.to_owned(),
-        reason: reason.to_owned(),
+        reason,
     })
 }
 

@@ -77,8 +77,17 @@ impl<'a> Merge<'a> {
     /// # Errors
     ///
     /// Those of [`Adapter::replacements`] and [`Adapter::lora_deltas`]; core's error for a name that is taken.
-    pub fn with(mut self, name: impl Into<String>, adapter: &Adapter) -> Result<Self> {
-        let name = name.into();
+    pub fn with(self, name: impl Into<String>, adapter: &Adapter) -> Result<Self> {
+        let deltas = adapter.lora_deltas(self.base)?;
+        self.add(name.into(), adapter, deltas)
+    }
+
+    /// Adds the rows of an adapter, and none of its weights of LoRA.
+    pub(crate) fn with_rows(self, name: &str, adapter: &Adapter) -> Result<Self> {
+        self.add(name.to_owned(), adapter, Vec::new())
+    }
+
+    fn add(mut self, name: String, adapter: &Adapter, deltas: Vec<LoraDelta>) -> Result<Self> {
         if self.parts.iter().any(|part| part.name == name) {
             let must = "given once: merged twice, its weights of LoRA would be added twice";
             return Err(Error::Core(trainable_tokens_core::Error::AdapterName {
@@ -95,7 +104,7 @@ impl<'a> Merge<'a> {
             name,
             tables: adapter.other_tables(self.base)?,
             rows: adapter.replacements(self.base)?,
-            deltas: adapter.lora_deltas(self.base)?,
+            deltas,
         });
         Ok(self)
     }
