@@ -12,7 +12,8 @@ use crate::file::SafetensorsFile;
 /// the bytes never come into the process, and a file system that can shares them instead (`copy_file_range` on Linux).
 pub(super) struct Output<'a> {
     base: &'a SafetensorsFile,
-    /// The base's file once more, to copy from; `None` if the base is in memory.
+    /// The base's file once more, to copy from; `None` if the base is in memory, or where copying through its map is faster
+    /// than what the standard library does.
     source: Option<File>,
     path: &'a Path,
     file: File,
@@ -27,9 +28,10 @@ pub(super) struct Output<'a> {
 impl<'a> Output<'a> {
     pub(super) fn create(base: &'a SafetensorsFile, path: &'a Path) -> Result<Self> {
         let open = || File::open(base.path()).map_err(Error::io("open", base.path()));
+        let copies = cfg!(target_os = "linux") && base.is_mapped();
         Ok(Self {
             base,
-            source: base.is_mapped().then(open).transpose()?,
+            source: copies.then(open).transpose()?,
             path,
             file: File::create(path).map_err(Error::io("create", path))?,
             written: 0,
