@@ -46,7 +46,6 @@ fn both_parts_merged_are_the_whole() {
             weights.keys()
         );
         assert_eq!(report["lora_modules"], json!(weights.len() / 2), "{case}");
-        assert!(report["rows"].as_u64().unwrap() > 0);
         let config = read_json(&plain.join("adapter_config.json"));
         assert_eq!(config["trainable_token_indices"], json!(null));
         assert_eq!(config["base_model_name_or_path"], json!(model));
@@ -60,7 +59,9 @@ fn both_parts_merged_are_the_whole() {
             .iter()
             .map(|table| table["changed"].as_u64().unwrap())
             .sum();
-        assert_eq!(json!(changed), report["rows"], "{case}");
+        // A token that no batch had is as it was.
+        let rows = report["rows"].as_u64().unwrap();
+        assert!(changed > 0 && changed <= rows, "{case}: {changed} of {rows}");
         let (whole, parts) = (home.path().join("whole"), home.path().join("parts"));
         run(&args![
             "merge",
