@@ -59,7 +59,7 @@ fn two_tables_and_new_tokens_make_one_adapter() {
     let (base, tuned, out) = (workspace.model(), workspace.path("grown"), workspace.out());
     support::copy_dir(&base, &tuned);
     edit_json(&tuned.join("config.json"), |config| {
-        config["vocab_size"] = json!(302)
+        config["vocab_size"] = json!(302);
     });
     edit_tensors(&tuned.join("model.safetensors"), |tensors| {
         for (name, id) in [(TABLE, 7), ("lm_head.weight", 12)] {

@@ -167,7 +167,7 @@ impl Checkpoint {
         Ok(self.file_of(name)?.path())
     }
 
-    fn file_of(&self, name: &str) -> Result<&SafetensorsFile> {
+    pub(crate) fn file_of(&self, name: &str) -> Result<&SafetensorsFile> {
         let file = self.tensors.get(name).and_then(|at| self.files.get(*at));
         file.ok_or_else(|| Error::TensorMissing {
             path: self.dir.clone(),

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -78,7 +78,22 @@ pub struct SafetensorsFile {
 struct Inner {
     path: PathBuf,
     content: Content,
+    identity: Option<Identity>,
     header: Header,
+}
+
+/// Which file of which device a mapped file is.
+type Identity = [u64; 2];
+
+#[cfg(unix)]
+fn identity(file: &Metadata) -> Option<Identity> {
+    use std::os::unix::fs::MetadataExt as _;
+    Some([file.dev(), file.ino()])
+}
+
+#[cfg(not(unix))]
+fn identity(_: &Metadata) -> Option<Identity> {
+    None
 }
 
 enum Content {
@@ -116,7 +131,7 @@ impl SafetensorsFile {
         // of every reader of checkpoints through a map, and it is documented on the type.
         #[allow(unsafe_code)]
         let map = unsafe { Mmap::map(&file) }.map_err(Error::io("map", path))?;
-        Self::new(path, Content::Map(map))
+        Self::new(path, Content::Map(map), identity(&kind))
     }
 
     /// Checks a file that is already in memory; `path` names it in messages.
@@ -125,16 +140,17 @@ impl SafetensorsFile {
     ///
     /// [`Error::Safetensors`] or [`Error::TooLarge`] if it is malformed.
     pub fn from_bytes(path: impl AsRef<Path>, bytes: Vec<u8>) -> Result<Self> {
-        Self::new(path.as_ref(), Content::Memory(bytes))
+        Self::new(path.as_ref(), Content::Memory(bytes), None)
     }
 
-    fn new(path: &Path, content: Content) -> Result<Self> {
+    fn new(path: &Path, content: Content, identity: Option<Identity>) -> Result<Self> {
         let path = path.to_owned();
         match Header::parse(content.bytes()) {
             Ok(header) => Ok(Self {
                 inner: Arc::new(Inner {
                     path,
                     content,
+                    identity,
                     header,
                 }),
             }),
@@ -200,6 +216,11 @@ impl SafetensorsFile {
     pub fn table(&self, name: &str) -> Result<MappedTable> {
         let (_, info) = self.info(name)?;
         MappedTable::new(self.clone(), self.range_of(info), name, info)
+    }
+
+    /// Whether both are maps of one file, by whatever paths: then they have the same tensors.
+    pub(crate) fn is_same_file(&self, other: &Self) -> bool {
+        self.inner.identity.is_some() && self.inner.identity == other.inner.identity
     }
 
     /// Whether it is mapped, and not only in memory.

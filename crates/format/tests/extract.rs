@@ -178,6 +178,31 @@ fn what_peft_merged_is_extracted_again() {
     }
 }
 
+/// Shards that a merge has linked are the same file; the one that it wrote is not.
+#[test]
+fn linked_shards_are_equal() {
+    let home = tempfile::tempdir().unwrap();
+    let case = fixtures().join("qwen2_sharded");
+    let base = Checkpoint::open(case.join("base")).unwrap();
+    // Beside the output, so that links can be made.
+    let copy = home.path().join("base");
+    fs::create_dir(&copy).unwrap();
+    for entry in fs::read_dir(base.dir()).unwrap() {
+        let path = entry.unwrap().path();
+        fs::copy(&path, copy.join(path.file_name().unwrap())).unwrap();
+    }
+    let base = Checkpoint::open(&copy).unwrap();
+    let out = home.path().join("out");
+    let adapter = Adapter::read(case.join("adapter")).unwrap();
+    let merge = Merge::new(&base).with("adapter", &adapter).unwrap();
+    let report = merge.write(&out, Overwrite::Refuse).unwrap();
+    assert!(report.shared.len() > 1);
+    let diff = CheckpointDiff::between(&base, &Checkpoint::open(&out).unwrap()).unwrap();
+    let tables: Vec<_> = diff.tables.iter().map(|table| table.tensor.clone()).collect();
+    assert_eq!((tables, &diff.tensors[..]), (report.tensors, &[][..]));
+    assert_same_tensors(&base, &Checkpoint::open(case.join("base")).unwrap());
+}
+
 fn small() -> Tensors {
     let table = |start: u8| {
         let values = (start..start + 20).flat_map(|value| f32::from(value).to_le_bytes());

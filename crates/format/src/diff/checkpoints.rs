@@ -39,7 +39,7 @@ pub struct TableDiff {
 impl CheckpointDiff {
     /// Compares all tensors of two checkpoints, of the first's tables of token vectors (its input embedding, head, and
     /// what is tied to them; where the config names no class of transformers, what is named like one of these) row by
-    /// row. Reads each file once, through its map; memory is for the ids of changed rows alone.
+    /// row. Reads each file once, through its map, and none that both share as a hard link; memory is for the ids of changed rows alone.
     ///
     /// # Errors
     ///
@@ -52,6 +52,9 @@ impl CheckpointDiff {
         for name in first.names_by_place() {
             if !second.contains(name) {
                 diff.add(name, TensorDifference::OnlyInFirst);
+                continue;
+            }
+            if first.file_of(name)?.is_same_file(second.file_of(name)?) {
                 continue;
             }
             let (a, b) = (first.tensor(name)?, second.tensor(name)?);
