@@ -109,6 +109,7 @@ impl Bench<'_> {
         let out = self.options.dir.join("out");
         let (mut ours, mut cp, mut unsynced) = (Vec::new(), Vec::new(), Vec::new());
         for _ in 0..self.options.rounds {
+            self.settle();
             ours.push(measured(|| {
                 let base = Checkpoint::open(base).unwrap();
                 let merge = Merge::new(&base).base_check(BaseCheck::SameTable);
@@ -116,6 +117,7 @@ impl Bench<'_> {
                 merge.write(&out, Overwrite::Refuse).unwrap();
             }));
             fs::remove_dir_all(&out).unwrap();
+            self.settle();
             let start = Instant::now();
             run(Command::new("cp").arg("-r").arg(base).arg(&out));
             unsynced.push(start.elapsed().as_secs_f64());
@@ -137,6 +139,11 @@ impl Bench<'_> {
                 "over_cp": cp / seconds,
             }),
         );
+    }
+
+    /// Waits until the disk has nothing more to do.
+    fn settle(&self) {
+        run(Command::new("sync").arg("-f").arg(&self.options.dir));
     }
 
     fn comparisons(&self, base: &Path, adapter: &Adapter) {

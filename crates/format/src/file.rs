@@ -2,9 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::fs::{File, Metadata};
+use std::fs::File;
 use std::io;
 use std::ops::Range;
+#[cfg(unix)]
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -85,17 +87,6 @@ struct Inner {
 /// Which file of which device a mapped file is.
 type Identity = [u64; 2];
 
-#[cfg(unix)]
-fn identity(file: &Metadata) -> Option<Identity> {
-    use std::os::unix::fs::MetadataExt as _;
-    Some([file.dev(), file.ino()])
-}
-
-#[cfg(not(unix))]
-fn identity(_: &Metadata) -> Option<Identity> {
-    None
-}
-
 enum Content {
     Map(Mmap),
     Memory(Vec<u8>),
@@ -131,7 +122,11 @@ impl SafetensorsFile {
         // of every reader of checkpoints through a map, and it is documented on the type.
         #[allow(unsafe_code)]
         let map = unsafe { Mmap::map(&file) }.map_err(Error::io("map", path))?;
-        Self::new(path, Content::Map(map), identity(&kind))
+        #[cfg(unix)]
+        let identity = Some([kind.dev(), kind.ino()]);
+        #[cfg(not(unix))]
+        let identity = None;
+        Self::new(path, Content::Map(map), identity)
     }
 
     /// Checks a file that is already in memory; `path` names it in messages.

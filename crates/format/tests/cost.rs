@@ -24,8 +24,8 @@ const TABLE_BYTES: usize = VOCAB_SIZE * DIM * 2;
 const TOKENS: usize = 16;
 /// Rows of the tensor that LoRA changes, 16 MB.
 const OUTPUTS: usize = VOCAB_SIZE / 4;
-/// A block of a tensor, decoded and encoded, and what belongs to files and names.
-const LIMIT: usize = 4 << 20;
+/// A block of a tensor, decoded and encoded, for each of eight threads, and what belongs to files and names.
+const LIMIT: usize = 8 << 20;
 const EMBEDDING: &str = "model.embed_tokens.weight";
 const LINEAR: &str = "model.layers.0.mlp.up_proj.weight";
 

@@ -1,7 +1,10 @@
 //! One tensor with changes, written block by block.
 
 use std::collections::BTreeMap;
+use std::num::NonZero;
 use std::ops::Range;
+use std::panic::resume_unwind;
+use std::thread::{self, ScopedJoinHandle};
 
 use half::{bf16, f16};
 use trainable_tokens_core::{DType, Element, EmbeddingSource, HostTable as _, MergeCheck, RowRef, TokenId};
@@ -11,8 +14,10 @@ use crate::error::{Error, Result};
 use crate::lora::{LoraDelta, LowRank};
 use crate::table::{ExtendedTable, MappedTable};
 
-/// Bytes of a tensor that are in memory at a time, if a row is not longer.
-const BLOCK_BYTES: usize = 1 << 20;
+/// Bytes of a tensor that a thread works on at a time, if a row is not longer.
+const BLOCK_BYTES: usize = 1 << 18;
+/// Most threads that add weights of LoRA: more would only wait for the disk, and take memory for their blocks.
+const MAX_THREADS: usize = 8;
 
 /// What becomes of one tensor: first LoRA's weights are added, in the order of their adapters, then rows are replaced.
 pub(super) struct TablePlan {
@@ -158,43 +163,67 @@ impl TablePlan {
         Ok(())
     }
 
+    /// Writes blocks in their order; as many as there are threads are computed at a time.
     fn write_sums<T: Element>(&self, check: MergeCheck, out: &mut Output<'_>) -> Result<()> {
-        let deltas: Vec<_> = self
-            .deltas
-            .iter()
-            .map(|(_, delta)| LowRank::<T>::new(delta))
+        let deltas = self.deltas.iter().map(|(_, delta)| LowRank::<T>::new(delta));
+        let deltas: Vec<_> = deltas.collect();
+        let height = (BLOCK_BYTES / self.row_bytes().max(1)).max(1);
+        let blocks = (0..self.vocab_size()).step_by(height);
+        let blocks: Vec<_> = blocks
+            .map(|start| start..(start + height).min(self.vocab_size()))
             .collect();
-        let (size, columns) = (self.row_bytes(), self.table.embedding_dim());
-        let height = (BLOCK_BYTES / size.max(1)).max(1);
-        let mut encoded = Vec::new();
-        for start in (0..self.vocab_size()).step_by(height) {
-            let block = start..(start + height).min(self.vocab_size());
-            let mut values = vec![T::default(); block.len() * columns];
-            self.read(&block, &mut values);
-            for delta in &deltas {
-                delta.add_to(block.clone(), &mut values);
-            }
-            if check == MergeCheck::Finite {
-                self.expect_finite(block.start, &values)?;
-            }
-            encoded.clear();
-            values
-                .iter()
-                .for_each(|value| value.extend_le_bytes(&mut encoded));
-            for (id, row) in self.rows_in(&block) {
-                let place = (id.row() - block.start) * size;
-                if let Some(place) = encoded.get_mut(place..place + size) {
-                    place.copy_from_slice(&row.bytes);
-                }
-            }
-            out.put(&encoded)?;
+        let threads = thread::available_parallelism().map_or(1, NonZero::get);
+        let sums = &|block: &Range<usize>| self.sums(block.clone(), &deltas, check);
+        for blocks in blocks.chunks(threads.min(MAX_THREADS)) {
+            let computed: Vec<_> = thread::scope(|scope| {
+                let (first, others) = blocks.split_at(1);
+                let others = others.iter().map(|block| scope.spawn(move || sums(block)));
+                let others: Vec<_> = others.collect();
+                let first = first.iter().map(sums);
+                let join = |thread: ScopedJoinHandle<'_, _>| {
+                    thread.join().unwrap_or_else(|panic| resume_unwind(panic))
+                };
+                first.chain(others.into_iter().map(join)).collect()
+            });
+            computed.into_iter().try_for_each(|bytes| out.put(&bytes?))?;
         }
         Ok(())
     }
 
+    /// The bytes of some rows of the result.
+    fn sums<T: Element>(
+        &self,
+        block: Range<usize>,
+        deltas: &[LowRank<'_, T>],
+        check: MergeCheck,
+    ) -> Result<Vec<u8>> {
+        let size = self.row_bytes();
+        let mut values = vec![T::default(); block.len() * self.table.embedding_dim()];
+        self.read(&block, &mut values);
+        for delta in deltas {
+            delta.add_to(block.clone(), &mut values);
+        }
+        if check == MergeCheck::Finite {
+            self.expect_finite(block.start, &values)?;
+        }
+        let mut encoded = Vec::with_capacity(block.len() * size);
+        values
+            .iter()
+            .for_each(|value| value.extend_le_bytes(&mut encoded));
+        for (id, row) in self.rows_in(&block) {
+            let place = (id.row() - block.start) * size;
+            if let Some(place) = encoded.get_mut(place..place + size) {
+                place.copy_from_slice(&row.bytes);
+            }
+        }
+        Ok(encoded)
+    }
+
+    /// The replaced rows among these.
     fn rows_in(&self, block: &Range<usize>) -> impl Iterator<Item = (&TokenId, &Row)> {
-        let block = block.clone();
-        self.rows.iter().filter(move |(id, _)| block.contains(&id.row()))
+        // Ids of 32 bits name every row.
+        let id = |row: usize| TokenId(u32::try_from(row).unwrap_or(u32::MAX));
+        self.rows.range(id(block.start)..id(block.end))
     }
 
     /// Reads rows of what the deltas are added to.
