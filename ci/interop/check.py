@@ -24,9 +24,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import reference
 from cli import Cli
+from extract import check_extract
 from lora import check_lora
 from models import Case, make_cases, make_examples, random_ids, write_lines
 from roundtrips import check_round_trips
+from split import check_split
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FIXTURES = REPOSITORY / "tests" / "fixtures" / "peft"
@@ -314,6 +316,8 @@ def main() -> int:
             (work / case.name).mkdir()
             groups[case.name] = lambda case=case: CaseChecks(case, cli, report, work / case.name).run()
         groups["tokenizer"] = lambda: check_tokenizer(cli, report, work)
+        groups["extract"] = lambda: check_extract(cli, report, work / "extract")
+        groups["split"] = lambda: check_split(cli, report, work / "split")
         groups[LORA] = lambda: check_lora(cli, report, work / LORA)
         groups["round-trips"] = lambda: check_round_trips(options.adapters.resolve(), report, work / "trips", guarded)
         unknown = set(options.cases) - set(groups)

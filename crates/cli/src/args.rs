@@ -44,6 +44,12 @@ pub(crate) enum Command {
     Init(InitArgs),
     /// Bake adapters into a copy of a model.
     Merge(MergeArgs),
+    /// Write the adapter of the rows in which a tuned model differs from its base.
+    Extract(ExtractArgs),
+    /// Compare two adapters token by token, or two models row by row.
+    Diff(DiffArgs),
+    /// Bake the rows of a LoRA adapter into a copy of the model, and write the adapter without them.
+    Split(SplitArgs),
     /// Show what an adapter, a safetensors file or a model directory holds.
     Inspect(InspectArgs),
     /// Check that an adapter fits a model.
@@ -303,6 +309,49 @@ pub(crate) struct MergeArgs {
     /// With --overlap mean: the weight of each adapter, in their order [default: equal].
     #[arg(long, value_delimiter = ',', value_name = "NUMBERS")]
     pub(crate) weights: Vec<f64>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ExtractArgs {
+    /// Model directory that the tuned model started from.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) base: PathBuf,
+    /// Model directory that differs from it in rows of the embedding, the head, or both; it may have more rows.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) tuned: PathBuf,
+    /// Adapter directory to write; merged into the base, the adapter gives the tuned model.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: PathBuf,
+    /// Refuse if more rows differ [default: half of the table's].
+    #[arg(long, value_name = "N", value_parser = positive)]
+    pub(crate) max_rows: Option<usize>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DiffArgs {
+    /// An adapter directory, or a model directory.
+    pub(crate) a: PathBuf,
+    /// Another one of the same kind.
+    pub(crate) b: PathBuf,
+    /// Rows to list of each table; all are counted.
+    #[arg(long, value_name = "N", default_value_t = 100)]
+    pub(crate) limit: usize,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct SplitArgs {
+    /// Model directory.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) model: PathBuf,
+    /// Directory of a LoRA adapter that trains tokens.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) adapter: PathBuf,
+    /// Model directory to write, with the rows of the tokens.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out_model: PathBuf,
+    /// Adapter directory to write, with the weights of LoRA alone.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out_adapter: PathBuf,
 }
 
 #[derive(Debug, Args)]

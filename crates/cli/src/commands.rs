@@ -1,11 +1,14 @@
 //! One module per command.
 
 mod demo;
+mod diff;
 mod eval;
+mod extract;
 mod forward;
 mod init;
 mod inspect;
 mod merge;
+mod split;
 mod train;
 mod verify;
 
@@ -26,6 +29,9 @@ pub(crate) fn run(cli: &Cli) -> Result<()> {
         Command::Forward(args) => forward::run(args, cli),
         Command::Init(args) => init::run(args, cli),
         Command::Merge(args) => merge::run(args, cli),
+        Command::Extract(args) => extract::run(args, cli),
+        Command::Diff(args) => diff::run(args, cli),
+        Command::Split(args) => split::run(args, cli),
         Command::Inspect(args) => inspect::run(args, cli),
         Command::Verify(args) => verify::run(args, cli),
     }

@@ -25,6 +25,15 @@ fn every_command_prints_one_json_object_or_text() {
             "init" => &["adapter", "token_indices", "tokens"],
             "merge" => &["out", "rewritten", "rows"],
             "verify" => &["checks", "fits"],
+            "extract" => &[
+                "adapter",
+                "embedding_dim",
+                "modules",
+                "token_indices",
+                "tokens",
+                "vocab_size",
+            ],
+            "diff" => &["equal", "kind", "tables", "tensors"],
             _ => &["kind"],
         };
         let report = run(&workspace.command_with(name, &["--json"])).ok().json();
@@ -211,7 +220,7 @@ fn help_and_version_succeed() {
     );
     let help = run(&args!["--help"]).ok();
     for command in [
-        "demo", "train", "eval", "forward", "init", "merge", "inspect", "verify",
+        "demo", "train", "eval", "forward", "init", "merge", "extract", "diff", "split", "inspect", "verify",
     ] {
         assert!(help.stdout.contains(&format!("\n  {command} ")), "{help:#?}");
         let own = run(&args![command, "--help"]).ok();

@@ -778,7 +778,8 @@ fn outputs_that_cannot_be_written() {
         // Parents that are missing are made, and only if all went well.
         let deep = workspace.path("a/b/out");
         let bad = set(workspace.command(name), "--out", &deep);
-        let bad = set(bad, "--model", workspace.path("nothing"));
+        let option = if name == "extract" { "--base" } else { "--model" };
+        let bad = set(bad, option, workspace.path("nothing"));
         workspace.refuses(&bad, &["/nothing"]);
         run(&set(workspace.command(name), "--out", &deep)).ok();
         assert!(deep.exists());
@@ -966,7 +967,7 @@ fn places(length: usize, count: usize) -> impl Iterator<Item = usize> {
 #[test]
 fn truncated_files_are_never_more_than_an_error() {
     for (file, commands) in [
-        (WEIGHTS, &["eval", "merge", "inspect file"][..]),
+        (WEIGHTS, &["eval", "merge", "extract", "diff", "inspect file"][..]),
         (ROWS, &["forward", "merge", "verify"]),
         ("adapter/adapter_config.json", &["eval", "inspect adapter"]),
         (CONFIG, &["eval", "inspect model"]),
@@ -991,7 +992,7 @@ fn truncated_files_are_never_more_than_an_error() {
 fn flipped_bytes_are_never_more_than_an_error() {
     for (file, places_from, commands) in [
         // The header, and a little of the data.
-        (WEIGHTS, 2400, &["eval", "merge"][..]),
+        (WEIGHTS, 2400, &["eval", "merge", "extract", "diff"][..]),
         (ROWS, 928, &["forward", "verify", "merge"]),
         ("adapter/adapter_config.json", 433, &["eval", "inspect adapter"]),
         (CONFIG, 712, &["eval", "train"]),

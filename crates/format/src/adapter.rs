@@ -15,9 +15,11 @@ use std::path::{Path, PathBuf};
 
 pub use builder::AdapterBuilder;
 pub use check::BaseCheck;
+pub(crate) use check::{RecordedTable, weight_name};
 pub use extend::SaveEmbeddingLayers;
 use key::key_of;
 pub use metadata::{AdapterMetadata, ModuleMetadata};
+pub(crate) use parts::first_different_row;
 pub use set::AdapterSet;
 use trainable_tokens_core::{TokenId, TokenRows, TokenSet};
 
@@ -233,6 +235,16 @@ impl Adapter {
             metadata: AdapterMetadata::none(),
             ..self
         })
+    }
+
+    /// The same adapter without the whole tables that it holds beside its rows.
+    pub(crate) fn without_whole_tables(mut self) -> Self {
+        let extra = std::mem::take(&mut self.extra);
+        let (_, others) = extra
+            .into_iter()
+            .partition(|extra| self.is_whole_table(&extra.name));
+        self.extra = others;
+        self
     }
 
     /// The module whose table the single digest of the metadata belongs to: the first by name, as in the file.

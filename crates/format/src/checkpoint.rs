@@ -129,6 +129,12 @@ impl Checkpoint {
         self.tensors.keys().map(String::as_str)
     }
 
+    /// The names of the tensors in the order in which they lie in the files.
+    pub(crate) fn names_by_place(&self) -> impl Iterator<Item = &str> {
+        let names = self.files.iter().flat_map(SafetensorsFile::names_by_place);
+        names.filter(|name| self.contains(name))
+    }
+
     /// Whether there is a tensor `name`.
     pub fn contains(&self, name: &str) -> bool {
         self.tensors.contains_key(name)
@@ -161,7 +167,7 @@ impl Checkpoint {
         Ok(self.file_of(name)?.path())
     }
 
-    fn file_of(&self, name: &str) -> Result<&SafetensorsFile> {
+    pub(crate) fn file_of(&self, name: &str) -> Result<&SafetensorsFile> {
         let file = self.tensors.get(name).and_then(|at| self.files.get(*at));
         file.ok_or_else(|| Error::TensorMissing {
             path: self.dir.clone(),

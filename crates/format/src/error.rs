@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use safetensors::Dtype;
 use trainable_tokens_core::{BackendError, DType, ErrorKind};
 
+use crate::diff::TensorDiff;
+
 /// The result of this crate's fallible functions.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -211,6 +213,44 @@ pub enum Error {
         /// What does not fit, with both values.
         reason: String,
     },
+    /// Two checkpoints differ in more than rows of token tables.
+    #[error(
+        "{} differs from the base in more than rows of tokens: {}; an adapter of rows cannot express that",
+        shown(path),
+        brief(tensors)
+    )]
+    NotOnlyRows {
+        /// The tuned checkpoint.
+        path: PathBuf,
+        /// What else differs.
+        tensors: Vec<TensorDiff>,
+    },
+    /// Two checkpoints have the same tensors.
+    #[error(
+        "{} has the same tensors as the base, bit for bit: there are no rows to extract",
+        shown(path)
+    )]
+    NothingToExtract {
+        /// The tuned checkpoint.
+        path: PathBuf,
+    },
+    /// So many rows differ that an adapter would be about as large as the table.
+    #[error(
+        "{}: {rows} of the {vocab_size} rows of {tensor} differ from the base, more than the limit of {limit}; keep the          whole model, or raise the limit",
+        shown(path)
+    )]
+    TooManyRows {
+        /// The tuned checkpoint.
+        path: PathBuf,
+        /// The table.
+        tensor: String,
+        /// How many rows differ, in this table or another that changed with it.
+        rows: usize,
+        /// How many it has.
+        vocab_size: usize,
+        /// How many may differ.
+        limit: usize,
+    },
     /// A merge would write a value that is not finite, where the base has one that is.
     #[error(
         "adapter {adapters} would make {tensor} not finite at {place} {row}, column {column}, in its element type {dtype}"
@@ -275,6 +315,17 @@ impl Error {
             reason: reason.into(),
         }
     }
+}
+
+/// The first of a few tensors, and how many more there are.
+fn brief(tensors: &[TensorDiff]) -> String {
+    const SHOWN: usize = 4;
+    let shown: Vec<_> = tensors.iter().take(SHOWN).map(one_line).collect();
+    let more = match tensors.len().saturating_sub(SHOWN) {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    shown.join(", ") + &more
 }
 
 /// Escapes control characters, so that a message stays on one line whatever a file holds.

@@ -5,6 +5,8 @@ use std::fmt;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
+#[cfg(unix)]
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -78,8 +80,12 @@ pub struct SafetensorsFile {
 struct Inner {
     path: PathBuf,
     content: Content,
+    identity: Option<Identity>,
     header: Header,
 }
+
+/// Which file of which device a mapped file is.
+type Identity = [u64; 2];
 
 enum Content {
     Map(Mmap),
@@ -116,7 +122,11 @@ impl SafetensorsFile {
         // of every reader of checkpoints through a map, and it is documented on the type.
         #[allow(unsafe_code)]
         let map = unsafe { Mmap::map(&file) }.map_err(Error::io("map", path))?;
-        Self::new(path, Content::Map(map))
+        #[cfg(unix)]
+        let identity = Some([kind.dev(), kind.ino()]);
+        #[cfg(not(unix))]
+        let identity = None;
+        Self::new(path, Content::Map(map), identity)
     }
 
     /// Checks a file that is already in memory; `path` names it in messages.
@@ -125,16 +135,17 @@ impl SafetensorsFile {
     ///
     /// [`Error::Safetensors`] or [`Error::TooLarge`] if it is malformed.
     pub fn from_bytes(path: impl AsRef<Path>, bytes: Vec<u8>) -> Result<Self> {
-        Self::new(path.as_ref(), Content::Memory(bytes))
+        Self::new(path.as_ref(), Content::Memory(bytes), None)
     }
 
-    fn new(path: &Path, content: Content) -> Result<Self> {
+    fn new(path: &Path, content: Content, identity: Option<Identity>) -> Result<Self> {
         let path = path.to_owned();
         match Header::parse(content.bytes()) {
             Ok(header) => Ok(Self {
                 inner: Arc::new(Inner {
                     path,
                     content,
+                    identity,
                     header,
                 }),
             }),
@@ -156,6 +167,13 @@ impl SafetensorsFile {
     /// The names of the tensors, sorted.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.inner.header.tensors.keys().map(String::as_str)
+    }
+
+    /// The names of the tensors in the order in which they lie in the file.
+    pub(crate) fn names_by_place(&self) -> impl Iterator<Item = &str> + use<'_> {
+        let mut tensors: Vec<_> = self.inner.header.tensors.iter().collect();
+        tensors.sort_by_key(|(_, info)| info.data_offsets);
+        tensors.into_iter().map(|(name, _)| name.as_str())
     }
 
     /// Whether there is a tensor `name`.
@@ -193,6 +211,16 @@ impl SafetensorsFile {
     pub fn table(&self, name: &str) -> Result<MappedTable> {
         let (_, info) = self.info(name)?;
         MappedTable::new(self.clone(), self.range_of(info), name, info)
+    }
+
+    /// Whether both are maps of one file, by whatever paths: then they have the same tensors.
+    pub(crate) fn is_same_file(&self, other: &Self) -> bool {
+        self.inner.identity.is_some() && self.inner.identity == other.inner.identity
+    }
+
+    /// Whether it is mapped, and not only in memory.
+    pub(crate) fn is_mapped(&self) -> bool {
+        matches!(self.inner.content, Content::Map(_))
     }
 
     /// The bytes of the whole file.

@@ -7,6 +7,8 @@
 //!   tables as a frozen [`EmbeddingSource`](trainable_tokens_core::EmbeddingSource); [`digest()`]: what it is.
 //! - [`Merge`]: adapters, with LoRA's weights ([`LoraWeights`]), baked into a copy of a checkpoint;
 //!   [`merge_checkpoint`]: rows alone.
+//! - [`Extract`]: the way back, an adapter from a checkpoint and the one that it was tuned from. [`CheckpointDiff`],
+//!   [`AdapterDiff`]: what differs between two. [`split_adapter`]: rows into the model, LoRA's weights beside it.
 //! - [`TrainingState`]: the optimizer's memory beside the adapter.
 //! - [`write_dir_atomically`], [`write_file_atomically`]: output that appears whole or not at all.
 //!
@@ -37,8 +39,10 @@ mod adapter;
 mod atomic;
 mod checkpoint;
 mod config;
+mod diff;
 mod digest;
 mod error;
+mod extract;
 mod file;
 mod header;
 mod json;
@@ -46,6 +50,7 @@ mod lora;
 mod merge;
 mod model;
 mod regex;
+mod split;
 mod state;
 mod table;
 
@@ -56,11 +61,14 @@ pub use adapter::{
 pub use atomic::{Overwrite, write_dir_atomically, write_file_atomically};
 pub use checkpoint::Checkpoint;
 pub use config::{AdapterConfig, PeftType, TargetModules, TaskType, TokenIndices};
+pub use diff::{AdapterDiff, CheckpointDiff, ModuleDiff, RowDiff, TableDiff, TensorDiff, TensorDifference};
 pub use digest::{InvalidDigest, TableDigest, digest};
 pub use error::{Error, Result};
+pub use extract::Extract;
 pub use file::{SafetensorsFile, TensorRef};
 pub use lora::{LoraDelta, LoraLayer, LoraWeights};
 pub use merge::{Merge, MergeReport, RowReplacement, merge_checkpoint};
 pub use model::{ModelTables, TargetedTable};
+pub use split::split_adapter;
 pub use state::TrainingState;
 pub use table::{ExtendedTable, MappedTable};

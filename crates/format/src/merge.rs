@@ -3,19 +3,21 @@
 mod adapters;
 mod copy;
 mod grow;
+mod output;
 mod plan;
 mod table;
 
 use std::collections::BTreeSet;
-use std::fs::{self, File};
-use std::io::BufWriter;
+use std::fs;
+use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
+use std::thread;
 
 pub use adapters::Merge;
 use plan::Plan;
 use trainable_tokens_core::{MergeCheck, TokenId, TokenRows};
 
-use crate::adapter::Adapter;
+use crate::adapter::{Adapter, RecordedTable};
 use crate::atomic::{Overwrite, write_dir_atomically};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
@@ -83,8 +85,8 @@ impl Adapter {
 
 /// Writes a copy of `base` with rows replaced as the directory `out`, whole or not at all.
 ///
-/// Only files that hold a named table are rewritten, in one pass over their bytes: header, order and all other
-/// bytes stay. Other files of the checkpoint become hard links to the base's; they must not be changed in place
+/// Only files that hold a named table are written: the system copies them, and the rows go over the copy. Header, order
+/// and all other bytes stay. Other files of the checkpoint become hard links to the base's; they must not be changed in place
 /// later. Of the rest of the directory, weights in other formats and hidden files are left out.
 ///
 /// # Errors
@@ -102,53 +104,68 @@ pub fn merge_checkpoint(
     for RowReplacement { tensor, ids, rows } in replacements {
         plan.replace(tensor, ids, rows, |_| String::new())?;
     }
-    write(base, &plan, out.as_ref(), overwrite)
+    write(base, &plan, &[], out.as_ref(), overwrite)
 }
 
-fn write(base: &Checkpoint, plan: &Plan<'_>, out: &Path, overwrite: Overwrite) -> Result<MergeReport> {
-    check_apart(base.dir(), out)?;
+/// Writes the copy; meanwhile another thread compares what was recorded of the base's tables.
+fn write(
+    base: &Checkpoint,
+    plan: &Plan<'_>,
+    recorded: &[RecordedTable],
+    out: &Path,
+    overwrite: Overwrite,
+) -> Result<MergeReport> {
+    check_apart("the base checkpoint", base.dir(), out)?;
     write_dir_atomically(out, overwrite, |dir| {
-        let mut report = MergeReport {
-            rows: plan.num_rows(),
-            lora_modules: plan.num_deltas(),
-            tensors: plan.tensors(),
-            ..MergeReport::default()
-        };
-        for file in base.files() {
-            let name = file.path().file_name().map(PathBuf::from).unwrap_or_default();
-            let target = dir.join(&name);
-            if plan.touches(file.path()) {
-                let created = File::create(&target).map_err(Error::io("create", &target))?;
-                let mut writer = BufWriter::with_capacity(1 << 20, created);
-                plan.write(file, &target, &mut writer)?;
-                report.rewritten.push(name);
-            } else {
-                copy::link(file.path(), &target)?;
-                report.shared.push(name);
-            }
-        }
-        copy::others(base, dir, &mut report)?;
-        grow::adjust(base, plan, dir)?;
-        Ok(report)
+        thread::scope(|scope| {
+            let check = || recorded.iter().try_for_each(RecordedTable::check);
+            let check = (!recorded.is_empty()).then(|| scope.spawn(check));
+            let report = fill(base, plan, dir);
+            let checked = check.map_or(Ok(Ok(())), thread::ScopedJoinHandle::join);
+            checked.unwrap_or_else(|panic| resume_unwind(panic))?;
+            report
+        })
     })
 }
 
-/// Refuses an output that is the base, lies inside it, or would take its place with all around it.
-fn check_apart(base: &Path, out: &Path) -> Result<()> {
-    let base = fs::canonicalize(base).map_err(Error::io("resolve", base))?;
-    let resolved = resolve(out)?;
-    let reason = if resolved == base {
-        "it is the base checkpoint"
-    } else if resolved.starts_with(&base) {
-        "it lies inside the base checkpoint"
-    } else if base.starts_with(&resolved) {
-        "the base checkpoint lies inside it"
+fn fill(base: &Checkpoint, plan: &Plan<'_>, dir: &Path) -> Result<MergeReport> {
+    let mut report = MergeReport {
+        rows: plan.num_rows(),
+        lora_modules: plan.num_deltas(),
+        tensors: plan.tensors(),
+        ..MergeReport::default()
+    };
+    for file in base.files() {
+        let name = file.path().file_name().map(PathBuf::from).unwrap_or_default();
+        let target = dir.join(&name);
+        if plan.touches(file.path()) {
+            plan.write(file, &target)?;
+            report.rewritten.push(name);
+        } else {
+            copy::link(file.path(), &target)?;
+            report.shared.push(name);
+        }
+    }
+    copy::others(base, dir, &mut report)?;
+    grow::adjust(base, plan, dir)?;
+    Ok(report)
+}
+
+/// Refuses an output that is a directory, lies inside it, or would take its place with all around it; `what` it is.
+pub(crate) fn check_apart(what: &str, dir: &Path, out: &Path) -> Result<()> {
+    let (dir, resolved) = (resolve(dir)?, resolve(out)?);
+    let reason = if resolved == dir {
+        format!("it is {what}")
+    } else if resolved.starts_with(&dir) {
+        format!("it lies inside {what}")
+    } else if dir.starts_with(&resolved) {
+        format!("{what} lies inside it")
     } else {
         return Ok(());
     };
     Err(Error::Target {
         path: out.to_owned(),
-        reason: reason.to_owned(),
+        reason,
     })
 }
 

@@ -133,6 +133,17 @@ impl ModelTables {
         self.vocab_size
     }
 
+    /// The modules that have a table of token vectors: the input embedding, what is tied to it, and the head. If none is
+    /// known, those that are named like one and may be one.
+    pub(crate) fn token_tables(&self) -> Vec<&str> {
+        if self.input_embedding.is_none() {
+            let named = |path: &&String| names_a_table(path) && self.check_table(path).is_ok();
+            return self.modules.keys().filter(named).map(String::as_str).collect();
+        }
+        let known = self.input_embedding().into_iter().chain(self.head());
+        known.chain(self.tied.iter().map(String::as_str)).collect()
+    }
+
     /// Whether the module has the input embedding's table: it is the input embedding, or tied with it.
     pub fn shares_input_embedding(&self, path: &str) -> bool {
         self.input_embedding() == Some(path) || self.tied.iter().any(|tied| tied == path)

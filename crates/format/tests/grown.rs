@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 use trainable_tokens_core::{BackendError as _, ErrorKind, MergeCheck, Overlap};
 use trainable_tokens_format::{
     Adapter, AdapterConfig, Checkpoint, Merge, Overwrite, Result, SafetensorsFile, TokenIndices,
+    split_adapter,
 };
 
 const EMBEDDING: &str = "model.embed_tokens.weight";
@@ -235,4 +236,70 @@ fn a_grown_table_takes_the_rows_of_other_adapters() {
         let want = [[202., 203.], token_1, [24., 25.], [26., 27.], [100., 101.]].concat();
         assert_eq!(values, want);
     }
+}
+
+/// The whole tables go into the model with the rows, and LoRA's weights alone are left.
+#[test]
+fn a_grown_adapter_is_split() {
+    let home = tempfile::tempdir().unwrap();
+    let [dir, model, plain] = ["base", "model", "plain"].map(|name| home.path().join(name));
+    let base = sharded(&dir);
+    let tensors = Tensors::from([
+        (
+            "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta",
+            f32_tensor([2, 2], 100),
+        ),
+        (
+            "base_model.model.model.embed_tokens.token_adapter.base_layer.weight",
+            f32_tensor([5, 2], 20),
+        ),
+        ("base_model.model.lm_head.weight", f32_tensor([5, 2], 30)),
+        (
+            "base_model.model.model.layers.0.x.lora_A.weight",
+            f32_tensor([1, 2], 1),
+        ),
+        (
+            "base_model.model.model.layers.0.x.lora_B.weight",
+            f32_tensor([1, 1], 3),
+        ),
+    ]);
+    let fields = json!({
+        "trainable_token_indices": {"embed_tokens": [4, 1]},
+        "target_modules": ["x"],
+        "r": 1,
+        "lora_alpha": 1,
+        "base_model_name_or_path": "somewhere",
+    });
+    let adapter = adapter(&fields, &tensors);
+    let report = split_adapter(&base, &adapter, &model, &plain, Overwrite::Refuse).unwrap();
+    assert_eq!((report.rows, report.lora_modules), (2, 0));
+    let split = Checkpoint::open(&model).unwrap();
+    let values = |name: &str| split.tensor(name).unwrap().to_rows().unwrap().to_f64_vec();
+    assert_eq!(
+        values(EMBEDDING),
+        [20., 21., 102., 103., 24., 25., 26., 27., 100., 101.]
+    );
+    assert_eq!(values(HEAD), (30..40).map(f64::from).collect::<Vec<_>>());
+    assert_eq!(values("model.layers.0.x.weight"), [60., 61.]);
+    assert_eq!(read_json(&model.join("config.json"))["vocab_size"], 5);
+    let rest = Adapter::read(&plain).unwrap();
+    assert!(rest.modules().is_empty());
+    assert!(rest.extra_tensors().all(|name| name.contains(".lora_")));
+    let name = model.to_str().unwrap();
+    assert_eq!(rest.config().base_model_name_or_path(), Some(name));
+    assert_eq!(rest.config().field("r"), Some(json!(1)));
+    let [whole, parts] = ["whole", "parts"].map(|name| home.path().join(name));
+    merge(&base, &adapter, &whole).unwrap();
+    merge(&split, &rest, &parts).unwrap();
+    let [whole, parts] = [whole, parts].map(|dir| Checkpoint::open(dir).unwrap());
+    for name in whole.names() {
+        assert!(
+            whole.tensor(name).unwrap().bytes == parts.tensor(name).unwrap().bytes,
+            "{name}"
+        );
+    }
+    assert_ne!(
+        whole.tensor("model.layers.0.x.weight").unwrap().bytes,
+        base.tensor("model.layers.0.x.weight").unwrap().bytes
+    );
 }

@@ -199,3 +199,35 @@ fn the_base_is_never_the_output() {
     fs::remove_file(home.path().join("link")).unwrap();
     assert_eq!(tree(home.path()), before);
 }
+
+/// As checkpoints in shared caches are.
+#[test]
+#[cfg(unix)]
+fn a_base_that_cannot_be_written_is_merged() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let home = tempfile::tempdir().unwrap();
+    let dir = home.path().join("base");
+    fs::create_dir(&dir).unwrap();
+    let file = dir.join("model.safetensors");
+    fs::copy(fixtures().join("llama_tied/base/model.safetensors"), &file).unwrap();
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o444)).unwrap();
+    let base = Checkpoint::open(&dir).unwrap();
+    let before = tree(&dir);
+    let out = home.path().join("out");
+    // Rows that follow each other, the first and the last.
+    let change = replacement("model.embed_tokens.weight", &[279, 1, 0, 278, 2], 40);
+    merge_checkpoint(&base, std::slice::from_ref(&change), &out, Overwrite::Refuse).unwrap();
+    assert_eq!(tree(&dir), before);
+    let (old, new) = (base, Checkpoint::open(&out).unwrap());
+    for name in old.names() {
+        let (old, new) = (old.tensor(name).unwrap(), new.tensor(name).unwrap());
+        let mut expected = old.bytes.to_vec();
+        if name == change.tensor {
+            for id in &change.ids {
+                let one = 1f32.to_le_bytes().repeat(40);
+                expected[id.row() * one.len()..][..one.len()].copy_from_slice(&one);
+            }
+        }
+        assert!(new.bytes == expected, "{name}");
+    }
+}

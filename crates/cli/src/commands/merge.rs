@@ -27,15 +27,17 @@ pub(super) fn run(args: &MergeArgs, cli: &Cli) -> Result<()> {
     let overlap = overlap(args)?;
     check_free(&args.out, cli.overwrite())?;
     let base = Checkpoint::open(&args.model)?;
-    let mut merge = Merge::new(&base).overlap(overlap).check(if args.safe {
+    let check = if args.safe {
         MergeCheck::Finite
     } else {
         MergeCheck::Unchecked
-    });
+    };
+    let mut merge = Merge::new(&base)
+        .overlap(overlap)
+        .check(check)
+        .base_check(BaseCheck::SameTable);
     for dir in &args.adapter {
-        let adapter = Adapter::read(dir)?;
-        adapter.check_against(&base, BaseCheck::SameTable)?;
-        merge = merge.with(dir.display().to_string(), &adapter)?;
+        merge = merge.with(dir.display().to_string(), &Adapter::read(dir)?)?;
     }
     let report = merge.write(&args.out, cli.overwrite())?;
     let model = ModelTables::of(&base)?;

@@ -1,10 +1,14 @@
 //! `verify`: whether adapters fit a model.
 
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
 use anyhow::{Result, bail};
 use serde::Serialize;
 use trainable_tokens_core::EmbeddingSource;
 use trainable_tokens_format::{
-    Adapter, AdapterModule, BaseCheck, Checkpoint, LoraDelta, PeftType, TableDigest,
+    Adapter, AdapterModule, BaseCheck, Checkpoint, LoraDelta, MappedTable, PeftType, TableDigest,
 };
 use trainable_tokens_trainer::Vocabulary;
 
@@ -62,13 +66,14 @@ impl Check {
 pub(super) fn run(args: &VerifyArgs, cli: &Cli) -> Result<()> {
     let base = Checkpoint::open(&args.model)?;
     let vocabulary = Vocabulary::of_model(&args.model);
-    let mut checks = Vec::new();
+    let (mut checks, digests) = (Vec::new(), Digests::default());
     for (name, dir) in adapters_in(&args.adapter)? {
         let adapter = Adapter::read(&dir)?;
         let found = Verification {
             base: &base,
             vocabulary: &vocabulary,
             adapter: &adapter,
+            digests: &digests,
         }
         .checks()?;
         checks.extend(found.into_iter().map(|check| Check {
@@ -101,6 +106,18 @@ struct Verification<'a> {
     base: &'a Checkpoint,
     vocabulary: &'a Vocabulary,
     adapter: &'a Adapter,
+    digests: &'a Digests,
+}
+
+/// The digests of tables by file and name, computed once for all adapters: each takes reading the whole table.
+#[derive(Default)]
+struct Digests(RefCell<BTreeMap<(PathBuf, String), TableDigest>>);
+
+impl Digests {
+    fn of(&self, table: &MappedTable) -> TableDigest {
+        let place = (table.path().to_owned(), table.name().to_owned());
+        *self.0.borrow_mut().entry(place).or_insert_with(|| table.digest())
+    }
 }
 
 impl Verification<'_> {
@@ -168,7 +185,7 @@ impl Verification<'_> {
             let table = self.adapter.table(module.path(), self.base).ok();
             let table = table.filter(|table| table.added().num_rows() == 0);
             if let Some((recorded, table)) = recorded.zip(table) {
-                found.push(same_table(recorded, table.base().digest()));
+                found.push(same_table(recorded, self.digests.of(table.base())));
             }
         }
         let otherwise = "the adapter does not record which table it was trained on";

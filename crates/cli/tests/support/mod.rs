@@ -194,7 +194,7 @@ pub(crate) struct Workspace {
 }
 
 /// Every command, on the things of a [`Workspace`].
-pub(crate) const COMMANDS: [&str; 9] = [
+pub(crate) const COMMANDS: [&str; 11] = [
     "train",
     "eval",
     "forward",
@@ -204,9 +204,11 @@ pub(crate) const COMMANDS: [&str; 9] = [
     "inspect model",
     "inspect adapter",
     "inspect file",
+    "extract",
+    "diff",
 ];
 /// Those that read the model's directory as a model.
-pub(crate) const WITH_MODEL: [&str; 8] = [
+pub(crate) const WITH_MODEL: [&str; 10] = [
     "train",
     "eval",
     "forward",
@@ -215,6 +217,8 @@ pub(crate) const WITH_MODEL: [&str; 8] = [
     "verify",
     "inspect model",
     "inspect adapter",
+    "extract",
+    "diff",
 ];
 /// Those that need its `config.json`.
 pub(crate) const WITH_CONFIG: [&str; 5] = ["train", "eval", "forward", "init", "inspect model"];
@@ -225,7 +229,7 @@ pub(crate) const WITH_ADAPTER: [&str; 5] = ["eval", "forward", "merge", "verify"
 /// Those that read data.
 pub(crate) const WITH_DATA: [&str; 2] = ["train", "eval"];
 /// Those that write something.
-pub(crate) const WITH_OUTPUT: [&str; 4] = ["train", "forward", "init", "merge"];
+pub(crate) const WITH_OUTPUT: [&str; 5] = ["train", "forward", "init", "merge", "extract"];
 
 impl Workspace {
     pub(crate) fn new() -> Self {
@@ -234,6 +238,7 @@ impl Workspace {
         };
         copy_dir(&fixture("llama_untied/base"), &workspace.model());
         copy_dir(&fixture("llama_untied/adapter"), &workspace.adapter());
+        copy_dir(&fixture("llama_untied/merged"), &workspace.tuned());
         let lines = [[1, 299, 12, 40, 297, 298], [7, 298, 299, 12, 60, 2]];
         let text = lines.iter().fold(String::new(), |mut text, ids| {
             writeln!(text, "{}", json!({"input_ids": ids})).unwrap();
@@ -254,6 +259,11 @@ impl Workspace {
 
     pub(crate) fn adapter(&self) -> PathBuf {
         self.path("adapter")
+    }
+
+    /// The model with the adapter merged, by PEFT.
+    pub(crate) fn tuned(&self) -> PathBuf {
+        self.path("tuned")
     }
 
     pub(crate) fn data(&self) -> PathBuf {
@@ -305,6 +315,8 @@ impl Workspace {
             "init" => args!["init", "--model", model, "--token-ids", "299,12", "--out", out],
             "merge" => args!["merge", "--model", model, "--adapter", adapter, "--out", out],
             "verify" => args!["verify", "--model", model, "--adapter", adapter],
+            "extract" => args!["extract", "--base", model, "--tuned", self.tuned(), "--out", out],
+            "diff" => args!["diff", model, self.tuned()],
             "inspect model" => args!["inspect", model],
             "inspect adapter" => args!["inspect", adapter, "--model", model],
             "inspect file" => args!["inspect", model.join("model.safetensors")],

@@ -1,13 +1,16 @@
 //! Whether an adapter fits a base.
 
+use std::path::PathBuf;
+
 use trainable_tokens_core::{EmbeddingSource, ErrorKind};
 
 use super::{Adapter, AdapterModule, parts};
 use crate::checkpoint::Checkpoint;
 use crate::config::is_path_or_suffix;
+use crate::digest::TableDigest;
 use crate::error::{Error, Result};
 use crate::model::ModelTables;
-use crate::table::ExtendedTable;
+use crate::table::{ExtendedTable, MappedTable};
 
 /// How closely the base must be the one that the adapter was trained on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,6 +31,13 @@ impl Adapter {
     /// [`Error::Base`] naming what does not fit, [`Error::TiedTokens`], [`Error::TiedCopies`], [`Error::NotATable`],
     /// and those of [`Checkpoint::table`].
     pub fn check_against(&self, base: &Checkpoint, check: BaseCheck) -> Result<()> {
+        let recorded = self.check_all(base, check)?;
+        recorded.iter().try_for_each(RecordedTable::check)
+    }
+
+    /// Checks all but digests, which take reading whole tables; those are returned, none if only fitting is asked for.
+    pub(crate) fn check_all(&self, base: &Checkpoint, check: BaseCheck) -> Result<Vec<RecordedTable>> {
+        let mut recorded = Vec::new();
         let model = ModelTables::of(base)?;
         self.check_shared(base, &model)?;
         for module in &self.modules {
@@ -42,15 +52,16 @@ impl Adapter {
                 .filter(|path| base.contains(&weight_name(path)))
             {
                 let table = self.table_of(path, base, &model)?;
-                self.check_table(module, path, &table, base, check)?;
+                recorded.extend(self.check_table(module, path, &table, base, check)?);
             }
             if !base.contains(&weight_name(&module.path)) {
                 let table = self.table_of(&module.path, base, &model)?;
-                self.check_table(module, &module.path, &table, base, check)?;
+                recorded.extend(self.check_table(module, &module.path, &table, base, check)?);
             }
         }
         self.check_names(base, &model)?;
-        self.check_head(base, &model)
+        self.check_head(base, &model)?;
+        Ok(recorded)
     }
 
     /// Checks ids and row length of every module against a table of `vocab_size x embedding_dim`.
@@ -76,7 +87,7 @@ impl Adapter {
         table: &ExtendedTable,
         base: &Checkpoint,
         check: BaseCheck,
-    ) -> Result<()> {
+    ) -> Result<Option<RecordedTable>> {
         let misfit = |kind, reason| Err(misfit(base, kind, reason));
         let (vocab_size, dim) = (table.vocab_size(), table.embedding_dim());
         let name = table.base().name();
@@ -92,7 +103,7 @@ impl Adapter {
             return misfit(ErrorKind::Shape, reason);
         }
         if check == BaseCheck::Fits {
-            return Ok(());
+            return Ok(None);
         }
         let metadata = self.module_metadata(&module.path);
         if let Some(recorded) = metadata.vocab_size
@@ -108,17 +119,15 @@ impl Adapter {
             return misfit(ErrorKind::DType, reason);
         }
         // The digest of a table that was larger than the base's says nothing about the base's.
-        if let Some(recorded) = metadata.base_digest
-            && module.path == path
-            && table.added().num_rows() == 0
-        {
-            let digest = table.base().digest();
-            if digest != recorded {
-                let reason = format!("it was trained on a table of {recorded}, but {name} is {digest}");
-                return misfit(ErrorKind::File, reason);
-            }
-        }
-        Ok(())
+        let counts = module.path == path && table.added().num_rows() == 0;
+        Ok(metadata
+            .base_digest
+            .filter(|_| counts)
+            .map(|recorded| RecordedTable {
+                base: base.dir().to_owned(),
+                table: table.base().clone(),
+                recorded,
+            }))
     }
 
     /// Modules that share the input embedding's table must have the same tokens and rows.
@@ -214,8 +223,37 @@ impl Adapter {
     }
 }
 
+/// A table of a base, and the digest that an adapter records of it.
+#[derive(Clone, Debug)]
+pub(crate) struct RecordedTable {
+    base: PathBuf,
+    table: MappedTable,
+    recorded: TableDigest,
+}
+
+impl RecordedTable {
+    /// Reads the whole table.
+    pub(crate) fn check(&self) -> Result<()> {
+        let (recorded, name, digest) = (self.recorded, self.table.name(), self.table.digest());
+        if digest == recorded {
+            return Ok(());
+        }
+        Err(Error::Base {
+            path: self.base.clone(),
+            kind: ErrorKind::File,
+            reason: format!("it was trained on a table of {recorded}, but {name} is {digest}"),
+        })
+    }
+
+    /// Whether checking one is checking the other.
+    pub(crate) fn is_like(&self, other: &Self) -> bool {
+        let place = |of: &Self| (of.table.path().to_owned(), of.table.file_range());
+        self.recorded == other.recorded && place(self) == place(other)
+    }
+}
+
 /// The name of a module's table in a checkpoint.
-pub(super) fn weight_name(path: &str) -> String {
+pub(crate) fn weight_name(path: &str) -> String {
     format!("{path}.weight")
 }
 

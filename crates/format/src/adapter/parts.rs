@@ -202,7 +202,8 @@ pub(super) fn tied_copies_differ(
     }
 }
 
-fn first_different_row(a: &TokenRows, b: &TokenRows) -> usize {
+/// The number of the first row in which two tables differ.
+pub(crate) fn first_different_row(a: &TokenRows, b: &TokenRows) -> usize {
     // Of no rows, a file can claim any length.
     let row_bytes = a.embedding_dim().saturating_mul(a.dtype().size_in_bytes()).max(1);
     let (a, b) = (a.to_le_bytes(), b.to_le_bytes());

@@ -53,14 +53,18 @@ impl Adapter {
 
     fn write_rows(&self, out: &mut dyn Write) -> Result<()> {
         let mut tensors = Vec::new();
-        for module in &self.modules {
-            let bytes = module.rows.to_le_bytes();
+        let modules = self
+            .modules
+            .iter()
+            .map(|module| (module, module.rows.to_le_bytes()));
+        let modules: Vec<_> = modules.collect();
+        for (module, bytes) in &modules {
             for path in module.all_paths() {
                 tensors.push(TensorData {
                     name: key_of(self.config.peft_type(), path),
                     dtype: file_dtype(module.rows.dtype()),
                     shape: module.rows.shape().to_vec(),
-                    bytes: Cow::Owned(bytes.clone()),
+                    bytes: Cow::Borrowed(bytes.as_slice()),
                 });
             }
         }

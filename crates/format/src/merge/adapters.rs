@@ -7,7 +7,7 @@ use trainable_tokens_core::{MergeCheck, Overlap, TokenRows, TokenSet};
 
 use super::plan::Plan;
 use super::{MergeReport, RowReplacement, write};
-use crate::adapter::Adapter;
+use crate::adapter::{Adapter, BaseCheck, RecordedTable};
 use crate::atomic::Overwrite;
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
@@ -44,6 +44,8 @@ pub struct Merge<'a> {
     parts: Vec<Part>,
     overlap: Overlap,
     check: MergeCheck,
+    base_check: BaseCheck,
+    recorded: Vec<RecordedTable>,
 }
 
 #[derive(Clone, Debug)]
@@ -65,6 +67,8 @@ impl<'a> Merge<'a> {
             parts: Vec::new(),
             overlap: Overlap::Refuse,
             check: MergeCheck::Unchecked,
+            base_check: BaseCheck::Fits,
+            recorded: Vec::new(),
         }
     }
 
@@ -73,8 +77,17 @@ impl<'a> Merge<'a> {
     /// # Errors
     ///
     /// Those of [`Adapter::replacements`] and [`Adapter::lora_deltas`]; core's error for a name that is taken.
-    pub fn with(mut self, name: impl Into<String>, adapter: &Adapter) -> Result<Self> {
-        let name = name.into();
+    pub fn with(self, name: impl Into<String>, adapter: &Adapter) -> Result<Self> {
+        let deltas = adapter.lora_deltas(self.base)?;
+        self.add(name.into(), adapter, deltas)
+    }
+
+    /// Adds the rows of an adapter, and none of its weights of LoRA.
+    pub(crate) fn with_rows(self, name: &str, adapter: &Adapter) -> Result<Self> {
+        self.add(name.to_owned(), adapter, Vec::new())
+    }
+
+    fn add(mut self, name: String, adapter: &Adapter, deltas: Vec<LoraDelta>) -> Result<Self> {
         if self.parts.iter().any(|part| part.name == name) {
             let must = "given once: merged twice, its weights of LoRA would be added twice";
             return Err(Error::Core(trainable_tokens_core::Error::AdapterName {
@@ -82,13 +95,24 @@ impl<'a> Merge<'a> {
                 must,
             }));
         }
+        for table in adapter.check_all(self.base, self.base_check)? {
+            if !self.recorded.iter().any(|known| known.is_like(&table)) {
+                self.recorded.push(table);
+            }
+        }
         self.parts.push(Part {
             name,
             tables: adapter.other_tables(self.base)?,
             rows: adapter.replacements(self.base)?,
-            deltas: adapter.lora_deltas(self.base)?,
+            deltas,
         });
         Ok(self)
+    }
+
+    /// How closely the base must be the one that the adapters were trained on, for those that are added after this;
+    /// [`BaseCheck::Fits`] without a word. Digests are compared while files are written.
+    pub fn base_check(self, base_check: BaseCheck) -> Self {
+        Self { base_check, ..self }
     }
 
     /// What counts for a token that several adapters train; without a word, they are refused. Weights are one for each
@@ -114,6 +138,7 @@ impl<'a> Merge<'a> {
     /// # Errors
     ///
     /// Core's errors for tokens that several adapters train, and for weights; [`Error::NonFinite`] by the check;
+    /// [`Error::Base`] if a table is not the one that an adapter was trained on, if that was asked for;
     /// [`Error::Target`] if `out` is the base, inside it or around it; those of
     /// [`write_dir_atomically`](crate::write_dir_atomically).
     pub fn write(&self, out: impl AsRef<Path>, overwrite: Overwrite) -> Result<MergeReport> {
@@ -141,7 +166,7 @@ impl<'a> Merge<'a> {
         for (tensor, owned) in tables {
             self.replace(&mut plan, tensor, &owned)?;
         }
-        write(self.base, &plan, out.as_ref(), overwrite)
+        write(self.base, &plan, &self.recorded, out.as_ref(), overwrite)
     }
 
     fn replace(&self, plan: &mut Plan<'_>, tensor: &str, owned: &Owned<'_>) -> Result<()> {

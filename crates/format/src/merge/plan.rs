@@ -1,11 +1,11 @@
 //! What becomes of each tensor of a checkpoint.
 
 use std::collections::BTreeMap;
-use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use trainable_tokens_core::{EmbeddingSource as _, MergeCheck, TokenId, TokenRows};
 
+use super::output::Output;
 use super::table::TablePlan;
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
@@ -129,28 +129,22 @@ impl<'a> Plan<'a> {
     }
 
     /// Writes the file with the changed tensors in their places.
-    pub(super) fn write(&self, file: &SafetensorsFile, target: &Path, out: &mut dyn Write) -> Result<()> {
-        let failed = |error: io::Error| Error::io("write", target)(error);
+    pub(super) fn write(&self, file: &SafetensorsFile, target: &Path) -> Result<()> {
+        let mut out = Output::create(file, target)?;
         let mut at = 0;
         let grown = self.grown();
         if grown.keys().any(|name| file.contains(name)) {
-            out.write_all(&file.header_with(&grown).map_err(failed)?)
-                .map_err(failed)?;
+            out.put(&file.header_with(&grown).map_err(Error::io("write", target))?)?;
             at = file.data_start();
         }
-        for table in self
-            .by_file
-            .get(file.path())
-            .into_iter()
-            .flat_map(BTreeMap::values)
-        {
+        let tables = self.by_file.get(file.path());
+        for table in tables.into_iter().flat_map(BTreeMap::values) {
             let range = table.file_range();
-            out.write_all(file.bytes_at(at..range.start)).map_err(failed)?;
-            table.write(self.check, target, out)?;
+            out.copy(at..range.start)?;
+            table.write(self.check, &mut out)?;
             at = range.end;
         }
-        out.write_all(file.bytes_at(at..file.content().len()))
-            .map_err(failed)?;
-        out.flush().map_err(failed)
+        out.copy(at..file.content().len())?;
+        out.finish()
     }
 }

@@ -1,19 +1,23 @@
 //! One tensor with changes, written block by block.
 
 use std::collections::BTreeMap;
-use std::io::Write;
+use std::num::NonZero;
 use std::ops::Range;
-use std::path::Path;
+use std::panic::resume_unwind;
+use std::thread::{self, ScopedJoinHandle};
 
 use half::{bf16, f16};
 use trainable_tokens_core::{DType, Element, EmbeddingSource, HostTable as _, MergeCheck, RowRef, TokenId};
 
+use super::output::Output;
 use crate::error::{Error, Result};
 use crate::lora::{LoraDelta, LowRank};
 use crate::table::{ExtendedTable, MappedTable};
 
-/// Bytes of a tensor that are in memory at a time, if a row is not longer.
-const BLOCK_BYTES: usize = 1 << 20;
+/// Bytes of a tensor that a thread works on at a time, if a row is not longer.
+const BLOCK_BYTES: usize = 1 << 18;
+/// Most threads that add weights of LoRA: more would only wait for the disk, and take memory for their blocks.
+const MAX_THREADS: usize = 8;
 
 /// What becomes of one tensor: first LoRA's weights are added, in the order of their adapters, then rows are replaced.
 pub(super) struct TablePlan {
@@ -113,67 +117,113 @@ impl TablePlan {
         self.table.embedding_dim() * self.table.dtype().size_in_bytes()
     }
 
-    /// Writes the tensor's bytes; `target` names the file in messages.
-    pub(super) fn write(&self, check: MergeCheck, target: &Path, out: &mut dyn Write) -> Result<()> {
-        let mut writer = Writer { check, target, out };
+    /// Writes the tensor's bytes.
+    pub(super) fn write<'a>(&'a self, check: MergeCheck, out: &mut Output<'a>) -> Result<()> {
         match self.table.dtype() {
-            _ if self.deltas.is_empty() && self.source.is_none() => self.write_rows(&mut writer),
-            DType::F64 => self.write_sums::<f64>(&mut writer),
-            DType::F32 => self.write_sums::<f32>(&mut writer),
-            DType::F16 => self.write_sums::<f16>(&mut writer),
-            DType::BF16 => self.write_sums::<bf16>(&mut writer),
+            _ if self.is_copied(check) => self.copy(out),
+            DType::F64 => self.write_sums::<f64>(check, out),
+            DType::F32 => self.write_sums::<f32>(check, out),
+            DType::F16 => self.write_sums::<f16>(check, out),
+            DType::BF16 => self.write_sums::<bf16>(check, out),
         }
     }
 
-    /// Only rows are replaced: all between them is copied.
-    fn write_rows(&self, writer: &mut Writer<'_>) -> Result<()> {
-        let (base, size) = (self.table.bytes(), self.row_bytes());
-        let mut at = 0;
-        for (id, row) in &self.rows {
-            writer.put(base.get(at..id.row() * size).unwrap_or_default())?;
-            writer.put(&row.bytes)?;
-            at = (id.row() + 1) * size;
-        }
-        writer.put(base.get(at..).unwrap_or_default())
+    /// Whether all but the replaced rows, which were checked, can be copied from where they lie. Rows after the base's
+    /// last are replaced ones.
+    fn is_copied(&self, check: MergeCheck) -> bool {
+        let may_copy = |source: &ExtendedTable| {
+            let is_checked = check == MergeCheck::Unchecked || self.is_base(source.base());
+            is_checked && source.dtype() == self.table.dtype()
+        };
+        self.deltas.is_empty() && self.source.as_ref().is_none_or(may_copy)
     }
 
-    fn write_sums<T: Element>(&self, writer: &mut Writer<'_>) -> Result<()> {
-        let deltas: Vec<_> = self
-            .deltas
-            .iter()
-            .map(|(_, delta)| LowRank::<T>::new(delta))
-            .collect();
-        let (size, columns) = (self.row_bytes(), self.table.embedding_dim());
-        let height = (BLOCK_BYTES / size.max(1)).max(1);
-        let mut encoded = Vec::new();
-        for start in (0..self.vocab_size()).step_by(height) {
-            let block = start..(start + height).min(self.vocab_size());
-            let mut values = vec![T::default(); block.len() * columns];
-            self.read(&block, &mut values);
-            for delta in &deltas {
-                delta.add_to(block.clone(), &mut values);
-            }
-            if writer.check == MergeCheck::Finite {
-                self.expect_finite(block.start, &values)?;
-            }
-            encoded.clear();
-            values
-                .iter()
-                .for_each(|value| value.extend_le_bytes(&mut encoded));
-            for (id, row) in self.rows_in(&block) {
-                let place = (id.row() - block.start) * size;
-                if let Some(place) = encoded.get_mut(place..place + size) {
-                    place.copy_from_slice(&row.bytes);
+    /// Whether a table is the one in the checkpoint.
+    fn is_base(&self, table: &MappedTable) -> bool {
+        (table.path(), table.file_range()) == (self.table.path(), self.file_range())
+    }
+
+    /// Copies what the tensor starts from, and has the replaced rows written over it.
+    fn copy<'a>(&'a self, out: &mut Output<'a>) -> Result<()> {
+        let (start, size) = (out.position(), self.row_bytes());
+        match &self.source {
+            None => out.copy(self.file_range())?,
+            Some(source) => {
+                if self.is_base(source.base()) {
+                    out.copy(self.file_range())?;
+                } else {
+                    out.put(source.base().bytes())?;
                 }
+                out.put(&source.added().to_le_bytes())?;
             }
-            writer.put(&encoded)?;
+        }
+        for (id, row) in &self.rows {
+            out.patch(start + id.row() * size, &row.bytes);
         }
         Ok(())
     }
 
+    /// Writes blocks in their order; as many as there are threads are computed at a time.
+    fn write_sums<T: Element>(&self, check: MergeCheck, out: &mut Output<'_>) -> Result<()> {
+        let deltas = self.deltas.iter().map(|(_, delta)| LowRank::<T>::new(delta));
+        let deltas: Vec<_> = deltas.collect();
+        let height = (BLOCK_BYTES / self.row_bytes().max(1)).max(1);
+        let blocks = (0..self.vocab_size()).step_by(height);
+        let blocks: Vec<_> = blocks
+            .map(|start| start..(start + height).min(self.vocab_size()))
+            .collect();
+        let threads = thread::available_parallelism().map_or(1, NonZero::get);
+        let sums = &|block: &Range<usize>| self.sums(block.clone(), &deltas, check);
+        for blocks in blocks.chunks(threads.min(MAX_THREADS)) {
+            let computed: Vec<_> = thread::scope(|scope| {
+                let (first, others) = blocks.split_at(1);
+                let others = others.iter().map(|block| scope.spawn(move || sums(block)));
+                let others: Vec<_> = others.collect();
+                let first = first.iter().map(sums);
+                let join = |thread: ScopedJoinHandle<'_, _>| {
+                    thread.join().unwrap_or_else(|panic| resume_unwind(panic))
+                };
+                first.chain(others.into_iter().map(join)).collect()
+            });
+            computed.into_iter().try_for_each(|bytes| out.put(&bytes?))?;
+        }
+        Ok(())
+    }
+
+    /// The bytes of some rows of the result.
+    fn sums<T: Element>(
+        &self,
+        block: Range<usize>,
+        deltas: &[LowRank<'_, T>],
+        check: MergeCheck,
+    ) -> Result<Vec<u8>> {
+        let size = self.row_bytes();
+        let mut values = vec![T::default(); block.len() * self.table.embedding_dim()];
+        self.read(&block, &mut values);
+        for delta in deltas {
+            delta.add_to(block.clone(), &mut values);
+        }
+        if check == MergeCheck::Finite {
+            self.expect_finite(block.start, &values)?;
+        }
+        let mut encoded = Vec::with_capacity(block.len() * size);
+        values
+            .iter()
+            .for_each(|value| value.extend_le_bytes(&mut encoded));
+        for (id, row) in self.rows_in(&block) {
+            let place = (id.row() - block.start) * size;
+            if let Some(place) = encoded.get_mut(place..place + size) {
+                place.copy_from_slice(&row.bytes);
+            }
+        }
+        Ok(encoded)
+    }
+
+    /// The replaced rows among these.
     fn rows_in(&self, block: &Range<usize>) -> impl Iterator<Item = (&TokenId, &Row)> {
-        let block = block.clone();
-        self.rows.iter().filter(move |(id, _)| block.contains(&id.row()))
+        // Ids of 32 bits name every row.
+        let id = |row: usize| TokenId(u32::try_from(row).unwrap_or(u32::MAX));
+        self.rows.range(id(block.start)..id(block.end))
     }
 
     /// Reads rows of what the deltas are added to.
@@ -220,17 +270,5 @@ impl TablePlan {
             column: at % columns,
             dtype: self.table.dtype(),
         })
-    }
-}
-
-struct Writer<'a> {
-    check: MergeCheck,
-    target: &'a Path,
-    out: &'a mut dyn Write,
-}
-
-impl Writer<'_> {
-    fn put(&mut self, bytes: &[u8]) -> Result<()> {
-        self.out.write_all(bytes).map_err(Error::io("write", self.target))
     }
 }
