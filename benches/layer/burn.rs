@@ -1,0 +1,56 @@
+//! burn, on its CPU backend Flex.
+
+use ::burn::module::Param;
+use ::burn::nn::Embedding;
+use ::burn::tensor::{Device, Element as BurnElement, Int, Tensor, TensorData};
+use trainable_tokens::burn::{TrainableTokens, backward};
+use trainable_tokens::{Adam, AdamConfig, Element};
+
+use crate::support::Workload;
+use crate::{Case, Laps, Measured, measure};
+
+pub(crate) fn run<T: Element + BurnElement>(workload: Workload, rounds: usize, _: T) -> Measured {
+    let device = Device::flex().autodiff();
+    let data = TensorData::new(workload.table::<T>(), [workload.vocab_size, workload.dim]);
+    let weight = Tensor::<2>::from_data(data, (&device, T::dtype()));
+    measure(rounds, || {
+        let embedding = Embedding {
+            weight: Param::from_tensor(weight).set_require_grad(false),
+        };
+        let ids = TensorData::new(workload.signed(), [1, workload.tokens]);
+        Burn {
+            layer: TrainableTokens::wrap(embedding.clone(), &workload.trained_ids()).unwrap(),
+            optimizer: Adam::new(AdamConfig::ADAMW).unwrap(),
+            ids: Tensor::from_data(ids, &device),
+            embedding,
+        }
+    })
+}
+
+struct Burn {
+    embedding: Embedding,
+    layer: TrainableTokens,
+    optimizer: Adam,
+    ids: Tensor<2, Int>,
+}
+
+impl Case for Burn {
+    type Rows = Tensor<3>;
+
+    fn frozen(&mut self) -> Tensor<3> {
+        self.embedding.forward(self.ids.clone())
+    }
+
+    fn step(&mut self, laps: &mut Laps) -> Tensor<3> {
+        let rows = self.layer.forward(self.ids.clone());
+        laps.lap();
+        // From a gradient of ones.
+        let gradients = backward(&rows.clone().sum()).unwrap();
+        laps.lap();
+        self.layer
+            .step(&gradients, &mut self.optimizer, &mut [])
+            .unwrap();
+        laps.lap();
+        rows
+    }
+}
