@@ -76,7 +76,7 @@ impl<S: Data<Elem: Element>> EmbeddingSource for NdTable<S> {
     }
 }
 
-impl<S: Data<Elem: Element>> HostTable for NdTable<S> {
+impl<S: Data<Elem: Element> + Sync> HostTable for NdTable<S> {
     #[inline]
     fn row(&self, id: TokenId) -> Option<RowRef<'_>> {
         let dim = self.0.ncols();

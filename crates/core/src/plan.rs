@@ -224,6 +224,10 @@ impl LookupPlan {
         self.ids.is_empty()
     }
 
+    pub(crate) fn vocab_size(&self) -> usize {
+        self.vocab_size
+    }
+
     /// How many slots the token set has (`k`).
     pub fn num_slots(&self) -> usize {
         self.num_slots
@@ -296,15 +300,13 @@ impl LookupPlan {
             };
             let from = &output_gradient[position as usize * dim..][..dim];
             let to = &mut sums[slot as usize * dim..][..dim];
-            match factor {
-                None => to
-                    .iter_mut()
-                    .zip(from)
-                    .for_each(|(sum, x)| *sum += x.to_compute()),
-                Some(factor) => to
-                    .iter_mut()
-                    .zip(from)
-                    .for_each(|(sum, x)| *sum += x.to_compute() * factor),
+            let mut wide = [T::Compute::default(); 128];
+            for (sums, from) in to.chunks_mut(wide.len()).zip(from.chunks(wide.len())) {
+                T::widen(from, &mut wide);
+                match factor {
+                    None => sums.iter_mut().zip(&wide).for_each(|(sum, x)| *sum += *x),
+                    Some(factor) => sums.iter_mut().zip(&wide).for_each(|(sum, x)| *sum += *x * factor),
+                }
             }
         }
         Ok(())

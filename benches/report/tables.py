@@ -1,0 +1,91 @@
+"""The report as Markdown, and its plots."""
+import plots
+
+SYSTEMS = {
+    "peft": "PEFT", "ndarray": "ndarray", "ndarray-reused": "ndarray, reused buffers", "candle": "candle", "burn": "burn",
+    "dfdx": "dfdx",
+}
+GROWTH_TITLES = {"v": "rows of the table (V)", "n": "ids of a batch (N)", "k": "trained rows (k)"}
+
+
+def write(report, out):
+    """Writes report.md and the plots beside it."""
+    made = fragments(report, out)
+    (out / "report.md").write_text("\n\n".join(made.values()) + "\n")
+
+
+def fragments(report, out):
+    """A piece of Markdown for each part that was measured. Draws the plots that they show."""
+    makers = {"machine": machine, "layer": layer, "growth": growth}
+    return {name: make(report[name], out) for name, make in makers.items() if name in report}
+
+
+def table(head, rows):
+    """A table in Markdown: the first column is text, the others are numbers."""
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def short(number):
+    """A number with three digits that count."""
+    if number is None:
+        return ""
+    if abs(number) >= 100:
+        return f"{number:.0f}"
+    return f"{number:.3g}"
+
+
+def machine(it, _out):
+    versions = ", ".join(f"{name} {version}" for name, version in it["versions"].items())
+    return (
+        f"{it['cpu']}, {it['cores']} cores, {it['memory_gb']} GB; {it['system']}; {it['rustc']}; {versions}; "
+        f"commit {it['commit']}."
+    )
+
+
+def layer(rows, out):
+    parts = []
+    sizes = list(dict.fromkeys((row["v"], row["d"], row["n"], row["k"], row["dtype"]) for row in rows))
+    for v, d, n, k, dtype in sizes:
+        these = [row for row in rows if (row["v"], row["d"], row["n"], row["k"], row["dtype"]) == (v, d, n, k, dtype)]
+        these.sort(key=lambda row: -row["total_ms"])
+        head = [
+            f"V={v}, D={d}, N={n}, k={k}, {dtype}", "frozen lookup, ms", "forward, ms", "of frozen", "backward, ms",
+            "AdamW, ms", "step, ms", "PEFT's step over it", "memory, MB",
+        ]
+        columns = [
+            "frozen_ms", "forward_ms", "forward_over_frozen", "backward_ms", "optimizer_ms", "total_ms",
+            "speedup_over_peft", "extra_mb",
+        ]
+        body = [[SYSTEMS[row["backend"]], *(short(row.get(column)) for column in columns)] for row in these]
+        parts.append(table(head, body))
+    v, d, n, k, dtype = sizes[0]
+    first = [row for row in rows if (row["v"], row["d"], row["n"], row["k"], row["dtype"]) == sizes[0]]
+    plots.bars(
+        out / "layer.svg", f"one step of an embedding, ms (V={v}, D={d}, N={n}, k={k}, {dtype})",
+        [(SYSTEMS[row["backend"]], row["total_ms"]) for row in first],
+    )
+    return "\n\n".join([*parts, "![one step of an embedding](layer.svg)"])
+
+
+def growth(points, out):
+    parts = []
+    for axis, title in GROWTH_TITLES.items():
+        these = [point for point in points if point["axis"] == axis]
+        values = sorted({point[axis] for point in these})
+        systems = [name for name in SYSTEMS if any(point["backend"] == name for point in these)]
+        at = {(point["backend"], point[axis]): point for point in these}
+        body = []
+        for name in systems:
+            times = [at.get((name, value), {}).get("total_ms") for value in values]
+            measured = [(value, time) for value, time in zip(values, times) if time is not None]
+            (low, first), (high, last) = measured[0], measured[-1]
+            memory = at[name, high]["extra_mb"]
+            body.append([SYSTEMS[name], *map(short, times), f"{last / first:.2f} for {high / low:.0f}", short(memory)])
+        sizes = ", ".join(f"{name.upper() if name != 'k' else name}={these[0][name]}" for name in "vdnk" if name != axis)
+        head = [f"step, ms; {title}; {sizes}", *map(str, values), "growth", "memory at most, MB"]
+        parts.append(table(head, body))
+        lines = {SYSTEMS[name]: [(value, at[name, value]["total_ms"]) for value in values if (name, value) in at] for name in systems}
+        plots.lines(out / f"growth-{axis}.svg", f"one step of an embedding, ms; {sizes}", title, lines)
+        parts.append(f"![growth with {title}](growth-{axis}.svg)")
+    return "\n\n".join(parts)
