@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use ndarray::{Array2, ArrayView2, Axis, concatenate, s};
 use trainable_tokens_core::{
-    Backend, Element, Error, Gather, HostRows, HostTable, LookupPlan, RowMix, RowTransform, TokenRows, TokenSet,
+    Backend, Element, Error, HostRows, HostTable, LookupPlan, RowMix, RowTransform, TokenRows, TokenSet,
 };
 
 use crate::layer::gather;
@@ -34,7 +34,7 @@ impl<S: HostTable, O: Element> Backend for Ndarray<S, O> {
         transform: RowTransform,
     ) -> Result<Array2<O>, S::Error> {
         let dim = source.embedding_dim();
-        let out = gather(source, delta.map(NdRows::rows), plan, transform, Gather::to_vec)?;
+        let out = gather(source, delta.map(NdRows::rows), plan, transform, |rows| rows.to_vec())?;
         let got = vec![out.len()];
         let expected = vec![plan.len(), dim];
         Ok(

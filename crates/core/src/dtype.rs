@@ -80,13 +80,13 @@ pub trait Element: Copy + Default + PartialEq + Debug + Send + Sync + 'static {
     fn from_f32(value: f32) -> Self;
     /// [`to_compute`](Self::to_compute) of every element, by the processor's own conversion where it has one; the shorter of
     /// the two slices counts.
-    fn widen(values: &[Self], out: &mut [Self::Compute]) {
+    fn to_compute_slice(values: &[Self], out: &mut [Self::Compute]) {
         out.iter_mut()
             .zip(values)
             .for_each(|(out, value)| *out = value.to_compute());
     }
-    /// [`from_compute`](Self::from_compute) of every element, as [`widen`](Self::widen).
-    fn narrow(values: &[Self::Compute], out: &mut [Self]) {
+    /// [`from_compute`](Self::from_compute) of every element, as [`to_compute_slice`](Self::to_compute_slice).
+    fn from_compute_slice(values: &[Self::Compute], out: &mut [Self]) {
         out.iter_mut()
             .zip(values)
             .for_each(|(out, value)| *out = Self::from_compute(*value));
@@ -187,11 +187,11 @@ macro_rules! half_slices {
         fn zeros(len: usize) -> Vec<Self> {
             vec![0u16; len].reinterpret_into()
         }
-        fn widen(values: &[Self], out: &mut [f32]) {
+        fn to_compute_slice(values: &[Self], out: &mut [f32]) {
             let len = values.len().min(out.len());
             values[..len].convert_to_f32_slice(&mut out[..len]);
         }
-        fn narrow(values: &[f32], out: &mut [Self]) {
+        fn from_compute_slice(values: &[f32], out: &mut [Self]) {
             let len = values.len().min(out.len());
             out[..len].convert_from_f32_slice(&values[..len]);
         }
@@ -243,16 +243,16 @@ mod tests {
             .collect();
         let elements: Vec<T> = numbers.iter().map(|x| T::from_f32(*x)).collect();
         let mut wide = vec![T::Compute::default(); elements.len()];
-        T::widen(&elements, &mut wide);
+        T::to_compute_slice(&elements, &mut wide);
         let want: Vec<_> = elements.iter().map(|x| x.to_compute()).collect();
         assert_eq!(wide, want);
         let numbers: Vec<T::Compute> = numbers.iter().map(|x| T::Compute::from_f32(*x)).collect();
         let mut narrow = vec![T::default(); numbers.len()];
-        T::narrow(&numbers, &mut narrow);
+        T::from_compute_slice(&numbers, &mut narrow);
         let want: Vec<_> = numbers.iter().map(|x| T::from_compute(*x)).collect();
         assert_eq!(narrow, want);
-        T::widen(&elements, &mut wide[..3]);
-        T::narrow(&numbers[..3], &mut narrow);
+        T::to_compute_slice(&elements, &mut wide[..3]);
+        T::from_compute_slice(&numbers[..3], &mut narrow);
     }
 
     #[test]

@@ -116,9 +116,9 @@ fn multiply<T: Element>(row: &mut [T], factor: f64) {
     let mut wide = [T::Compute::default(); 128];
     for row in row.chunks_mut(wide.len()) {
         let wide = &mut wide[..row.len()];
-        T::widen(row, wide);
+        T::to_compute_slice(row, wide);
         wide.iter_mut().for_each(|x| *x *= factor);
-        T::narrow(wide, row);
+        T::from_compute_slice(wide, row);
     }
 }
 

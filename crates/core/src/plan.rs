@@ -302,7 +302,7 @@ impl LookupPlan {
             let to = &mut sums[slot as usize * dim..][..dim];
             let mut wide = [T::Compute::default(); 128];
             for (sums, from) in to.chunks_mut(wide.len()).zip(from.chunks(wide.len())) {
-                T::widen(from, &mut wide);
+                T::to_compute_slice(from, &mut wide);
                 match factor {
                     None => sums.iter_mut().zip(&wide).for_each(|(sum, x)| *sum += *x),
                     Some(factor) => sums.iter_mut().zip(&wide).for_each(|(sum, x)| *sum += *x * factor),

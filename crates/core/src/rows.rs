@@ -160,6 +160,11 @@ impl TokenRows {
         &self.data
     }
 
+    /// Gives up the rows for their elements, row-major.
+    pub fn into_data(self) -> RowData {
+        self.data
+    }
+
     /// The elements, row-major; their number cannot change.
     pub(crate) fn data_mut(&mut self) -> &mut RowData {
         &mut self.data

@@ -262,6 +262,12 @@ impl RowRef<'_> {
 }
 
 impl<'a> RowRef<'a> {
+    /// `len` elements from `start` on, if the row has so many.
+    pub fn get(self, start: usize, len: usize) -> Option<Self> {
+        let end = start.checked_add(len)?;
+        (end <= self.len()).then(|| self.slice(start, end))
+    }
+
     /// Elements `start..end`, which must lie in the row.
     fn slice(self, start: usize, end: usize) -> RowRef<'a> {
         match self {
@@ -301,11 +307,11 @@ pub(crate) fn convert<S: Element, T: Element>(row: &[S], out: &mut [T]) {
     let mut rounded = [T::Compute::default(); BLOCK];
     for (row, out) in row.chunks(BLOCK).zip(out.chunks_mut(BLOCK)) {
         let len = row.len().min(out.len());
-        S::widen(&row[..len], &mut wide);
+        S::to_compute_slice(&row[..len], &mut wide);
         for (rounded, wide) in rounded[..len].iter_mut().zip(&wide) {
             *rounded = cast(*wide);
         }
-        T::narrow(&rounded[..len], out);
+        T::from_compute_slice(&rounded[..len], out);
     }
 }
 
@@ -318,7 +324,7 @@ fn dequantize<S: Element, T: Element>(values: &[i8], scale: f32, out: &mut [T]) 
         for (wide, value) in wide[..len].iter_mut().zip(values) {
             *wide = cast(f32::from(*value) * scale);
         }
-        S::narrow(&wide[..len], &mut elements);
+        S::from_compute_slice(&wide[..len], &mut elements);
         convert(&elements[..len], out);
     }
 }
@@ -365,6 +371,16 @@ mod tests {
         let mut half = [bf16::ZERO; 1];
         RowRef::F32(&[1.5]).decode_into(&mut half);
         assert_eq!(half[0], bf16::from_f32(1.5));
+    }
+
+    #[test]
+    fn a_part_of_a_row_lies_in_it() {
+        let row = RowRef::Bytes(DType::F16, &[0x00, 0x3c, 0x00, 0xc0]);
+        let mut out = [0f32; 1];
+        row.get(1, 1).unwrap().decode_into(&mut out);
+        assert_eq!(out, [-2.0]);
+        assert!(row.get(1, 2).is_none() && row.get(usize::MAX, 2).is_none());
+        assert!(row.get(2, 0).unwrap().is_empty());
     }
 
     #[test]
