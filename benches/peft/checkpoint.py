@@ -39,6 +39,7 @@ def main():
     ids[:, ::8] = torch.randint(first, last + 1, ids[:, ::8].shape)
     with open(os.path.join(args.dir, "input_ids.json"), "w") as file:
         json.dump(ids.tolist(), file)
+    print(json.dumps({"arch": args.arch}))
 
 
 if __name__ == "__main__":

@@ -51,7 +51,8 @@ def main():
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0.0)
     seconds, losses = [], []
-    for _ in range(args.steps):
+    # One more to warm up.
+    for _ in range(args.steps + 1):
         start = time.perf_counter()
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
@@ -62,7 +63,7 @@ def main():
         seconds.append(time.perf_counter() - start)
     print(json.dumps({
         "system": args.mode, "v": table[0], "d": table[1], "k": last + 1 - first, "tokens": ids.numel(),
-        "steps": args.steps, "step_s": statistics.median(seconds[1:] or seconds), "extra_mb": peak.stop(),
+        "steps": args.steps, "step_s": statistics.median_high(seconds[1:]), "extra_mb": peak.stop(),
         "trainable": sum(parameter.numel() for parameter in trained), "loss": losses,
     }))
 

@@ -8,10 +8,11 @@ from pathlib import Path
 import docs
 import layer
 import machine
+import model
 import tables
 from processes import Failure
 
-PARTS = {"layer": layer.layer, "growth": layer.growth}
+PARTS = {"layer": layer.layer, "model": model.model, "growth": layer.growth}
 
 
 def main():

@@ -34,8 +34,10 @@ def cargo(*args):
 
 
 def bench(name, smoke, *args):
-    """The program of a bench, optimised unless it is only to be tried out."""
-    return cargo("bench", "--locked", "--no-run", "--bench", name, *args, *(["--profile", "dev"] if smoke else []))
+    """The program of a bench, optimised unless it is only to be tried out: then with what the tests are built with."""
+    if smoke:
+        args = ["--workspace", "--features", "ndarray,candle,burn,dfdx", "--profile", "dev"]
+    return cargo("bench", "--locked", "--no-run", "--bench", name, *args)
 
 
 def run(command, numbers, **expected):

@@ -16,7 +16,7 @@ def write(report, out):
 
 def fragments(report, out):
     """A piece of Markdown for each part that was measured. Draws the plots that they show."""
-    makers = {"machine": machine, "layer": layer, "growth": growth}
+    makers = {"machine": machine, "layer": layer, "model": model, "growth": growth}
     return {name: make(report[name], out) for name, make in makers.items() if name in report}
 
 
@@ -66,6 +66,38 @@ def layer(rows, out):
         [(SYSTEMS[row["backend"]], row["total_ms"]) for row in first],
     )
     return "\n\n".join([*parts, "![one step of an embedding](layer.svg)"])
+
+
+MODEL_SYSTEMS = {
+    "trainable-tokens": "this library", "peft": "PEFT", "lora": "PEFT, LoRA of rank 16 on the embedding",
+    "full": "torch, the whole embedding",
+}
+
+
+def model(rows, out):
+    parts = []
+    for shape in dict.fromkeys(row["shape"] for row in rows):
+        these = [row for row in rows if row["shape"] == shape]
+        theirs = next(row for row in these if row["system"] == "peft")
+        ours = next(row for row in these if row["system"] == "trainable-tokens")
+        head = [
+            f"{shape}, V={ours['v']}, D={ours['d']}, {theirs['tokens']} tokens, k={theirs['k']}", "step, s",
+            "PEFT's step over it", "memory, MB", "first loss", "last loss",
+        ]
+        body = [
+            [
+                MODEL_SYSTEMS[row["system"]], short(row["step_s"]), short(theirs["step_s"] / row["step_s"]),
+                short(row["extra_mb"]), f"{row['loss'][0]:.4f}", f"{row['loss'][-1]:.4f}",
+            ]
+            for row in sorted(these, key=lambda row: -row["step_s"])
+        ]
+        parts.append(table(head, body))
+        plots.bars(
+            out / f"model-{shape}.svg", f"one step of a whole model, s ({shape}, V={ours['v']}, D={ours['d']})",
+            [(MODEL_SYSTEMS[row["system"]], row["step_s"]) for row in these],
+        )
+        parts.append(f"![one step of a whole model](model-{shape}.svg)")
+    return "\n\n".join(parts)
 
 
 def growth(points, out):

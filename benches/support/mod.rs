@@ -1,102 +1,60 @@
-//! One workload for all benches: Gemma 2 2B's width, 4096 tokens, a tenth of them trained, 128 rows.
+//! What the benches of embeddings share: an embedding in each framework, and time and memory.
 #![allow(dead_code, clippy::unwrap_used)]
 
-use trainable_tokens::{Element, TokenSet};
+pub(crate) mod burn;
+pub(crate) mod candle;
+pub(crate) mod dfdx;
+pub(crate) mod memory;
+pub(crate) mod ndarray;
+pub(crate) mod workload;
 
-/// Vocabularies that are compared: cost must not grow with them.
-pub(crate) const VOCABULARIES: [usize; 2] = [32_000, 256_000];
+use std::time::{Duration, Instant};
 
-/// Sizes of a table and of a batch.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Workload {
-    /// Rows of the table.
-    pub(crate) vocab_size: usize,
-    /// Length of a row.
-    pub(crate) dim: usize,
-    /// Tokens in a batch.
-    pub(crate) tokens: usize,
-    /// Rows that train.
-    pub(crate) rows: usize,
+use criterion::measurement::WallTime;
+use criterion::{BenchmarkGroup, Criterion};
+
+pub(crate) use workload::Workload;
+
+/// An embedding in a framework, with the framework's frozen lookup beside it.
+pub(crate) trait Case {
+    /// What a lookup returns.
+    type Rows;
+    /// The framework's own lookup of the batch.
+    fn frozen(&mut self) -> Self::Rows;
+    /// The lookup with trained rows.
+    fn lookup(&mut self) -> Self::Rows;
+    /// A step of training: the lookup with trained rows, the backward pass, the optimizer; a lap after each.
+    fn step(&mut self, laps: &mut Laps) -> Self::Rows;
 }
 
-/// The point that all others are compared with.
-pub(crate) const REFERENCE: Workload = Workload {
-    vocab_size: 256_000,
-    dim: 2304,
-    tokens: 4096,
-    rows: 128,
-};
+/// A group of which each member takes about two seconds.
+pub(crate) fn quick<'a>(criterion: &'a mut Criterion, name: &str) -> BenchmarkGroup<'a, WallTime> {
+    let mut group = criterion.benchmark_group(name);
+    group
+        .sample_size(10)
+        .warm_up_time(Duration::from_millis(300))
+        .measurement_time(Duration::from_millis(1500));
+    group
+}
 
-impl Workload {
-    /// The reference at another vocabulary.
-    pub(crate) const fn of(vocab_size: usize) -> Self {
+/// Where a step's time goes.
+pub(crate) struct Laps {
+    last: Instant,
+    /// Of each lap.
+    pub(crate) milliseconds: Vec<f64>,
+}
+
+impl Laps {
+    pub(crate) fn start() -> Self {
         Self {
-            vocab_size,
-            ..REFERENCE
+            last: Instant::now(),
+            milliseconds: Vec::new(),
         }
     }
 
-    /// A table `[V, D]` of numbers between -0.5 and 0.5: a block of noise over and over, for the sake of speed.
-    pub(crate) fn table<T: Element>(&self) -> Vec<T> {
-        values(self.vocab_size * self.dim)
+    pub(crate) fn lap(&mut self) {
+        let now = Instant::now();
+        self.milliseconds.push((now - self.last).as_secs_f64() * 1e3);
+        self.last = now;
     }
-
-    /// A gradient of the rows of a batch, `[N, D]`.
-    pub(crate) fn upstream<T: Element>(&self) -> Vec<T> {
-        values(self.tokens * self.dim)
-    }
-
-    /// The tokens that train, spread over the end of the table, backwards.
-    pub(crate) fn trained_ids(&self) -> Vec<u32> {
-        let (last, rows) = (small(self.vocab_size) - 1, small(self.rows));
-        let stride = (last / rows).clamp(1, 7);
-        (0..rows).map(|slot| last - slot * stride).collect()
-    }
-
-    /// [`trained_ids`](Self::trained_ids) as a set.
-    pub(crate) fn token_set(&self) -> TokenSet {
-        TokenSet::new(self.trained_ids(), self.vocab_size).unwrap()
-    }
-
-    /// Ids all over the vocabulary, every tenth of them a trained one.
-    pub(crate) fn batch(&self) -> Vec<u32> {
-        let (trained, vocab_size) = (self.trained_ids(), small(self.vocab_size));
-        let id = |at: u32| {
-            if at.is_multiple_of(10) {
-                trained[(at / 10) as usize % trained.len()]
-            } else {
-                at.wrapping_mul(2_654_435_761) % vocab_size
-            }
-        };
-        (0..small(self.tokens)).map(id).collect()
-    }
-
-    /// [`batch`](Self::batch) as the indices of slices.
-    pub(crate) fn indices(&self) -> Vec<usize> {
-        self.batch().into_iter().map(|id| id as usize).collect()
-    }
-
-    /// [`batch`](Self::batch) as signed integers.
-    pub(crate) fn signed(&self) -> Vec<i32> {
-        self.batch().into_iter().map(u32::cast_signed).collect()
-    }
-}
-
-fn small(size: usize) -> u32 {
-    u32::try_from(size).unwrap()
-}
-
-fn values<T: Element>(len: usize) -> Vec<T> {
-    let mut state = 1u32;
-    let mut next = || {
-        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        T::from_f32(f32::from((state >> 16) as u16) / 65536.0 - 0.5)
-    };
-    // No multiple of a row's length, so that rows differ.
-    let block: Vec<T> = (0..len.min((1 << 18) + 1)).map(|_| next()).collect();
-    let mut values = Vec::with_capacity(len);
-    while values.len() < len {
-        values.extend_from_slice(&block[..block.len().min(len - values.len())]);
-    }
-    values
 }

@@ -3,8 +3,8 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use candle_core::{Shape, Tensor};
 use candle_core::backprop::GradStore;
+use candle_core::{Shape, Tensor};
 use trainable_tokens_core::{
     Backend, DeltaStore, EmbeddingSource, Error as CoreError, LookupPlan, RowMix, RowTransform, TokenRows,
     TokenSet,

@@ -67,7 +67,11 @@ pub(crate) fn to_elements<'a, E: DfdxElement>(
     let (expected, got) = (E::DTYPE, rows.dtype());
     let rows = rows.to_dtype(E::DTYPE);
     let elements = rows.as_slice::<E>().map(<[E]>::to_vec);
-    Ok(Cow::Owned(elements.ok_or(CoreError::DType { what, expected, got })?))
+    Ok(Cow::Owned(elements.ok_or(CoreError::DType {
+        what,
+        expected,
+        got,
+    })?))
 }
 
 /// Ids on the host. One that no `u32` can hold is refused here, one at or above `vocab_size` by whoever looks it up.

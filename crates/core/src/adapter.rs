@@ -4,10 +4,10 @@ use std::borrow::Cow;
 use std::fmt;
 use std::sync::Arc;
 
+use crate::optim::step_store;
 use crate::{
     Backend, DeltaStore, Error, OptimizerHook, Result, RowOptimizer, StepReport, TokenRows, TokenSet,
 };
-use crate::optim::step_store;
 
 /// The name of the adapter that a layer starts with, as in PEFT.
 pub(crate) const DEFAULT: &str = "default";

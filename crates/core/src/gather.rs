@@ -34,7 +34,9 @@ impl Gather<'_> {
         let len = self.plan.len() * self.embedding_dim;
         if threads(len * size_of::<T>()) > 1 {
             let mut out = T::zeros(len);
-            fill_rows(&mut out, self.embedding_dim, |first, out| self.write_from(first, out))?;
+            fill_rows(&mut out, self.embedding_dim, |first, out| {
+                self.write_from(first, out)
+            })?;
             return Ok(out);
         }
         let mut out = Vec::with_capacity(len);
@@ -170,11 +172,7 @@ mod tests {
     fn rows_come_out_in_their_order() {
         let (table, trained) = (rows(50, 0.0), rows(2, 0.125));
         let tokens = TokenSet::new([7, 49], 50).unwrap();
-        for (len, scale) in [
-            (3u32, None),
-            (9_000, None),
-            (9_000, Some(EmbedScale::Exact(0.5))),
-        ] {
+        for (len, scale) in [(3u32, None), (9_000, None), (9_000, Some(EmbedScale::Exact(0.5)))] {
             let options = LayerOptions {
                 scale,
                 ..LayerOptions::default()

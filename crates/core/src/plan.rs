@@ -305,7 +305,10 @@ impl LookupPlan {
                 T::to_compute_slice(from, &mut wide);
                 match factor {
                     None => sums.iter_mut().zip(&wide).for_each(|(sum, x)| *sum += *x),
-                    Some(factor) => sums.iter_mut().zip(&wide).for_each(|(sum, x)| *sum += *x * factor),
+                    Some(factor) => sums
+                        .iter_mut()
+                        .zip(&wide)
+                        .for_each(|(sum, x)| *sum += *x * factor),
                 }
             }
         }

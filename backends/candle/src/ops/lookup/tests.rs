@@ -44,7 +44,10 @@ fn both_passes(
         .unwrap();
     let gradients = loss.backward().unwrap();
     let gradient = gradients.get(delta.tensor()).unwrap();
-    [to_rows(&out.squeeze(0).unwrap()).unwrap(), to_rows(gradient).unwrap()]
+    [
+        to_rows(&out.squeeze(0).unwrap()).unwrap(),
+        to_rows(gradient).unwrap(),
+    ]
 }
 
 fn close(what: &str, got: &TokenRows, want: &TokenRows, tolerance: f64) {

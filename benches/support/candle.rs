@@ -5,13 +5,13 @@ use candle_nn::{Embedding, Module};
 use trainable_tokens::candle::TrainableTokens;
 use trainable_tokens::{Adam, AdamConfig, Element};
 
-use crate::support::Workload;
-use crate::{Case, Laps, Measured, measure};
+use super::{Case, Laps, Workload};
 
-pub(crate) fn run<T: Element + WithDType>(workload: Workload, rounds: usize, _: T) -> Measured {
+/// Makes the table; the function makes the layer.
+pub(crate) fn case<T: Element + WithDType>(workload: Workload, _: T) -> impl FnOnce() -> Candle {
     let shape = (workload.vocab_size, workload.dim);
     let weights = Tensor::from_vec(workload.table::<T>(), shape, &Device::Cpu).unwrap();
-    measure(rounds, || {
+    move || {
         let embedding = Embedding::new(weights, workload.dim);
         let ids = (1, workload.tokens);
         Candle {
@@ -20,10 +20,10 @@ pub(crate) fn run<T: Element + WithDType>(workload: Workload, rounds: usize, _: 
             ids: Tensor::from_vec(workload.batch(), ids, &Device::Cpu).unwrap(),
             embedding,
         }
-    })
+    }
 }
 
-struct Candle {
+pub(crate) struct Candle {
     embedding: Embedding,
     layer: TrainableTokens,
     optimizer: Adam,
@@ -37,15 +37,17 @@ impl Case for Candle {
         self.embedding.forward(&self.ids).unwrap()
     }
 
+    fn lookup(&mut self) -> Tensor {
+        self.layer.forward(&self.ids).unwrap()
+    }
+
     fn step(&mut self, laps: &mut Laps) -> Tensor {
-        let rows = self.layer.forward(&self.ids).unwrap();
+        let rows = self.lookup();
         laps.lap();
         // Of a tensor that is no scalar: from a gradient of ones.
         let gradients = rows.backward().unwrap();
         laps.lap();
-        self.layer
-            .step(&gradients, &mut self.optimizer, &mut [])
-            .unwrap();
+        self.layer.step(&gradients, &mut self.optimizer, &mut []).unwrap();
         laps.lap();
         rows
     }

@@ -6,14 +6,14 @@ use ::burn::tensor::{Device, Element as BurnElement, Int, Tensor, TensorData};
 use trainable_tokens::burn::{TrainableTokens, backward};
 use trainable_tokens::{Adam, AdamConfig, Element};
 
-use crate::support::Workload;
-use crate::{Case, Laps, Measured, measure};
+use super::{Case, Laps, Workload};
 
-pub(crate) fn run<T: Element + BurnElement>(workload: Workload, rounds: usize, _: T) -> Measured {
+/// Makes the table; the function makes the layer.
+pub(crate) fn case<T: Element + BurnElement>(workload: Workload, _: T) -> impl FnOnce() -> Burn {
     let device = Device::flex().autodiff();
     let data = TensorData::new(workload.table::<T>(), [workload.vocab_size, workload.dim]);
     let weight = Tensor::<2>::from_data(data, (&device, T::dtype()));
-    measure(rounds, || {
+    move || {
         let embedding = Embedding {
             weight: Param::from_tensor(weight).set_require_grad(false),
         };
@@ -24,10 +24,10 @@ pub(crate) fn run<T: Element + BurnElement>(workload: Workload, rounds: usize, _
             ids: Tensor::from_data(ids, &device),
             embedding,
         }
-    })
+    }
 }
 
-struct Burn {
+pub(crate) struct Burn {
     embedding: Embedding,
     layer: TrainableTokens,
     optimizer: Adam,
@@ -41,15 +41,17 @@ impl Case for Burn {
         self.embedding.forward(self.ids.clone())
     }
 
+    fn lookup(&mut self) -> Tensor<3> {
+        self.layer.forward(self.ids.clone())
+    }
+
     fn step(&mut self, laps: &mut Laps) -> Tensor<3> {
-        let rows = self.layer.forward(self.ids.clone());
+        let rows = self.lookup();
         laps.lap();
         // From a gradient of ones.
         let gradients = backward(&rows.clone().sum()).unwrap();
         laps.lap();
-        self.layer
-            .step(&gradients, &mut self.optimizer, &mut [])
-            .unwrap();
+        self.layer.step(&gradients, &mut self.optimizer, &mut []).unwrap();
         laps.lap();
         rows
     }

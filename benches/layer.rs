@@ -7,54 +7,14 @@
 //! made.
 #![allow(missing_docs, clippy::unwrap_used, clippy::panic)]
 
-#[path = "../support/memory.rs"]
-mod memory;
-#[path = "../support/mod.rs"]
 mod support;
 
-mod burn;
-mod candle;
-mod dfdx;
-mod ndarray;
-
 use std::hint::black_box;
-use std::time::Instant;
 
 use half::{bf16, f16};
-use memory::Peak;
 use serde_json::json;
-use support::Workload;
-
-/// One step of a framework, and its frozen lookup.
-trait Case {
-    /// What a lookup returns.
-    type Rows;
-    /// The framework's own lookup of the batch.
-    fn frozen(&mut self) -> Self::Rows;
-    /// A step of training: the lookup with trained rows, the backward pass, the optimizer; a lap after each.
-    fn step(&mut self, laps: &mut Laps) -> Self::Rows;
-}
-
-/// Where a step's time goes.
-struct Laps {
-    last: Instant,
-    milliseconds: Vec<f64>,
-}
-
-impl Laps {
-    fn start() -> Self {
-        Self {
-            last: Instant::now(),
-            milliseconds: Vec::new(),
-        }
-    }
-
-    fn lap(&mut self) {
-        let now = Instant::now();
-        self.milliseconds.push((now - self.last).as_secs_f64() * 1e3);
-        self.last = now;
-    }
-}
+use support::memory::Peak;
+use support::{Case, Laps, Workload, burn, candle, dfdx, ndarray};
 
 /// What was measured of a case.
 struct Measured {
@@ -67,7 +27,7 @@ struct Measured {
 /// Steps during which memory is watched, before those that are timed.
 const WATCHED: usize = 3;
 
-/// `make` makes the case, of tables and batches that were made before.
+/// `make` makes the layer, over a table that was made before.
 fn measure<C: Case>(rounds: usize, make: impl FnOnce() -> C) -> Measured {
     let peak = Peak::watch();
     let mut case = make();
@@ -88,7 +48,10 @@ fn measure<C: Case>(rounds: usize, make: impl FnOnce() -> C) -> Measured {
         drop(rows);
         let total = laps.milliseconds.iter().sum();
         let all = frozen.into_iter().chain(laps.milliseconds).chain([total]);
-        times.iter_mut().zip(all).for_each(|(times, time)| times.push(time));
+        times
+            .iter_mut()
+            .zip(all)
+            .for_each(|(times, time)| times.push(time));
     }
     let [frozen, forward, backward, optimizer, total] = times.map(median);
     Measured {
@@ -147,21 +110,21 @@ impl Options {
 fn run(backend: &str, options: &Options) -> Option<Measured> {
     let (workload, rounds) = (options.workload, options.rounds);
     macro_rules! each_dtype {
-        ($run:path) => {
+        ($case:path) => {
             match options.dtype.as_str() {
-                "f16" => $run(workload, rounds, f16::ZERO),
-                "bf16" => $run(workload, rounds, bf16::ZERO),
-                _ => $run(workload, rounds, 0f32),
+                "f16" => measure(rounds, $case(workload, f16::ZERO)),
+                "bf16" => measure(rounds, $case(workload, bf16::ZERO)),
+                _ => measure(rounds, $case(workload, 0f32)),
             }
         };
     }
     Some(match (backend, options.dtype.as_str()) {
         ("ndarray", _) => each_dtype!(ndarray::fresh),
         ("ndarray-reused", _) => each_dtype!(ndarray::reused),
-        ("candle", _) => each_dtype!(candle::run),
-        ("burn", _) => each_dtype!(burn::run),
-        ("dfdx", "f32") => dfdx::run(workload, rounds, 0f32),
-        ("dfdx", "f16") => dfdx::run(workload, rounds, f16::ZERO),
+        ("candle", _) => each_dtype!(candle::case),
+        ("burn", _) => each_dtype!(burn::case),
+        ("dfdx", "f32") => measure(rounds, dfdx::case(workload, 0f32)),
+        ("dfdx", "f16") => measure(rounds, dfdx::case(workload, f16::ZERO)),
         // dfdx has no bfloat16.
         _ => return None,
     })

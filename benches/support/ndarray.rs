@@ -4,8 +4,7 @@ use ::ndarray::{Array2, Axis, OwnedRepr};
 use trainable_tokens::ndarray::{NdGradient, NdTable, TrainableTokens, TrainableTokensExt};
 use trainable_tokens::{Adam, AdamConfig, Element, EmbeddingSource, LookupPlan};
 
-use crate::support::Workload;
-use crate::{Case, Laps, Measured, measure};
+use super::{Case, Laps, Workload};
 
 type Layer<T> = TrainableTokens<NdTable<OwnedRepr<T>>, T>;
 
@@ -38,12 +37,13 @@ impl<T: Element> Common<T> {
     }
 }
 
-pub(crate) fn fresh<T: Element>(workload: Workload, rounds: usize, _: T) -> Measured {
+/// Makes the table; the function makes the layer.
+pub(crate) fn fresh<T: Element>(workload: Workload, _: T) -> impl FnOnce() -> Fresh<T> {
     let (table, upstream) = (Common::<T>::table(workload), Common::upstream(workload));
-    measure(rounds, || Fresh(Common::new(workload, table, upstream)))
+    move || Fresh(Common::new(workload, table, upstream))
 }
 
-struct Fresh<T: Element>(Common<T>);
+pub(crate) struct Fresh<T: Element>(Common<T>);
 
 impl<T: Element> Case for Fresh<T> {
     type Rows = Array2<T>;
@@ -51,6 +51,10 @@ impl<T: Element> Case for Fresh<T> {
     fn frozen(&mut self) -> Array2<T> {
         let Common { layer, indices, .. } = &self.0;
         layer.source().view().select(Axis(0), indices)
+    }
+
+    fn lookup(&mut self) -> Array2<T> {
+        self.0.layer.lookup(&self.0.ids).unwrap()
     }
 
     fn step(&mut self, laps: &mut Laps) -> Array2<T> {
@@ -72,9 +76,10 @@ impl<T: Element> Case for Fresh<T> {
     }
 }
 
-pub(crate) fn reused<T: Element>(workload: Workload, rounds: usize, _: T) -> Measured {
+/// As [`fresh`].
+pub(crate) fn reused<T: Element>(workload: Workload, _: T) -> impl FnOnce() -> Reused<T> {
     let (table, upstream) = (Common::<T>::table(workload), Common::upstream(workload));
-    measure(rounds, || {
+    move || {
         let common = Common::new(workload, table, upstream);
         let plan = common.layer.plan(&common.ids).unwrap();
         Reused {
@@ -83,10 +88,10 @@ pub(crate) fn reused<T: Element>(workload: Workload, rounds: usize, _: T) -> Mea
             plan,
             common,
         }
-    })
+    }
 }
 
-struct Reused<T: Element> {
+pub(crate) struct Reused<T: Element> {
     common: Common<T>,
     plan: LookupPlan,
     rows: Array2<T>,
@@ -108,17 +113,22 @@ impl<T: Element> Case for Reused<T> {
         }
     }
 
+    fn lookup(&mut self) {
+        let Common { layer, ids, .. } = &self.common;
+        self.plan.rebuild(layer.tokens(), layer.options(), ids).unwrap();
+        layer.lookup_into(&self.plan, self.rows.view_mut()).unwrap();
+    }
+
     fn step(&mut self, laps: &mut Laps) {
+        self.lookup();
+        laps.lap();
         let Self {
             common,
             plan,
-            rows,
             gradients,
+            ..
         } = self;
         let Common { layer, optimizer, .. } = common;
-        plan.rebuild(layer.tokens(), layer.options(), &common.ids).unwrap();
-        layer.lookup_into(plan, rows.view_mut()).unwrap();
-        laps.lap();
         gradients.zero();
         layer
             .backward_into(plan, common.upstream.view(), gradients)
