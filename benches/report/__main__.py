@@ -6,13 +6,14 @@ import sys
 from pathlib import Path
 
 import docs
+import files
 import layer
 import machine
 import model
 import tables
 from processes import Failure
 
-PARTS = {"layer": layer.layer, "model": model.model, "growth": layer.growth}
+PARTS = {"layer": layer.layer, "model": model.model, "files": files.files, "growth": layer.growth}
 
 
 def main():

@@ -21,7 +21,8 @@ def save(path, title, parts, height=HEIGHT):
 
 def ticks(low, high):
     """Powers of ten from at most `low` to at least `high`."""
-    return [10.0**power for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    return [10.0**power for power in range(first, max(last, first + 1) + 1)]
 
 
 def label(number):

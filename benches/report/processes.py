@@ -43,23 +43,31 @@ def bench(name, smoke, *args):
 def run(command, numbers, **expected):
     """Runs a program and returns the line of JSON that it prints last: `numbers` must be in it and finite, and `expected` as
     they are."""
+    return run_all(command, numbers, last=1, **expected)[0]
+
+
+def run_all(command, numbers, last=0, **expected):
+    """As `run`, all lines or the last ones."""
     print("  " + " ".join(Path(word).name if "/" in word else word for word in command), file=sys.stderr, flush=True)
     ran = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
     said = f"`{' '.join(command)}`"
     if ran.returncode != 0:
         raise Failure(f"{said} failed with {ran.returncode}:\n{ran.stderr[-2000:]}")
     try:
-        line = json.loads(ran.stdout.splitlines()[-1])
-    except (IndexError, ValueError) as error:
-        raise Failure(f"{said} printed no JSON: {ran.stdout[-500:]!r}") from error
-    for name in numbers:
-        number = line.get(name)
-        if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number) or number < 0:
-            raise Failure(f"{said}: {name} is {number!r}")
-    for name, value in expected.items():
-        if line.get(name) != value:
-            raise Failure(f"{said}: {name} is {line.get(name)!r} instead of {value!r}")
-    return line
+        lines = [json.loads(line) for line in ran.stdout.splitlines()[-last:]]
+    except ValueError as error:
+        raise Failure(f"{said} printed what is no JSON: {ran.stdout[-500:]!r}") from error
+    if len(lines) < max(1, last):
+        raise Failure(f"{said} printed nothing")
+    for line in lines:
+        for name in numbers:
+            number = line.get(name)
+            if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 <= number < math.inf:
+                raise Failure(f"{said}: {name} is {number!r}")
+        for name, value in expected.items():
+            if line.get(name) != value:
+                raise Failure(f"{said}: {name} is {line.get(name)!r} instead of {value!r}")
+    return lines
 
 
 def environment():

@@ -16,8 +16,23 @@ def write(report, out):
 
 def fragments(report, out):
     """A piece of Markdown for each part that was measured. Draws the plots that they show."""
-    makers = {"machine": machine, "layer": layer, "model": model, "growth": growth}
+    makers = {"machine": machine, "layer": layer, "model": model, "files": files, "growth": growth}
     return {name: make(report[name], out) for name, make in makers.items() if name in report}
+
+
+def step(rows):
+    """The front page's table: one step at two sizes of the table, and the lookup beside the frozen one."""
+    rows = [row for row in rows if row["dtype"] == "f32"]
+    sizes = sorted({row["v"] for row in rows})
+    at = {(row["backend"], row["v"]): row for row in rows}
+    systems = sorted({row["backend"] for row in rows}, key=lambda name: -at[name, sizes[-1]]["total_ms"])
+    head = ["", *(f"V={size}" for size in sizes), "PEFT's step over it", "lookup over the frozen one"]
+    body = []
+    for name in systems:
+        largest = at[name, sizes[-1]]
+        ratios = [short(largest["speedup_over_peft"]), f"{largest['forward_over_frozen']:.2f}"]
+        body.append([SYSTEMS[name], *(f"{short(at[name, size]['total_ms'])} ms" for size in sizes), *ratios])
+    return table(head, body)
 
 
 def table(head, rows):
@@ -98,6 +113,19 @@ def model(rows, out):
         )
         parts.append(f"![one step of a whole model](model-{shape}.svg)")
     return "\n\n".join(parts)
+
+
+def files(rows, _out):
+    head = ["work on files", "MB", "ms", "MB/s", "beside", "its speed over that", "memory, MB"]
+    body = []
+    for row in rows:
+        beside = {"over_cp": "`cp -r` and `fsync`", "over_cat": "`cat`"}
+        against = next((key for key in beside if key in row), None)
+        body.append([
+            row["what"], short(row["bytes"] / 1e6), short(1e3 * row["seconds"]), short(row["bytes"] / row["seconds"] / 1e6),
+            beside.get(against, ""), short(row.get(against)), short(row["anon_mb"]),
+        ])
+    return table(head, body)
 
 
 def growth(points, out):
