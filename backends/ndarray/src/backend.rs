@@ -34,9 +34,7 @@ impl<S: HostTable, O: Element> Backend for Ndarray<S, O> {
         transform: RowTransform,
     ) -> Result<Array2<O>, S::Error> {
         let dim = source.embedding_dim();
-        let out = gather(source, delta.map(NdRows::rows), plan, transform, |rows| {
-            rows.to_vec()
-        })?;
+        let out = gather(source, delta.map(NdRows::rows), plan, transform).to_vec()?;
         let got = vec![out.len()];
         let expected = vec![plan.len(), dim];
         Ok(

@@ -2,8 +2,8 @@
 
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, s};
 use trainable_tokens_core::{
-    Element, Error, Gather, HostTable, LookupPlan, Result, RowTransform, Slot, TokenAdapter, TokenRows,
-    TokenSet,
+    Element, Error, Gather, HostTable, LookupPlan, Result, RowRef, RowTransform, Slot, TokenAdapter, TokenId,
+    TokenRows, TokenSet,
 };
 
 use crate::{NdGradient, NdRows, Ndarray, head};
@@ -92,17 +92,16 @@ impl<S: HostTable, O: Element> TrainableTokensExt<O> for TrainableTokens<S, O> {
         }
         let active = self.rows_for(plan)?;
         let delta = active.as_deref().map(NdRows::rows);
-        Ok(gather(source, delta, plan, self.transform(), |rows| {
-            if let Some(out) = out.as_slice_mut() {
-                return rows.write_from(0, out);
-            }
-            let mut buffer = vec![O::default(); dim];
-            for (position, mut out) in out.outer_iter_mut().enumerate() {
-                rows.write_from(position, &mut buffer)?;
-                out.iter_mut().zip(&buffer).for_each(|(out, value)| *out = *value);
-            }
-            Ok(())
-        })?)
+        let rows = gather(source, delta, plan, self.transform());
+        if let Some(out) = out.as_slice_mut() {
+            return Ok(rows.write_from(0, out)?);
+        }
+        let mut buffer = vec![O::default(); dim];
+        for (position, mut out) in out.outer_iter_mut().enumerate() {
+            rows.write_from(position, &mut buffer)?;
+            out.iter_mut().zip(&buffer).for_each(|(out, value)| *out = *value);
+        }
+        Ok(())
     }
 
     fn backward(&self, plan: &LookupPlan, upstream: ArrayView2<'_, O>) -> Result<NdGradient, S::Error> {
@@ -189,21 +188,19 @@ impl<S: HostTable, O: Element> TrainableTokensExt<O> for TrainableTokens<S, O> {
     }
 }
 
-/// Lends the rows of a planned batch to `take`.
-pub(crate) fn gather<S: HostTable, R>(
-    source: &S,
-    delta: Option<&TokenRows>,
-    plan: &LookupPlan,
+/// How the rows of a planned batch come about.
+pub(crate) fn gather<'a, S: HostTable>(
+    source: &'a S,
+    delta: Option<&'a TokenRows>,
+    plan: &'a LookupPlan,
     transform: RowTransform,
-    take: impl FnOnce(&Gather<'_>) -> Result<R>,
-) -> Result<R> {
-    let trained = |slot: Slot| delta?.row(slot.0);
-    take(&Gather {
+) -> Gather<'a, impl Fn(TokenId) -> Option<RowRef<'a>> + Sync, impl Fn(Slot) -> Option<RowRef<'a>> + Sync> {
+    Gather {
         plan,
         embedding_dim: source.embedding_dim(),
         dtype: source.dtype(),
         transform,
-        frozen: &|id| source.row(id),
-        trained: delta.is_some().then_some(&trained),
-    })
+        frozen: |id| source.row(id),
+        trained: delta.map(|delta| |slot: Slot| delta.row(slot.0)),
+    }
 }

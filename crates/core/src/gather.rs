@@ -1,5 +1,6 @@
 //! The rows of a batch, gathered in host memory.
 
+use std::ops::Range;
 use std::panic::resume_unwind;
 use std::sync::OnceLock;
 use std::thread;
@@ -9,7 +10,7 @@ use crate::{DType, Element, Error, LookupPlan, Result, RowRef, RowTransform, Slo
 /// How the rows of a planned batch come about in host memory: at each position the frozen row or the trained one that
 /// replaces it, as the table would hold it, then transformed.
 #[derive(Clone, Copy)]
-pub struct Gather<'a> {
+pub struct Gather<'a, F, R> {
     /// Which rows.
     pub plan: &'a LookupPlan,
     /// Length of a row (`D`).
@@ -19,12 +20,16 @@ pub struct Gather<'a> {
     /// What becomes of each row.
     pub transform: RowTransform,
     /// The rows of the table.
-    pub frozen: &'a (dyn Fn(TokenId) -> Option<RowRef<'a>> + Sync),
+    pub frozen: F,
     /// The trained rows, if there are any.
-    pub trained: Option<&'a (dyn Fn(Slot) -> Option<RowRef<'a>> + Sync)>,
+    pub trained: Option<R>,
 }
 
-impl Gather<'_> {
+impl<'a, F, R> Gather<'a, F, R>
+where
+    F: Fn(TokenId) -> Option<RowRef<'a>> + Sync,
+    R: Fn(Slot) -> Option<RowRef<'a>> + Sync,
+{
     /// The rows `[N, D]` in new memory.
     ///
     /// # Errors
@@ -40,17 +45,16 @@ impl Gather<'_> {
             return Ok(out);
         }
         let mut out = Vec::with_capacity(len);
-        let mut hits = self.hits(0);
-        for position in 0..self.plan.len() {
-            let (row, trained) = self.row(position, &mut hits)?;
-            if self.transform.is_identity() && (!trained || row.dtype() == self.dtype) {
+        let as_they_are = self.transform.is_identity();
+        self.each(0..self.plan.len(), |_, row, trained| {
+            if as_they_are && (!trained || row.dtype() == self.dtype) {
                 row.extend_into(&mut out);
             } else {
                 let start = out.len();
                 out.resize(start + self.embedding_dim, T::default());
                 self.write(row, trained, &mut out[start..]);
             }
-        }
+        })?;
         Ok(out)
     }
 
@@ -60,47 +64,41 @@ impl Gather<'_> {
     ///
     /// [`Error::TokenOutOfRange`] if there is no row for an id or its slot.
     pub fn write_from<T: Element>(&self, first: usize, out: &mut [T]) -> Result<()> {
-        let mut hits = self.hits(first);
-        let positions = first..self.plan.len();
-        for (position, out) in positions.zip(out.chunks_exact_mut(self.embedding_dim.max(1))) {
-            let (row, trained) = self.row(position, &mut hits)?;
-            self.write(row, trained, out);
+        let dim = self.embedding_dim;
+        let room = out.len().checked_div(dim).unwrap_or(usize::MAX);
+        let end = self.plan.len().min(first.saturating_add(room));
+        self.each(first..end, |at, row, trained| {
+            self.write(row, trained, &mut out[at * dim..][..dim]);
+        })
+    }
+
+    /// Hands over the row at each of `positions`, numbered from 0, and whether it is a trained one.
+    #[inline]
+    fn each(&self, positions: Range<usize>, mut take: impl FnMut(usize, RowRef<'a>, bool)) -> Result<()> {
+        let (hits, slots) = (self.plan.positions(), self.plan.slots());
+        let first = hits.partition_point(|hit| (*hit as usize) < positions.start);
+        let mut live = hits[first..].iter().zip(&slots[first..]).peekable();
+        let start = positions.start;
+        for (at, &id) in self.plan.input_ids()[positions].iter().enumerate() {
+            let hit = live.next_if(|(hit, _)| **hit as usize == start + at);
+            let found = match (hit, &self.trained) {
+                (Some((_, slot)), Some(trained)) => trained(Slot(*slot as usize)).map(|row| (row, true)),
+                _ => (self.frozen)(TokenId(id)).map(|row| (row, false)),
+            };
+            let Some((row, trained)) = found else {
+                return Err(Error::TokenOutOfRange {
+                    id: i64::from(id),
+                    vocab_size: self.plan.vocab_size(),
+                });
+            };
+            take(at, row, trained);
         }
         Ok(())
     }
 
-    /// The first of the trainable tokens at `position` or behind.
-    fn hits(&self, position: usize) -> usize {
-        let positions = self.plan.positions();
-        positions.partition_point(|hit| (*hit as usize) < position)
-    }
-
-    /// The row at `position`, and whether it is a trained one; `hit` is that of [`hits`](Self::hits) and moves on.
-    #[inline]
-    fn row(&self, position: usize, hit: &mut usize) -> Result<(RowRef<'_>, bool)> {
-        let id = self.plan.input_ids()[position];
-        let live = self.plan.positions().get(*hit);
-        let trained = self
-            .trained
-            .filter(|_| live.is_some_and(|at| *at as usize == position));
-        let row = match trained {
-            Some(trained) => {
-                let slot = self.plan.slots()[*hit];
-                *hit += 1;
-                trained(Slot(slot as usize))
-            }
-            None => (self.frozen)(TokenId(id)),
-        };
-        let missing = || Error::TokenOutOfRange {
-            id: i64::from(id),
-            vocab_size: self.plan.vocab_size(),
-        };
-        Ok((row.ok_or_else(missing)?, trained.is_some()))
-    }
-
     /// Writes one row.
     #[inline]
-    fn write<T: Element>(&self, row: RowRef<'_>, trained: bool, out: &mut [T]) {
+    fn write<T: Element>(&self, row: RowRef<'a>, trained: bool, out: &mut [T]) {
         if trained {
             row.decode_rounded(self.dtype, out);
         } else {
@@ -184,8 +182,8 @@ mod tests {
                 embedding_dim: DIM,
                 dtype: DType::F32,
                 transform: options.transform(DType::F32),
-                frozen: &|id| HostTable::row(&table, id),
-                trained: Some(&|slot| trained.row(slot.0)),
+                frozen: |id| HostTable::row(&table, id),
+                trained: Some(|slot: Slot| trained.row(slot.0)),
             };
             let got = gather.to_vec::<f32>().unwrap();
             assert_eq!(got.len(), ids.len() * DIM);
@@ -218,8 +216,8 @@ mod tests {
                 embedding_dim: DIM,
                 dtype: DType::F32,
                 transform: RowTransform::default(),
-                frozen: &|id| HostTable::row(&table, id),
-                trained: None,
+                frozen: |id| HostTable::row(&table, id),
+                trained: None::<fn(Slot) -> Option<RowRef<'static>>>,
             };
             let (id, vocab_size) = (40, 50);
             assert_eq!(

@@ -328,17 +328,7 @@ impl LookupPlan {
             };
             let from = &output_gradient[position as usize * dim..][..dim];
             let to = &mut sums[slot as usize * dim..][..dim];
-            let mut wide = [T::Compute::default(); 128];
-            for (sums, from) in to.chunks_mut(wide.len()).zip(from.chunks(wide.len())) {
-                T::to_compute_slice(from, &mut wide);
-                match factor {
-                    None => sums.iter_mut().zip(&wide).for_each(|(sum, x)| *sum += *x),
-                    Some(factor) => sums
-                        .iter_mut()
-                        .zip(&wide)
-                        .for_each(|(sum, x)| *sum += *x * factor),
-                }
-            }
+            add_row(to, from, factor);
         }
         Ok(())
     }
@@ -351,6 +341,23 @@ impl LookupPlan {
     /// The ids of the batch as [`TokenId`]s.
     pub fn token_ids(&self) -> impl Iterator<Item = TokenId> + '_ {
         self.ids.iter().map(|id| TokenId(*id))
+    }
+}
+
+/// Adds a row to a sum, each element times `factor`; half precision is widened by slices.
+fn add_row<T: Element>(sums: &mut [T::Compute], row: &[T], factor: Option<T::Compute>) {
+    if T::DTYPE as u8 == T::Compute::DTYPE as u8 {
+        let row = sums.iter_mut().zip(row);
+        match factor {
+            None => row.for_each(|(sum, x)| *sum += x.to_compute()),
+            Some(factor) => row.for_each(|(sum, x)| *sum += x.to_compute() * factor),
+        }
+        return;
+    }
+    let mut wide = [T::Compute::default(); 128];
+    for (sums, row) in sums.chunks_mut(wide.len()).zip(row.chunks(wide.len())) {
+        T::to_compute_slice(row, &mut wide);
+        add_row(sums, &wide[..row.len()], factor);
     }
 }
 

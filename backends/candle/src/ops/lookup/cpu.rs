@@ -1,7 +1,7 @@
 //! The lookup on the CPU: one pass that copies rows, and a gradient that touches live rows only.
 
 use candle_core::{CpuStorage, Layout, Result, Storage, Tensor};
-use trainable_tokens_core::{DType, Gather, LookupPlan, RowTransform, Slot, TokenRows};
+use trainable_tokens_core::{DType, Gather, LookupPlan, RowTransform, Slot, TokenId, TokenRows};
 
 use crate::convert::{candle_dtype, core_dtype, into_tensor, row_ref, unsupported};
 use crate::ops::storage::elements;
@@ -19,14 +19,13 @@ pub(super) fn gather(
     let rows = overrides
         .map(|(delta, layout)| row_ref(delta, layout))
         .transpose()?;
-    let trained = |slot: Slot| rows?.get(slot.0 * dim, dim);
     let gather = Gather {
         plan,
         embedding_dim: dim,
         dtype: frozen.dtype(),
         transform,
-        frozen: &|id| frozen.get(id.row() * dim, dim),
-        trained: rows.is_some().then_some(&trained),
+        frozen: |id: TokenId| frozen.get(id.row() * dim, dim),
+        trained: rows.map(|rows| move |slot: Slot| rows.get(slot.0 * dim, dim)),
     };
     let rows = match frozen.dtype() {
         DType::F64 => gather.to_vec().map(CpuStorage::F64),
