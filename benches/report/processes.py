@@ -40,16 +40,19 @@ def bench(name, smoke, *args):
     return cargo("bench", "--locked", "--no-run", "--bench", name, *args)
 
 
-def run(command, numbers, **expected):
+def run(command, numbers, variables=(), **expected):
     """Runs a program and returns the line of JSON that it prints last: `numbers` must be in it and finite, and `expected` as
     they are."""
-    return run_all(command, numbers, last=1, **expected)[0]
+    return run_all(command, numbers, variables, last=1, **expected)[0]
 
 
-def run_all(command, numbers, last=0, **expected):
-    """As `run`, all lines or the last ones."""
+def run_all(command, numbers, variables=(), last=0, **expected):
+    """As `run`, all lines or the last ones; with variables of the environment."""
     print("  " + " ".join(Path(word).name if "/" in word else word for word in command), file=sys.stderr, flush=True)
-    ran = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    environment_of_it = {**environment(), **dict(variables)}
+    ran = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment_of_it
+    )
     said = f"`{' '.join(command)}`"
     if ran.returncode != 0:
         raise Failure(f"{said} failed with {ran.returncode}:\n{ran.stderr[-2000:]}")

@@ -22,7 +22,7 @@ def fragments(report, out):
 
 def step(rows):
     """The front page's table: one step at two sizes of the table, and the lookup beside the frozen one."""
-    rows = [row for row in rows if row["dtype"] == "f32"]
+    rows = [row for row in rows if (row["dtype"], row["allocator"]) == ("f32", "default")]
     sizes = sorted({row["v"] for row in rows})
     at = {(row["backend"], row["v"]): row for row in rows}
     systems = sorted({row["backend"] for row in rows}, key=lambda name: -at[name, sizes[-1]]["total_ms"])
@@ -60,22 +60,34 @@ def machine(it, _out):
 
 def layer(rows, out):
     parts = []
-    sizes = list(dict.fromkeys((row["v"], row["d"], row["n"], row["k"], row["dtype"]) for row in rows))
-    for v, d, n, k, dtype in sizes:
-        these = [row for row in rows if (row["v"], row["d"], row["n"], row["k"], row["dtype"]) == (v, d, n, k, dtype)]
+
+    def key(row):
+        return tuple(row[name] for name in ["v", "d", "n", "k", "dtype", "allocator"])
+
+    sizes = list(dict.fromkeys(map(key, rows)))
+    for v, d, n, k, dtype, allocator in sizes:
+        these = [row for row in rows if key(row) == (v, d, n, k, dtype, allocator)]
         these.sort(key=lambda row: -row["total_ms"])
         head = [
             f"V={v}, D={d}, N={n}, k={k}, {dtype}", "frozen lookup, ms", "forward, ms", "of frozen", "backward, ms",
-            "AdamW, ms", "step, ms", "PEFT's step over it", "memory, MB",
+            "AdamW, ms", "step, ms", "PEFT's step over it",
         ]
         columns = [
             "frozen_ms", "forward_ms", "forward_over_frozen", "backward_ms", "optimizer_ms", "total_ms",
-            "speedup_over_peft", "extra_mb",
+            "speedup_over_peft",
         ]
+        # What is kept was there before.
+        if allocator == "default":
+            head, columns = [*head, "memory, MB"], [*columns, "extra_mb"]
+        else:
+            parts.append(
+                "With an allocator that keeps freed memory, new buffers are old ones, for ours and for PEFT "
+                "(`MALLOC_MMAP_THRESHOLD_` and `MALLOC_TRIM_THRESHOLD_` of glibc at 8 GB):"
+            )
         body = [[SYSTEMS[row["backend"]], *(short(row.get(column)) for column in columns)] for row in these]
         parts.append(table(head, body))
-    v, d, n, k, dtype = sizes[0]
-    first = [row for row in rows if (row["v"], row["d"], row["n"], row["k"], row["dtype"]) == sizes[0]]
+    v, d, n, k, dtype, _ = sizes[0]
+    first = [row for row in rows if key(row) == sizes[0]]
     plots.bars(
         out / "layer.svg", f"one step of an embedding, ms (V={v}, D={d}, N={n}, k={k}, {dtype})",
         [(SYSTEMS[row["backend"]], row["total_ms"]) for row in first],

@@ -48,8 +48,8 @@ impl Case for Burn {
     fn step(&mut self, laps: &mut Laps) -> Tensor<3> {
         let rows = self.lookup();
         laps.lap();
-        // From a gradient of ones.
-        let gradients = backward(&rows.clone().sum()).unwrap();
+        // Of a tensor that is no scalar: from a gradient of ones.
+        let gradients = backward(&rows).unwrap();
         laps.lap();
         self.layer.step(&gradients, &mut self.optimizer, &mut []).unwrap();
         laps.lap();
