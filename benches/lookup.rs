@@ -1,99 +1,93 @@
-//! A lookup with trained rows beside the frozen lookup of the same framework.
+//! A lookup with trained rows beside the frozen lookup of the same framework, along each size.
 //!
-//! `cargo bench --features ndarray,candle,burn,dfdx --bench lookup`
+//! `cargo bench --features ndarray,candle,burn,dfdx --bench lookup`, with a part of a name behind it for some of them
 #![allow(missing_docs, clippy::unwrap_used)]
 
 mod support;
 
-use burn::module::Param;
-use burn::tensor::{Device as BurnDevice, Int, Tensor as BurnTensor, TensorData};
-use candle_core::{Device, Tensor};
-use candle_nn::{Embedding, Module};
 use criterion::{Criterion, criterion_group, criterion_main};
-use dfdx::tensor::{Cpu, NoneTape, Tensor as DfdxTensor, TensorFromVec};
-use dfdx::tensor_ops::GatherTo;
-use ndarray::{Array2, Axis};
-use support::{DIM, TOKENS, VOCABULARIES, batch, table, trained_ids};
-use trainable_tokens::TokenSet;
-use trainable_tokens::ndarray::{NdTable, TrainableTokens, TrainableTokensExt};
-use trainable_tokens::{burn as on_burn, candle, dfdx as on_dfdx};
+use half::{bf16, f16};
+use support::workload::REFERENCE;
+use support::{Case, Workload, burn, candle, dfdx, ndarray, quick};
+
+/// `make` makes the layer when it is known that it is asked for: some tables are large.
+fn both<C: Case>(criterion: &mut Criterion, name: &str, workload: Workload, make: impl FnOnce() -> C) {
+    let mut group = quick(criterion, &format!("lookup/{name}"));
+    let mut case = make();
+    group.bench_function(format!("frozen/{workload}"), |b| b.iter(|| case.frozen()));
+    group.bench_function(format!("trained/{workload}"), |b| b.iter(|| case.lookup()));
+}
 
 fn ndarray_lookup(criterion: &mut Criterion) {
-    let mut group = criterion.benchmark_group("lookup/ndarray");
-    for v in VOCABULARIES {
-        let array = Array2::from_shape_vec((v, DIM), table(v)).unwrap();
-        let ids = batch(v);
-        let rows: Vec<usize> = ids.iter().map(|id| *id as usize).collect();
-        group.bench_function(format!("frozen/V={v}"), |b| {
-            b.iter(|| array.select(Axis(0), &rows));
-        });
-        let tokens = TokenSet::new(trained_ids(v), v).unwrap();
-        let layer: TrainableTokens<_> = TrainableTokens::new(NdTable::new(array).unwrap(), tokens).unwrap();
-        group.bench_function(format!("trained/V={v}"), |b| {
-            b.iter(|| layer.lookup(&ids).unwrap());
-        });
-        let mut plan = layer.plan(&ids).unwrap();
-        let mut out = Array2::<f32>::zeros((TOKENS, DIM));
-        group.bench_function(format!("trained into a reused buffer/V={v}"), |b| {
-            b.iter(|| {
-                plan.rebuild(layer.tokens(), layer.options(), &ids).unwrap();
-                layer.lookup_into(&plan, out.view_mut()).unwrap();
-            });
-        });
+    for workload in Workload::sweep() {
+        both(criterion, "ndarray", workload, ndarray::fresh(workload, 0f32));
+        both(
+            criterion,
+            "ndarray, reused buffers",
+            workload,
+            ndarray::reused(workload, 0f32),
+        );
     }
+    both(
+        criterion,
+        "ndarray, bf16",
+        REFERENCE,
+        ndarray::fresh(REFERENCE, bf16::ZERO),
+    );
+    both(
+        criterion,
+        "ndarray, f16",
+        REFERENCE,
+        ndarray::fresh(REFERENCE, f16::ZERO),
+    );
 }
 
 fn candle_lookup(criterion: &mut Criterion) {
-    let mut group = criterion.benchmark_group("lookup/candle");
-    for v in VOCABULARIES {
-        let weights = Tensor::from_vec(table(v), (v, DIM), &Device::Cpu).unwrap();
-        let embedding = Embedding::new(weights, DIM);
-        let ids = Tensor::from_vec(batch(v), TOKENS, &Device::Cpu).unwrap();
-        group.bench_function(format!("frozen/V={v}"), |b| {
-            b.iter(|| embedding.forward(&ids).unwrap());
-        });
-        let layer = candle::TrainableTokens::wrap(embedding, &trained_ids(v)).unwrap();
-        group.bench_function(format!("trained/V={v}"), |b| {
-            b.iter(|| layer.forward(&ids).unwrap());
-        });
+    for workload in Workload::sweep() {
+        both(criterion, "candle", workload, candle::case(workload, 0f32));
     }
+    both(
+        criterion,
+        "candle, bf16",
+        REFERENCE,
+        candle::case(REFERENCE, bf16::ZERO),
+    );
+    both(
+        criterion,
+        "candle, f16",
+        REFERENCE,
+        candle::case(REFERENCE, f16::ZERO),
+    );
 }
 
 fn burn_lookup(criterion: &mut Criterion) {
-    let mut group = criterion.benchmark_group("lookup/burn");
-    let device = BurnDevice::flex().autodiff();
-    for v in VOCABULARIES {
-        let weight = BurnTensor::<2>::from_data(TensorData::new(table(v), [v, DIM]), &device);
-        let ids: Vec<i32> = batch(v).into_iter().map(u32::cast_signed).collect();
-        let ids = BurnTensor::<2, Int>::from_data(TensorData::new(ids, [1, TOKENS]), &device);
-        let embedding = burn::nn::Embedding {
-            weight: Param::from_tensor(weight).set_require_grad(false),
-        };
-        group.bench_function(format!("frozen/V={v}"), |b| {
-            b.iter(|| embedding.forward(ids.clone()));
-        });
-        let layer = on_burn::TrainableTokens::wrap(embedding, &trained_ids(v)).unwrap();
-        group.bench_function(format!("trained/V={v}"), |b| {
-            b.iter(|| layer.forward(ids.clone()));
-        });
+    for workload in Workload::sweep() {
+        both(criterion, "burn", workload, burn::case(workload, 0f32));
     }
+    both(
+        criterion,
+        "burn, bf16",
+        REFERENCE,
+        burn::case(REFERENCE, bf16::ZERO),
+    );
+    both(
+        criterion,
+        "burn, f16",
+        REFERENCE,
+        burn::case(REFERENCE, f16::ZERO),
+    );
 }
 
 fn dfdx_lookup(criterion: &mut Criterion) {
-    let mut group = criterion.benchmark_group("lookup/dfdx");
-    let device = Cpu::default();
-    for v in VOCABULARIES {
-        let weight: DfdxTensor<(usize, usize), f32, Cpu> = device.tensor_from_vec(table(v), (v, DIM));
-        let ids = batch(v);
-        let rows = device.tensor_from_vec(ids.iter().map(|id| *id as usize).collect(), (TOKENS,));
-        group.bench_function(format!("frozen/V={v}"), |b| {
-            b.iter(|| weight.clone().gather(rows.clone()));
-        });
-        let layer = on_dfdx::TrainableTokens::from_tensor(weight, &trained_ids(v)).unwrap();
-        group.bench_function(format!("trained/V={v}"), |b| {
-            b.iter(|| layer.lookup(&ids, NoneTape).unwrap());
-        });
+    for workload in Workload::sweep() {
+        both(criterion, "dfdx", workload, dfdx::case(workload, 0f32));
     }
+    both(
+        criterion,
+        "dfdx, f16",
+        REFERENCE,
+        dfdx::case(REFERENCE, f16::ZERO),
+    );
 }
 
 criterion_group!(benches, ndarray_lookup, candle_lookup, burn_lookup, dfdx_lookup);

@@ -1,117 +1,132 @@
-//! A whole training step of the embedding: lookup, backward pass, AdamW.
+//! A whole training step of the embedding, along each size, and the parts of it that no framework takes part in.
 //!
-//! `cargo bench --features ndarray,candle,burn,dfdx --bench step`
+//! `cargo bench --features ndarray,candle,burn,dfdx --bench step`, with a part of a name behind it for some of them
 #![allow(missing_docs, clippy::unwrap_used)]
 
 mod support;
 
-use burn::module::Param;
-use burn::tensor::{Device as BurnDevice, Int, Tensor as BurnTensor, TensorData};
-use candle_core::{Device, Tensor};
-use candle_nn::Module;
 use criterion::{Criterion, criterion_group, criterion_main};
-use dfdx::tensor::{Cpu, OwnedTape, Tensor as DfdxTensor, TensorFromVec};
-use dfdx::tensor_ops::{Backward, SumTo};
-use ndarray::Array2;
-use support::{DIM, TOKENS, VOCABULARIES, batch, table, trained_ids};
-use trainable_tokens::ndarray::{NdTable, TrainableTokens, TrainableTokensExt};
-use trainable_tokens::{Adam, AdamConfig, TokenSet};
-use trainable_tokens::{burn as on_burn, candle, dfdx as on_dfdx};
+use half::{bf16, f16};
+use support::workload::REFERENCE;
+use support::{Case, Laps, Workload, burn, candle, dfdx, ndarray, quick};
+use trainable_tokens::{
+    Adam, AdamConfig, DType, LayerOptions, LookupPlan, RowOptimizer, Sgd, SgdConfig, TokenRows,
+};
+
+fn step<C: Case>(criterion: &mut Criterion, name: &str, workload: Workload, make: impl FnOnce() -> C) {
+    let mut group = quick(criterion, &format!("step/{name}"));
+    let mut case = make();
+    group.bench_function(workload.to_string(), |b| b.iter(|| case.step(&mut Laps::start())));
+}
 
 fn ndarray_step(criterion: &mut Criterion) {
-    let mut group = criterion.benchmark_group("step/ndarray");
-    group.sample_size(20);
-    for v in VOCABULARIES {
-        let array = Array2::from_shape_vec((v, DIM), table(v)).unwrap();
-        let tokens = TokenSet::new(trained_ids(v), v).unwrap();
-        let mut layer: TrainableTokens<_> =
-            TrainableTokens::new(NdTable::new(array).unwrap(), tokens).unwrap();
-        let mut optimizer = Adam::new(AdamConfig::ADAMW).unwrap();
-        let (ids, upstream) = (batch(v), Array2::<f32>::ones((TOKENS, DIM)));
-        group.bench_function(format!("fresh buffers/V={v}"), |b| {
-            b.iter(|| {
-                let plan = layer.plan(&ids).unwrap();
-                let rows = layer.lookup_planned(&plan).unwrap();
-                let gradients = layer.backward(&plan, upstream.view()).unwrap();
-                layer.step(&gradients, &mut optimizer, &mut []).unwrap();
-                rows
-            });
-        });
-        let mut plan = layer.plan(&ids).unwrap();
-        let mut out = Array2::<f32>::zeros((TOKENS, DIM));
-        let mut gradients = layer.zero_gradient();
-        group.bench_function(format!("reused buffers/V={v}"), |b| {
-            b.iter(|| {
-                plan.rebuild(layer.tokens(), layer.options(), &ids).unwrap();
-                layer.lookup_into(&plan, out.view_mut()).unwrap();
-                gradients.zero();
-                layer
-                    .backward_into(&plan, upstream.view(), &mut gradients)
-                    .unwrap();
-                layer.step(&gradients, &mut optimizer, &mut []).unwrap()
-            });
-        });
+    for workload in Workload::sweep() {
+        step(criterion, "ndarray", workload, ndarray::fresh(workload, 0f32));
+        step(
+            criterion,
+            "ndarray, reused buffers",
+            workload,
+            ndarray::reused(workload, 0f32),
+        );
     }
+    step(
+        criterion,
+        "ndarray, bf16",
+        REFERENCE,
+        ndarray::fresh(REFERENCE, bf16::ZERO),
+    );
+    step(
+        criterion,
+        "ndarray, f16",
+        REFERENCE,
+        ndarray::fresh(REFERENCE, f16::ZERO),
+    );
 }
 
 fn candle_step(criterion: &mut Criterion) {
-    let mut group = criterion.benchmark_group("step/candle");
-    group.sample_size(20);
-    for v in VOCABULARIES {
-        let weights = Tensor::from_vec(table(v), (v, DIM), &Device::Cpu).unwrap();
-        let mut layer = candle::TrainableTokens::from_tensor(weights, &trained_ids(v)).unwrap();
-        let mut optimizer = Adam::new(AdamConfig::ADAMW).unwrap();
-        let ids = Tensor::from_vec(batch(v), TOKENS, &Device::Cpu).unwrap();
-        group.bench_function(format!("fresh buffers/V={v}"), |b| {
-            b.iter(|| {
-                let loss = layer.forward(&ids).unwrap().sum_all().unwrap();
-                layer
-                    .step(&loss.backward().unwrap(), &mut optimizer, &mut [])
-                    .unwrap()
-            });
-        });
+    for workload in Workload::sweep() {
+        step(criterion, "candle", workload, candle::case(workload, 0f32));
     }
+    step(
+        criterion,
+        "candle, bf16",
+        REFERENCE,
+        candle::case(REFERENCE, bf16::ZERO),
+    );
 }
 
 fn burn_step(criterion: &mut Criterion) {
-    let mut group = criterion.benchmark_group("step/burn");
-    group.sample_size(20);
-    let device = BurnDevice::flex().autodiff();
-    for v in VOCABULARIES {
-        let weight = BurnTensor::<2>::from_data(TensorData::new(table(v), [v, DIM]), &device);
-        let embedding = burn::nn::Embedding {
-            weight: Param::from_tensor(weight).set_require_grad(false),
-        };
-        let mut layer = on_burn::TrainableTokens::wrap(embedding, &trained_ids(v)).unwrap();
-        let mut optimizer = Adam::new(AdamConfig::ADAMW).unwrap();
-        let ids: Vec<i32> = batch(v).into_iter().map(u32::cast_signed).collect();
-        let ids = BurnTensor::<2, Int>::from_data(TensorData::new(ids, [1, TOKENS]), &device);
-        group.bench_function(format!("fresh buffers/V={v}"), |b| {
-            b.iter(|| {
-                let gradients = on_burn::backward(&layer.forward(ids.clone()).sum()).unwrap();
-                layer.step(&gradients, &mut optimizer, &mut []).unwrap()
-            });
-        });
+    for workload in Workload::sweep() {
+        step(criterion, "burn", workload, burn::case(workload, 0f32));
     }
+    step(
+        criterion,
+        "burn, bf16",
+        REFERENCE,
+        burn::case(REFERENCE, bf16::ZERO),
+    );
 }
 
 fn dfdx_step(criterion: &mut Criterion) {
-    let mut group = criterion.benchmark_group("step/dfdx");
-    group.sample_size(20);
-    for v in VOCABULARIES {
-        let weight: DfdxTensor<(usize, usize), f32, Cpu> = Cpu::default().tensor_from_vec(table(v), (v, DIM));
-        let mut layer = on_dfdx::TrainableTokens::from_tensor(weight, &trained_ids(v)).unwrap();
-        let mut optimizer = Adam::new(AdamConfig::ADAMW).unwrap();
-        let ids = batch(v);
-        group.bench_function(format!("fresh buffers/V={v}"), |b| {
-            b.iter(|| {
-                let rows = layer.lookup(&ids, OwnedTape::default()).unwrap();
-                let gradients = rows.sum::<(), _>().backward();
-                layer.step(&gradients, &mut optimizer, &mut []).unwrap()
-            });
+    for workload in Workload::sweep() {
+        step(criterion, "dfdx", workload, dfdx::case(workload, 0f32));
+    }
+    step(
+        criterion,
+        "dfdx, f16",
+        REFERENCE,
+        dfdx::case(REFERENCE, f16::ZERO),
+    );
+}
+
+/// Planning a batch, in new memory and in that of the plan before.
+fn plan(criterion: &mut Criterion) {
+    let mut group = quick(criterion, "plan");
+    for workload in [512, 4096, 16_384].map(|tokens| Workload { tokens, ..REFERENCE }) {
+        let (tokens, ids) = (workload.token_set(), workload.batch());
+        let options = LayerOptions::default();
+        group.bench_function(format!("new/{workload}"), |b| {
+            b.iter(|| LookupPlan::new(&tokens, options, &ids).unwrap());
+        });
+        let mut plan = LookupPlan::new(&tokens, options, &ids).unwrap();
+        group.bench_function(format!("rebuilt/{workload}"), |b| {
+            b.iter(|| plan.rebuild(&tokens, options, &ids).unwrap());
         });
     }
 }
 
-criterion_group!(benches, ndarray_step, candle_step, burn_step, dfdx_step);
+/// The update of rows alone.
+fn optimizer(criterion: &mut Criterion) {
+    let mut group = quick(criterion, "optimizer");
+    for num_rows in [1, 128, 1000, 30_000] {
+        for dtype in [DType::F32, DType::BF16] {
+            let mut rows = TokenRows::zeros(dtype, num_rows, REFERENCE.dim);
+            let gradient = TokenRows::zeros(dtype, num_rows, REFERENCE.dim);
+            let momentum = SgdConfig {
+                momentum: 0.9,
+                ..SgdConfig::default()
+            };
+            let optimizers: [(&str, Box<dyn RowOptimizer>); 3] = [
+                ("AdamW", Box::new(Adam::new(AdamConfig::ADAMW).unwrap())),
+                ("SGD", Box::new(Sgd::new(SgdConfig::default()).unwrap())),
+                ("SGD with momentum", Box::new(Sgd::new(momentum).unwrap())),
+            ];
+            for (name, mut optimizer) in optimizers {
+                group.bench_function(format!("{name}, {dtype}/k={num_rows}"), |b| {
+                    b.iter(|| optimizer.step(&mut rows, &gradient, 1e-3).unwrap());
+                });
+            }
+        }
+    }
+}
+
+criterion_group!(
+    benches,
+    ndarray_step,
+    candle_step,
+    burn_step,
+    dfdx_step,
+    plan,
+    optimizer
+);
 criterion_main!(benches);

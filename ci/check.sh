@@ -107,6 +107,9 @@ $DEMO_COMMAND --out target/ci-demo
 step real PEFT
 bash ci/interop.sh
 
+step the comparison with PEFT, in small
+bash benches/run.sh --smoke
+
 step 'golden vectors, in numpy'
 "${INTEROP_PYTHON:-target/interop-venv/bin/python}" tests/vectors/check.py
 

@@ -1,40 +1,60 @@
-//! One workload for all benches: Gemma 2 2B's width, 4096 tokens, a tenth of them trained, 128 rows.
-#![allow(dead_code)]
+//! What the benches of embeddings share: an embedding in each framework, and time and memory.
+#![allow(dead_code, clippy::unwrap_used)]
 
-/// Vocabularies that are compared: cost must not grow with them.
-pub(crate) const VOCABULARIES: [usize; 2] = [32_000, 256_000];
-/// Length of a row.
-pub(crate) const DIM: usize = 2304;
-/// Tokens in a batch.
-pub(crate) const TOKENS: usize = 4096;
-/// Rows that train.
-pub(crate) const ROWS: u32 = 128;
+pub(crate) mod burn;
+pub(crate) mod candle;
+pub(crate) mod dfdx;
+pub(crate) mod memory;
+pub(crate) mod ndarray;
+pub(crate) mod workload;
 
-/// A table `[v, DIM]`.
-pub(crate) fn table(v: usize) -> Vec<f32> {
-    let mut state = 1u32;
-    let mut next = || {
-        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        f32::from((state >> 16) as u16) / 65536.0 - 0.5
-    };
-    (0..v * DIM).map(|_| next()).collect()
+use std::time::{Duration, Instant};
+
+use criterion::measurement::WallTime;
+use criterion::{BenchmarkGroup, Criterion};
+
+pub(crate) use workload::Workload;
+
+/// An embedding in a framework, with the framework's frozen lookup beside it.
+pub(crate) trait Case {
+    /// What a lookup returns.
+    type Rows;
+    /// The framework's own lookup of the batch.
+    fn frozen(&mut self) -> Self::Rows;
+    /// The lookup with trained rows.
+    fn lookup(&mut self) -> Self::Rows;
+    /// A step of training: the lookup with trained rows, the backward pass, the optimizer; a lap after each.
+    fn step(&mut self, laps: &mut Laps) -> Self::Rows;
 }
 
-/// The last rows of the table, spread out.
-pub(crate) fn trained_ids(v: usize) -> Vec<u32> {
-    let last = u32::try_from(v).unwrap_or(u32::MAX) - 1;
-    (0..ROWS).map(|slot| last - slot * 7).collect()
+/// A group of which each member takes about two seconds.
+pub(crate) fn quick<'a>(criterion: &'a mut Criterion, name: &str) -> BenchmarkGroup<'a, WallTime> {
+    let mut group = criterion.benchmark_group(name);
+    group
+        .sample_size(10)
+        .warm_up_time(Duration::from_millis(300))
+        .measurement_time(Duration::from_millis(1500));
+    group
 }
 
-/// Ids all over the vocabulary, every tenth of them a trained one.
-pub(crate) fn batch(v: usize) -> Vec<u32> {
-    let (trained, v) = (trained_ids(v), u32::try_from(v).unwrap_or(u32::MAX));
-    let id = |at: u32| {
-        if at.is_multiple_of(10) {
-            trained[(at / 10 % ROWS) as usize]
-        } else {
-            at.wrapping_mul(2_654_435_761) % v
+/// Where a step's time goes.
+pub(crate) struct Laps {
+    last: Instant,
+    /// Of each lap.
+    pub(crate) milliseconds: Vec<f64>,
+}
+
+impl Laps {
+    pub(crate) fn start() -> Self {
+        Self {
+            last: Instant::now(),
+            milliseconds: Vec::new(),
         }
-    };
-    (0..4096).map(id).collect()
+    }
+
+    pub(crate) fn lap(&mut self) {
+        let now = Instant::now();
+        self.milliseconds.push((now - self.last).as_secs_f64() * 1e3);
+        self.last = now;
+    }
 }

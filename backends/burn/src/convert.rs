@@ -41,6 +41,11 @@ pub(crate) fn compute_dtype(dtype: burn_tensor::DType) -> burn_tensor::DType {
 
 /// Copies rows to a device, bit for bit.
 pub(crate) fn to_tensor(what: &'static str, rows: &TokenRows, device: &Device) -> Result<Tensor<2>> {
+    into_tensor(what, rows.clone(), device)
+}
+
+/// Moves rows to a device, bit for bit: to one in host memory without a copy.
+pub(crate) fn into_tensor(what: &'static str, rows: TokenRows, device: &Device) -> Result<Tensor<2>> {
     let dtype = burn_dtype(rows.dtype());
     if !device.supports_dtype(dtype) {
         return Err(Error::Unsupported {
@@ -50,11 +55,11 @@ pub(crate) fn to_tensor(what: &'static str, rows: &TokenRows, device: &Device) -
         });
     }
     let shape = rows.shape();
-    let data = match rows.data() {
-        RowData::F64(values) => TensorData::new(values.clone(), shape),
-        RowData::F32(values) => TensorData::new(values.clone(), shape),
-        RowData::F16(values) => TensorData::new(values.clone(), shape),
-        RowData::BF16(values) => TensorData::new(values.clone(), shape),
+    let data = match rows.into_data() {
+        RowData::F64(values) => TensorData::new(values, shape),
+        RowData::F32(values) => TensorData::new(values, shape),
+        RowData::F16(values) => TensorData::new(values, shape),
+        RowData::BF16(values) => TensorData::new(values, shape),
         _ => {
             let (expected, got) = ("F64, F32, F16 or BF16", dtype);
             return Err(Error::ElementType { what, expected, got });

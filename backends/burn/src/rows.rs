@@ -4,7 +4,7 @@ use burn::module::{Param, Parameter};
 use burn::tensor::{Device, Tensor};
 use trainable_tokens_core::{DType, DeltaStore, RowMix, TokenRows};
 
-use crate::convert::{core_dtype, to_rows, to_tensor};
+use crate::convert::{core_dtype, into_tensor, to_rows, to_tensor};
 use crate::ops::combine;
 use crate::{Error, Result};
 
@@ -119,9 +119,27 @@ impl DeltaStore for BurnDelta {
 
     fn write(&mut self, rows: &TokenRows) -> Result<()> {
         self.check_write(rows)?;
+        self.replace(rows.clone())
+    }
+
+    fn update(
+        &mut self,
+        change: &mut dyn FnMut(&mut TokenRows) -> trainable_tokens_core::Result<()>,
+    ) -> Result<()> {
+        self.param()?;
+        let mut rows = self.read()?;
+        change(&mut rows)?;
+        self.check_write(&rows)?;
+        self.replace(rows)
+    }
+}
+
+impl BurnDelta {
+    /// Replaces the rows by others of the same shape and type.
+    fn replace(&mut self, rows: TokenRows) -> Result<()> {
         let param = self.param()?;
         let old = param.base();
-        let new = to_tensor("trained rows", rows, &old.device())?;
+        let new = into_tensor("trained rows", rows, &old.device())?;
         let new = Parameter::set_require_grad(new, old.is_require_grad());
         self.rows = Rows::Leaf(param.clone().map(|_| new));
         Ok(())

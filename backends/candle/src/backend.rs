@@ -3,8 +3,8 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use candle_core::Tensor;
 use candle_core::backprop::GradStore;
+use candle_core::{Shape, Tensor};
 use trainable_tokens_core::{
     Backend, CrossEntropyPlan, DeltaStore, EmbeddingSource, Error as CoreError, LookupPlan, RowMix,
     RowTransform, TokenRows, TokenSet,
@@ -35,7 +35,8 @@ impl Backend for Candle {
         plan: &LookupPlan,
         transform: RowTransform,
     ) -> Result<Tensor> {
-        lookup_rows(source, delta, &Arc::new(plan.clone()), transform)
+        let shape = Shape::from((plan.len(), source.embedding_dim()));
+        lookup_rows(source, delta, &Arc::new(plan.clone()), transform, shape)
     }
 
     fn logits(

@@ -1,6 +1,8 @@
 //! Between candle's tensors and rows on the host.
 
-use candle_core::{CpuStorage, Device, Tensor, Var, WithDType};
+use std::cell::RefCell;
+
+use candle_core::{CpuStorage, Device, InplaceOp1, Layout, Tensor, Var, WithDType};
 use trainable_tokens_core::{DType, Element, ErrorKind, RowData, RowRef, TokenRows};
 
 use crate::{Error, Result};
@@ -49,6 +51,18 @@ pub(crate) fn to_tensor(rows: &TokenRows, device: &Device) -> candle_core::Resul
     with_values!(rows, values => Tensor::from_slice(values, (num_rows, dim), device))
 }
 
+/// Moves rows to a device, bit for bit: on the CPU without a copy.
+pub(crate) fn into_tensor(rows: TokenRows, device: &Device) -> candle_core::Result<Tensor> {
+    let shape = (rows.num_rows(), rows.embedding_dim());
+    match rows.into_data() {
+        RowData::F64(values) => Tensor::from_vec(values, shape, device),
+        RowData::F32(values) => Tensor::from_vec(values, shape, device),
+        RowData::F16(values) => Tensor::from_vec(values, shape, device),
+        RowData::BF16(values) => Tensor::from_vec(values, shape, device),
+        _ => Err(unsupported().into()),
+    }
+}
+
 /// Makes a variable of rows, bit for bit.
 pub(crate) fn to_var(rows: &TokenRows, device: &Device) -> candle_core::Result<Var> {
     let [num_rows, dim] = rows.shape();
@@ -74,15 +88,50 @@ pub(crate) fn to_rows(tensor: &Tensor) -> Result<TokenRows> {
     }
 }
 
-/// Borrows `len` elements of CPU storage from `start` on, as a row of whatever type it holds.
-pub(crate) fn row_ref(storage: &CpuStorage, start: usize, len: usize) -> candle_core::Result<RowRef<'_>> {
+/// Borrows the elements of a contiguous tensor in CPU storage, as a row of whatever type it holds.
+pub(crate) fn row_ref<'a>(storage: &'a CpuStorage, layout: &Layout) -> candle_core::Result<RowRef<'a>> {
+    let Some((start, end)) = layout.contiguous_offsets() else {
+        return Err(Error::NotContiguous { what: "rows" }.into());
+    };
     Ok(match storage {
-        CpuStorage::F64(values) => RowRef::F64(&values[start..start + len]),
-        CpuStorage::F32(values) => RowRef::F32(&values[start..start + len]),
-        CpuStorage::F16(values) => RowRef::F16(&values[start..start + len]),
-        CpuStorage::BF16(values) => RowRef::BF16(&values[start..start + len]),
+        CpuStorage::F64(values) => RowRef::F64(&values[start..end]),
+        CpuStorage::F32(values) => RowRef::F32(&values[start..end]),
+        CpuStorage::F16(values) => RowRef::F16(&values[start..end]),
+        CpuStorage::BF16(values) => RowRef::BF16(&values[start..end]),
         _ => return Err(unsupported().into()),
     })
+}
+
+/// Puts the elements of rows in the place of those of a tensor in CPU storage that is as large, without a copy.
+pub(crate) struct Replace(RefCell<Option<RowData>>);
+
+impl Replace {
+    pub(crate) fn with(rows: TokenRows) -> Self {
+        Self(RefCell::new(Some(rows.into_data())))
+    }
+}
+
+impl InplaceOp1 for Replace {
+    fn name(&self) -> &'static str {
+        "trainable-tokens-replace"
+    }
+
+    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
+        fn replace<T>(old: &mut Vec<T>, new: Vec<T>, layout: &Layout) -> candle_core::Result<()> {
+            if old.len() == new.len() && layout.contiguous_offsets() == Some((0, new.len())) {
+                *old = new;
+                return Ok(());
+            }
+            Err(Error::NotContiguous { what: "rows" }.into())
+        }
+        match (storage, self.0.take()) {
+            (CpuStorage::F64(old), Some(RowData::F64(new))) => replace(old, new, layout),
+            (CpuStorage::F32(old), Some(RowData::F32(new))) => replace(old, new, layout),
+            (CpuStorage::F16(old), Some(RowData::F16(new))) => replace(old, new, layout),
+            (CpuStorage::BF16(old), Some(RowData::BF16(new))) => replace(old, new, layout),
+            _ => Err(unsupported().into()),
+        }
+    }
 }
 
 /// The refusal of an element type that the constructors have already excluded.

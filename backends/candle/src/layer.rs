@@ -4,17 +4,19 @@ mod adapters;
 
 use std::mem;
 use std::ops::Deref;
+use std::sync::Arc;
 
 use candle_core::backprop::GradStore;
 use candle_core::{Tensor, Var};
 use candle_nn::{Embedding, Module};
 use parking_lot::RwLockReadGuard;
 use trainable_tokens_core::{
-    EmbeddingSource, LayerOptions, OptimizerHook, RowOptimizer, StepReport, TokenRows, TokenSet,
+    EmbeddingSource, LayerOptions, LookupPlan, OptimizerHook, RowOptimizer, StepReport, TokenRows, TokenSet,
     TrainableTokens as CoreLayer,
 };
 
 use crate::ids::{expect_examples, read_ids};
+use crate::ops::lookup_rows;
 use crate::shared::Shared;
 use crate::{Candle, CandleTable, Result, TiedHead};
 
@@ -146,7 +148,7 @@ impl TrainableTokens {
     ///
     /// For an id that is negative or out of range, for ids that are not integers, and when candle fails.
     pub fn lookup(&self, input_ids: &Tensor) -> Result<Tensor> {
-        self.lookup_by(input_ids, CoreLayer::lookup)
+        self.lookup_by(input_ids, CoreLayer::plan)
     }
 
     /// The rows of a mixed batch of `input_ids` `[B, ..]`: each of its `B` examples sees the rows of the adapter of its
@@ -158,19 +160,22 @@ impl TrainableTokens {
     /// disabled.
     pub fn lookup_mixed(&self, input_ids: &Tensor, adapters: &[Option<&str>]) -> Result<Tensor> {
         expect_examples("input_ids of a mixed batch", input_ids.dims(), adapters)?;
-        self.lookup_by(input_ids, |layer, ids| layer.lookup_mixed(ids, adapters))
+        self.lookup_by(input_ids, |layer, ids| layer.plan_mixed(ids, adapters))
     }
 
+    /// The rows come out in the shape of the ids: to reshape them would cost the backward pass two more gradients.
     fn lookup_by(
         &self,
         input_ids: &Tensor,
-        lookup: impl FnOnce(&CoreLayer<Candle>, &[u32]) -> Result<Tensor>,
+        plan: impl FnOnce(&CoreLayer<Candle>, &[u32]) -> trainable_tokens_core::Result<LookupPlan>,
     ) -> Result<Tensor> {
         let layer = self.layer.read();
         let table = layer.source();
-        let ids = read_ids(input_ids, table.vocab_size())?;
-        let rows = lookup(&layer, &ids)?;
-        Ok(rows.reshape([input_ids.dims(), &[table.embedding_dim()]].concat())?)
+        let plan = plan(&layer, &read_ids(input_ids, table.vocab_size())?)?;
+        let rows = layer.rows_for(&plan)?;
+        let shape = [input_ids.dims(), &[table.embedding_dim()]].concat();
+        let plan = Arc::new(plan);
+        lookup_rows(table, rows.as_deref(), &plan, layer.transform(), shape.into())
     }
 
     /// A head that shares this layer; see there.

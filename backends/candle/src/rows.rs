@@ -3,7 +3,7 @@
 use candle_core::{Device, Tensor, Var};
 use trainable_tokens_core::{DType, DeltaStore, RowMix, TokenRows};
 
-use crate::convert::{core_dtype, to_rows, to_tensor, to_var};
+use crate::convert::{Replace, core_dtype, into_tensor, to_rows, to_var};
 use crate::ops::mix_rows;
 use crate::{Error, Result};
 
@@ -86,10 +86,31 @@ impl DeltaStore for CandleDelta {
 
     /// A combination refuses it with [`Error::Combination`].
     fn write(&mut self, rows: &TokenRows) -> Result<()> {
-        let var = self.var()?;
         self.check_write(rows)?;
-        if var.elem_count() > 0 {
-            var.set(&to_tensor(rows, var.device())?)?;
+        self.replace(rows.clone())
+    }
+
+    /// As [`write`](Self::write). While `change` runs nobody is kept from reading the variable.
+    fn update(
+        &mut self,
+        change: &mut dyn FnMut(&mut TokenRows) -> trainable_tokens_core::Result<()>,
+    ) -> Result<()> {
+        self.var()?;
+        let mut rows = self.read()?;
+        change(&mut rows)?;
+        self.check_write(&rows)?;
+        self.replace(rows)
+    }
+}
+
+impl CandleDelta {
+    /// Replaces the rows by others of the same shape and type.
+    fn replace(&mut self, rows: TokenRows) -> Result<()> {
+        let var = self.var()?;
+        match var.device() {
+            _ if var.elem_count() == 0 => {}
+            Device::Cpu => var.inplace_op1(&Replace::with(rows))?,
+            device => var.set(&into_tensor(rows, device)?)?,
         }
         Ok(())
     }

@@ -1,5 +1,7 @@
 //! Between dfdx's tensors and rows on the host.
 
+use std::borrow::Cow;
+
 use dfdx::shapes::{HasShape, RealizeShapeTo, Shape};
 
 use dfdx::tensor::{NoneTape, Storage, Tape, Tensor, TensorFromVec};
@@ -54,12 +56,22 @@ pub(crate) fn to_rows<E: Element, D: Storage<E>, T>(tensor: &Matrix<E, D, T>) ->
     Ok(TokenRows::new(to_vec(tensor), num_rows, dim)?)
 }
 
-/// The elements of rows in the type `E`, rounded to nearest even.
-pub(crate) fn to_elements<E: DfdxElement>(what: &'static str, rows: &TokenRows) -> Result<Vec<E>> {
+/// The elements of rows in the type `E`, rounded to nearest even; borrowed if they have it.
+pub(crate) fn to_elements<'a, E: DfdxElement>(
+    what: &'static str,
+    rows: &'a TokenRows,
+) -> Result<Cow<'a, [E]>> {
+    if let Some(elements) = rows.as_slice::<E>() {
+        return Ok(Cow::Borrowed(elements));
+    }
     let (expected, got) = (E::DTYPE, rows.dtype());
     let rows = rows.to_dtype(E::DTYPE);
     let elements = rows.as_slice::<E>().map(<[E]>::to_vec);
-    Ok(elements.ok_or(CoreError::DType { what, expected, got })?)
+    Ok(Cow::Owned(elements.ok_or(CoreError::DType {
+        what,
+        expected,
+        got,
+    })?))
 }
 
 /// Ids on the host. One that no `u32` can hold is refused here, one at or above `vocab_size` by whoever looks it up.

@@ -200,7 +200,8 @@ impl<E: DfdxElement, D: DfdxDevice<E>> DeltaStore for DfdxDelta<E, D> {
 /// The rows as tables of the element type `E` hold them.
 fn to_tensor<E: DfdxElement, D: DfdxDevice<E>>(rows: &TokenRows, device: &D) -> Result<Matrix<E, D>> {
     let [num_rows, dim] = rows.shape();
-    matrix(device, to_elements("trained rows", rows)?, num_rows, dim)
+    let elements = to_elements("trained rows", rows)?;
+    matrix(device, elements.into_owned(), num_rows, dim)
 }
 
 /// The rows themselves, if a tensor of the element type `E` cannot hold them.

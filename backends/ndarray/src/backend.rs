@@ -1,5 +1,6 @@
 //! The backend's operations.
 
+use std::borrow::Cow;
 use std::marker::PhantomData;
 use std::ops::Range;
 
@@ -8,7 +9,7 @@ use trainable_tokens_core::{
     Backend, Element, Error, HostRows, HostTable, LookupPlan, RowMix, RowTransform, TokenRows, TokenSet,
 };
 
-use crate::layer::copy_rows;
+use crate::layer::gather;
 use crate::{NdGradient, NdRows, head};
 
 /// ndarray as a backend: tables `S` in host memory, values of element type `O`.
@@ -33,8 +34,7 @@ impl<S: HostTable, O: Element> Backend for Ndarray<S, O> {
         transform: RowTransform,
     ) -> Result<Array2<O>, S::Error> {
         let dim = source.embedding_dim();
-        let mut out = Vec::with_capacity(plan.len() * dim);
-        copy_rows(source, delta.map(NdRows::rows), plan, transform, &mut out)?;
+        let out = gather(source, delta.map(NdRows::rows), plan, transform).to_vec()?;
         let got = vec![out.len()];
         let expected = vec![plan.len(), dim];
         Ok(
@@ -83,5 +83,12 @@ impl<S: HostTable, O: Element> Backend for Ndarray<S, O> {
 
     fn gradient(gradients: &NdGradient, delta: &Self::Delta) -> Result<Option<TokenRows>, S::Error> {
         Ok(gradients.get(delta.host()).cloned())
+    }
+
+    fn lend_gradient<'a>(
+        gradients: &'a NdGradient,
+        delta: &Self::Delta,
+    ) -> Result<Option<Cow<'a, TokenRows>>, S::Error> {
+        Ok(gradients.get(delta.host()).map(Cow::Borrowed))
     }
 }

@@ -2,7 +2,7 @@
 
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, s};
 use trainable_tokens_core::{
-    Element, Error, HostTable, LookupPlan, Result, RowRef, RowTransform, Slot, TokenAdapter, TokenId,
+    Element, Error, Gather, HostTable, LookupPlan, Result, RowRef, RowTransform, Slot, TokenAdapter, TokenId,
     TokenRows, TokenSet,
 };
 
@@ -19,7 +19,7 @@ pub trait TrainableTokensExt<O: Element> {
     type Error;
 
     /// The rows of a planned batch, written to `out` of shape `[N, D]`. Allocates nothing, unless several adapters are
-    /// combined.
+    /// combined or `out` is not row-major.
     ///
     /// # Errors
     ///
@@ -91,18 +91,15 @@ impl<S: HostTable, O: Element> TrainableTokensExt<O> for TrainableTokens<S, O> {
             return Err(Error::shape("output of the lookup", &expected, out.shape()).into());
         }
         let active = self.rows_for(plan)?;
-        let (delta, transform) = (active.as_deref().map(NdRows::rows), self.transform());
-        let mut rows = RowCursor::new(source, delta, plan);
-        if let Some(values) = out.as_slice_mut() {
-            for out in values.chunks_exact_mut(dim.max(1)) {
-                rows.next(|row, trained| write(row, trained, transform, source, out))?;
-            }
-        } else {
-            let mut buffer = vec![O::default(); dim];
-            for mut out in out.outer_iter_mut() {
-                rows.next(|row, trained| write(row, trained, transform, source, &mut buffer))?;
-                out.iter_mut().zip(&buffer).for_each(|(out, value)| *out = *value);
-            }
+        let delta = active.as_deref().map(NdRows::rows);
+        let rows = gather(source, delta, plan, self.transform());
+        if let Some(out) = out.as_slice_mut() {
+            return Ok(rows.write_from(0, out)?);
+        }
+        let mut buffer = vec![O::default(); dim];
+        for (position, mut out) in out.outer_iter_mut().enumerate() {
+            rows.write_from(position, &mut buffer)?;
+            out.iter_mut().zip(&buffer).for_each(|(out, value)| *out = *value);
         }
         Ok(())
     }
@@ -191,93 +188,19 @@ impl<S: HostTable, O: Element> TrainableTokensExt<O> for TrainableTokens<S, O> {
     }
 }
 
-/// Appends the rows of a planned batch to `out`, which has room for them.
-pub(crate) fn copy_rows<S: HostTable, O: Element>(
-    source: &S,
-    delta: Option<&TokenRows>,
-    plan: &LookupPlan,
-    transform: RowTransform,
-    out: &mut Vec<O>,
-) -> Result<()> {
-    let dim = source.embedding_dim();
-    let mut rows = RowCursor::new(source, delta, plan);
-    for _ in 0..plan.len() {
-        rows.next(|row, trained| {
-            if !transform.is_identity() || trained && row.dtype() != source.dtype() {
-                let start = out.len();
-                out.resize(start + dim, O::default());
-                write(row, trained, transform, source, &mut out[start..]);
-            } else {
-                row.extend_into(out);
-            }
-        })?;
-    }
-    Ok(())
-}
-
-/// Writes one row: a trained one as the table would hold it, a frozen one as it is; then transformed.
-fn write<S: HostTable, O: Element>(
-    row: RowRef<'_>,
-    trained: bool,
-    transform: RowTransform,
-    source: &S,
-    out: &mut [O],
-) {
-    if trained {
-        row.decode_rounded(source.dtype(), out);
-    } else {
-        row.decode_into(out);
-    }
-    transform.apply(out);
-}
-
-/// Walks a plan: at each position the frozen row, or the trained one that replaces it.
-struct RowCursor<'a, S> {
+/// How the rows of a planned batch come about.
+pub(crate) fn gather<'a, S: HostTable>(
     source: &'a S,
     delta: Option<&'a TokenRows>,
     plan: &'a LookupPlan,
-    position: usize,
-    hit: usize,
-}
-
-impl<'a, S: HostTable> RowCursor<'a, S> {
-    fn new(source: &'a S, delta: Option<&'a TokenRows>, plan: &'a LookupPlan) -> Self {
-        Self {
-            source,
-            delta,
-            plan,
-            position: 0,
-            hit: 0,
-        }
-    }
-
-    /// Hands the next row over, and whether it is a trained one.
-    #[inline]
-    fn next(&mut self, take: impl FnOnce(RowRef<'_>, bool)) -> Result<()> {
-        let id = self.plan.input_ids()[self.position];
-        let missing = || Error::TokenOutOfRange {
-            id: i64::from(id),
-            vocab_size: self.source.vocab_size(),
-        };
-        let trained = match self.delta {
-            Some(delta)
-                if self
-                    .plan
-                    .positions()
-                    .get(self.hit)
-                    .is_some_and(|p| *p as usize == self.position) =>
-            {
-                let Slot(slot) = Slot(self.plan.slots()[self.hit] as usize);
-                self.hit += 1;
-                Some(delta.row(slot).ok_or_else(missing)?)
-            }
-            _ => None,
-        };
-        match trained {
-            Some(row) => take(row, true),
-            None => take(self.source.row(TokenId(id)).ok_or_else(missing)?, false),
-        }
-        self.position += 1;
-        Ok(())
+    transform: RowTransform,
+) -> Gather<'a, impl Fn(TokenId) -> Option<RowRef<'a>> + Sync, impl Fn(Slot) -> Option<RowRef<'a>> + Sync> {
+    Gather {
+        plan,
+        embedding_dim: source.embedding_dim(),
+        dtype: source.dtype(),
+        transform,
+        frozen: |id| source.row(id),
+        trained: delta.map(|delta| |slot: Slot| delta.row(slot.0)),
     }
 }

@@ -56,7 +56,7 @@ impl<S: Data> fmt::Debug for NdTable<S> {
     }
 }
 
-impl<S: Data<Elem: Element>> EmbeddingSource for NdTable<S> {
+impl<S: Data<Elem: Element> + Sync> EmbeddingSource for NdTable<S> {
     type Error = Error;
 
     fn vocab_size(&self) -> usize {
@@ -76,7 +76,7 @@ impl<S: Data<Elem: Element>> EmbeddingSource for NdTable<S> {
     }
 }
 
-impl<S: Data<Elem: Element>> HostTable for NdTable<S> {
+impl<S: Data<Elem: Element> + Sync> HostTable for NdTable<S> {
     #[inline]
     fn row(&self, id: TokenId) -> Option<RowRef<'_>> {
         let dim = self.0.ncols();
@@ -85,7 +85,7 @@ impl<S: Data<Elem: Element>> HostTable for NdTable<S> {
     }
 }
 
-impl<S: DataMut<Elem: Element>> WriteRows for NdTable<S> {
+impl<S: DataMut<Elem: Element> + Sync> WriteRows for NdTable<S> {
     fn write_rows(&mut self, ids: &[TokenId], rows: &TokenRows) -> Result<(), Error> {
         self.check_write(ids, rows)?;
         let dim = self.0.ncols();

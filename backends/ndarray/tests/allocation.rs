@@ -1,14 +1,18 @@
-//! No step allocates in proportion to V x D; with buffers of the caller's, lookup and backward allocate nothing.
+//! No step allocates in proportion to V x D; with buffers of the caller's, a step allocates nothing.
 #![allow(missing_docs, clippy::unwrap_used, clippy::panic)]
 
-use ndarray::Array2;
-use trainable_tokens_core::{Adam, AdamConfig, TokenSet};
+use ndarray::{Array2, OwnedRepr};
+use trainable_tokens_core::{
+    Adam, AdamConfig, EmbedScale, LayerOptions, Padding, PaddingRule, TokenId, TokenSet,
+};
 use trainable_tokens_format::Checkpoint;
 use trainable_tokens_ndarray::{NdTable, TrainableTokens, TrainableTokensExt};
 use trainable_tokens_testkit::{CountingAllocator, allocated};
 
 #[global_allocator]
 static ALLOCATOR: CountingAllocator = CountingAllocator;
+
+type Layer = TrainableTokens<NdTable<OwnedRepr<f32>>>;
 
 /// Runs `work` and returns the largest allocation and the sum of all, in bytes.
 fn measure(work: impl FnOnce()) -> (usize, usize) {
@@ -34,7 +38,7 @@ fn a_step_never_allocates_the_table() {
         })
         .collect();
     let tokens = TokenSet::new(tokens, V).unwrap();
-    let mut layer: TrainableTokens<_> = TrainableTokens::new(NdTable::new(table).unwrap(), tokens).unwrap();
+    let mut layer: Layer = TrainableTokens::new(NdTable::new(table).unwrap(), tokens).unwrap();
     let mut optimizer = Adam::new(AdamConfig::ADAMW).unwrap();
     let upstream = Array2::<f32>::ones((N, D));
 
@@ -61,16 +65,39 @@ fn a_step_never_allocates_the_table() {
 
     mapped(&ids, &upstream);
 
-    let mut plan = layer.plan(&ids).unwrap();
-    let mut out = Array2::<f32>::zeros((N, D));
+    let padding = Padding {
+        token: TokenId(199_999),
+        rule: PaddingRule::NoLookupGradient,
+    };
+    let plain = LayerOptions::default();
+    let padded = LayerOptions {
+        padding: Some(padding),
+        scale: Some(EmbedScale::TableDType(8.0)),
+        scale_grad_by_freq: true,
+        ..plain
+    };
+    for options in [plain, padded] {
+        layer = layer.with_options(options);
+        reused(&mut layer, &ids, &upstream, &mut optimizer);
+    }
+}
+
+/// From the second step on nothing at all is allocated: plan, lookup, backward pass, optimizer.
+fn reused(layer: &mut Layer, ids: &[u32], upstream: &Array2<f32>, optimizer: &mut Adam) {
+    let mut plan = layer.plan(ids).unwrap();
+    let mut out = Array2::<f32>::zeros(upstream.raw_dim());
     let mut gradient = layer.zero_gradient();
-    let (_, total) = measure(|| {
-        plan.rebuild(layer.tokens(), layer.options(), &ids).unwrap();
+    let mut step = || {
+        plan.rebuild(layer.tokens(), layer.options(), ids).unwrap();
         layer.lookup_into(&plan, out.view_mut()).unwrap();
+        gradient.zero();
         layer
             .backward_into(&plan, upstream.view(), &mut gradient)
             .unwrap();
-    });
+        layer.step(&gradient, optimizer, &mut []).unwrap();
+    };
+    step();
+    let (_, total) = measure(step);
     assert_eq!(total, 0, "reused buffers");
 }
 

@@ -1,11 +1,12 @@
 //! One adapter of a layer: a token set with rows of its own.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::sync::Arc;
 
+use crate::optim::step_store;
 use crate::{
     Backend, DeltaStore, Error, OptimizerHook, Result, RowOptimizer, StepReport, TokenRows, TokenSet,
-    step_delta,
 };
 
 /// The name of the adapter that a layer starts with, as in PEFT.
@@ -94,11 +95,15 @@ impl<B: Backend> TokenAdapter<B> {
     /// [`Error::NoGradient`] if the backward pass did not reach the rows: a cut graph, an adapter that no lookup and no
     /// head used, or one that is merged.
     pub fn gradient(&self, gradients: &B::Gradients) -> Result<TokenRows, B::Error> {
+        Ok(self.lent_gradient(gradients)?.into_owned())
+    }
+
+    fn lent_gradient<'a>(&self, gradients: &'a B::Gradients) -> Result<Cow<'a, TokenRows>, B::Error> {
         if self.tokens.is_empty() {
             let dim = self.delta.embedding_dim();
-            return Ok(TokenRows::zeros(self.delta.dtype(), 0, dim));
+            return Ok(Cow::Owned(TokenRows::zeros(self.delta.dtype(), 0, dim)));
         }
-        B::gradient(gradients, &self.delta)?.ok_or_else(|| Error::NoGradient.into())
+        B::lend_gradient(gradients, &self.delta)?.ok_or_else(|| Error::NoGradient.into())
     }
 
     /// One optimizer step on the rows from the framework's gradients, with hooks before and after.
@@ -112,8 +117,8 @@ impl<B: Backend> TokenAdapter<B> {
         optimizer: &mut dyn RowOptimizer,
         hooks: &mut [&mut dyn OptimizerHook],
     ) -> Result<StepReport, B::Error> {
-        let gradient = self.gradient(gradients)?;
-        self.step_with(gradient, optimizer, hooks)
+        let gradient = self.lent_gradient(gradients)?;
+        self.step_from(gradient, optimizer, hooks)
     }
 
     /// One optimizer step on the rows from a gradient on the host, with hooks before and after.
@@ -127,8 +132,17 @@ impl<B: Backend> TokenAdapter<B> {
         optimizer: &mut dyn RowOptimizer,
         hooks: &mut [&mut dyn OptimizerHook],
     ) -> Result<StepReport, B::Error> {
+        self.step_from(Cow::Owned(gradient), optimizer, hooks)
+    }
+
+    fn step_from(
+        &mut self,
+        gradient: Cow<'_, TokenRows>,
+        optimizer: &mut dyn RowOptimizer,
+        hooks: &mut [&mut dyn OptimizerHook],
+    ) -> Result<StepReport, B::Error> {
         self.expect_unmerged()?;
-        step_delta(optimizer, hooks, &self.tokens, &mut self.delta, gradient)
+        step_store(optimizer, hooks, &self.tokens, &mut self.delta, gradient)
     }
 
     /// Gives up the adapter for its tokens and rows.

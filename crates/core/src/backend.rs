@@ -1,5 +1,6 @@
 //! What only a tensor framework can know.
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use crate::{
@@ -124,4 +125,16 @@ pub trait Backend {
     ///
     /// When the framework fails.
     fn gradient(gradients: &Self::Gradients, delta: &Self::Delta) -> Result<Option<TokenRows>, Self::Error>;
+
+    /// As [`gradient`](Self::gradient), lent where it lies on the host already: a step without hooks copies nothing then.
+    ///
+    /// # Errors
+    ///
+    /// When the framework fails.
+    fn lend_gradient<'a>(
+        gradients: &'a Self::Gradients,
+        delta: &Self::Delta,
+    ) -> Result<Option<Cow<'a, TokenRows>>, Self::Error> {
+        Ok(Self::gradient(gradients, delta)?.map(Cow::Owned))
+    }
 }

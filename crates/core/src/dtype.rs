@@ -2,6 +2,8 @@
 
 use std::fmt::{self, Debug};
 
+use half::slice::HalfFloatSliceExt;
+use half::vec::HalfBitsVecExt;
 use half::{bf16, f16};
 use num_traits::{Float, NumAssign};
 
@@ -76,6 +78,23 @@ pub trait Element: Copy + Default + PartialEq + Debug + Send + Sync + 'static {
     fn to_f32(self) -> f32;
     /// Rounds to nearest even (exact unless the type is half precision).
     fn from_f32(value: f32) -> Self;
+    /// [`to_compute`](Self::to_compute) of every element, by the processor's own conversion where it has one; the shorter of
+    /// the two slices counts.
+    fn to_compute_slice(values: &[Self], out: &mut [Self::Compute]) {
+        out.iter_mut()
+            .zip(values)
+            .for_each(|(out, value)| *out = value.to_compute());
+    }
+    /// [`from_compute`](Self::from_compute) of every element, as [`to_compute_slice`](Self::to_compute_slice).
+    fn from_compute_slice(values: &[Self::Compute], out: &mut [Self]) {
+        out.iter_mut()
+            .zip(values)
+            .for_each(|(out, value)| *out = Self::from_compute(*value));
+    }
+    /// Zeros that the system gives as it gives all new memory, so that nothing is touched before it is written.
+    fn zeros(len: usize) -> Vec<Self> {
+        vec![Self::default(); len]
+    }
     /// Reads one element from exactly `size_in_bytes` little-endian bytes; other lengths give the default.
     fn from_le_bytes(bytes: &[u8]) -> Self;
     /// Appends the element's little-endian bytes.
@@ -93,7 +112,7 @@ pub trait Element: Copy + Default + PartialEq + Debug + Send + Sync + 'static {
 }
 
 macro_rules! element {
-    ($ty:ty, $tag:ident, $compute:ty, to: $to:expr, from: $from:expr, to64: $to64:expr, from64: $from64:expr, to32: $to32:expr, from32: $from32:expr) => {
+    ($ty:ty, $tag:ident, $compute:ty, to: $to:expr, from: $from:expr, to64: $to64:expr, from64: $from64:expr, to32: $to32:expr, from32: $from32:expr $(, $slices:ident)?) => {
         impl Element for $ty {
             type Compute = $compute;
             const DTYPE: DType = DType::$tag;
@@ -142,6 +161,7 @@ macro_rules! element {
                     _ => None,
                 }
             }
+            $($slices!();)?
             fn into_data(values: Vec<Self>) -> RowData {
                 RowData::$tag(values)
             }
@@ -161,6 +181,23 @@ macro_rules! element {
     };
 }
 
+/// Conversions of slices that `half` has for its types.
+macro_rules! half_slices {
+    () => {
+        fn zeros(len: usize) -> Vec<Self> {
+            vec![0u16; len].reinterpret_into()
+        }
+        fn to_compute_slice(values: &[Self], out: &mut [f32]) {
+            let len = values.len().min(out.len());
+            values[..len].convert_to_f32_slice(&mut out[..len]);
+        }
+        fn from_compute_slice(values: &[f32], out: &mut [Self]) {
+            let len = values.len().min(out.len());
+            out[..len].convert_from_f32_slice(&values[..len]);
+        }
+    };
+}
+
 // The narrowing `as` casts below round to nearest even by the language's definition.
 #[allow(clippy::cast_possible_truncation)]
 fn narrow(value: f64) -> f32 {
@@ -169,8 +206,8 @@ fn narrow(value: f64) -> f32 {
 
 element!(f64, F64, f64, to: |x| x, from: |x| x, to64: |x| x, from64: |x| x, to32: narrow, from32: f64::from);
 element!(f32, F32, f32, to: |x| x, from: |x| x, to64: f64::from, from64: narrow, to32: |x| x, from32: |x| x);
-element!(f16, F16, f32, to: f16::to_f32, from: f16::from_f32, to64: f16::to_f64, from64: |x| f16::from_f32(narrow(x)), to32: f16::to_f32, from32: f16::from_f32);
-element!(bf16, BF16, f32, to: bf16::to_f32, from: bf16::from_f32, to64: bf16::to_f64, from64: |x| bf16::from_f32(narrow(x)), to32: bf16::to_f32, from32: bf16::from_f32);
+element!(f16, F16, f32, to: f16::to_f32, from: f16::from_f32, to64: f16::to_f64, from64: |x| f16::from_f32(narrow(x)), to32: f16::to_f32, from32: f16::from_f32, half_slices);
+element!(bf16, BF16, f32, to: bf16::to_f32, from: bf16::from_f32, to64: bf16::to_f64, from64: |x| bf16::from_f32(narrow(x)), to32: bf16::to_f32, from32: bf16::from_f32, half_slices);
 
 #[cfg(test)]
 mod tests {
@@ -196,6 +233,34 @@ mod tests {
         round_trips::<f32>();
         round_trips::<f16>();
         round_trips::<bf16>();
+    }
+
+    /// A slice of a length that no vector register divides, through every kind of number.
+    fn slices_convert_as_their_elements_do<T: Element>() {
+        let numbers: Vec<f32> = (0u8..77)
+            .map(|at| (f32::from(at) - 38.0) * 1.1f32.powi(i32::from(at) * 3))
+            .chain([f32::INFINITY, f32::NEG_INFINITY, f32::MAX, 1e-40, -0.0])
+            .collect();
+        let elements: Vec<T> = numbers.iter().map(|x| T::from_f32(*x)).collect();
+        let mut wide = vec![T::Compute::default(); elements.len()];
+        T::to_compute_slice(&elements, &mut wide);
+        let want: Vec<_> = elements.iter().map(|x| x.to_compute()).collect();
+        assert_eq!(wide, want);
+        let numbers: Vec<T::Compute> = numbers.iter().map(|x| T::Compute::from_f32(*x)).collect();
+        let mut narrow = vec![T::default(); numbers.len()];
+        T::from_compute_slice(&numbers, &mut narrow);
+        let want: Vec<_> = numbers.iter().map(|x| T::from_compute(*x)).collect();
+        assert_eq!(narrow, want);
+        T::to_compute_slice(&elements, &mut wide[..3]);
+        T::from_compute_slice(&numbers[..3], &mut narrow);
+    }
+
+    #[test]
+    fn slices_of_every_type_convert() {
+        slices_convert_as_their_elements_do::<f64>();
+        slices_convert_as_their_elements_do::<f32>();
+        slices_convert_as_their_elements_do::<f16>();
+        slices_convert_as_their_elements_do::<bf16>();
     }
 
     #[test]

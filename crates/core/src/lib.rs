@@ -8,8 +8,8 @@
 //! - [`EmbeddingSource`], [`WriteRows`], [`HostTable`]: the frozen table; [`Int8Table`]: a quantised one. [`DeltaStore`]:
 //!   the trained rows.
 //! - [`RowInit`], [`initial_rows`]: how the rows start.
-//! - [`Backend`]: the few operations that only a tensor framework can know; [`HostRows`] and [`RowGradients`] help those
-//!   without a graph.
+//! - [`Backend`]: the few operations that only a tensor framework can know; [`Gather`] helps those in host memory,
+//!   [`HostRows`] and [`RowGradients`] those without a graph.
 //! - [`TrainableTokens`]: the layer, written once over them, with exact merge and unmerge, and any number of
 //!   [`TokenAdapter`]s by name: one or several active at once, or one per example of a mixed batch.
 //! - [`CrossEntropyPlan`]: the loss of a head without a matrix of all logits, chunk by chunk.
@@ -24,6 +24,7 @@ mod backend;
 mod delta;
 mod dtype;
 mod error;
+mod gather;
 mod hook;
 mod host;
 mod init;
@@ -45,6 +46,7 @@ pub use backend::Backend;
 pub use delta::DeltaStore;
 pub use dtype::{DType, Element};
 pub use error::{BackendError, Error, ErrorKind, Result};
+pub use gather::{Gather, fill_rows};
 pub use hook::{ClipGradNorm, DecayTowardOriginal, OptimizerHook, StepContext, joint_norm};
 pub use host::{HostRows, RowGradients};
 pub use init::{

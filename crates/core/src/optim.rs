@@ -74,11 +74,14 @@ pub fn step_rows(
     rows: &mut TokenRows,
     gradient: &mut TokenRows,
 ) -> Result<StepReport> {
+    if hooks.is_empty() {
+        return step_plainly(optimizer, rows, gradient);
+    }
     gradient.expect_shape("gradient", rows.num_rows(), rows.embedding_dim())?;
     let grad_norm = gradient.norm();
     let step = optimizer.steps_taken().saturating_add(1);
-    // What an error goes back to; without hooks nothing but the update changes rows, and it does so last.
-    let mut kept = (!hooks.is_empty()).then(|| rows.clone());
+    // What an error goes back to.
+    let mut kept = rows.clone();
     let mut context = StepContext {
         step,
         tokens,
@@ -87,7 +90,7 @@ pub fn step_rows(
         learning_rate: optimizer.learning_rate(),
     };
     let result = hooked_step(optimizer, hooks, &mut context, &mut kept);
-    if let (Err(_), Some(kept)) = (&result, kept) {
+    if result.is_err() {
         *context.rows = kept;
     }
     Ok(StepReport {
@@ -97,12 +100,29 @@ pub fn step_rows(
     })
 }
 
+/// A step without hooks: nothing but the update changes rows, and it does so last.
+fn step_plainly(
+    optimizer: &mut dyn RowOptimizer,
+    rows: &mut TokenRows,
+    gradient: &TokenRows,
+) -> Result<StepReport> {
+    gradient.expect_shape("gradient", rows.num_rows(), rows.embedding_dim())?;
+    let learning_rate = optimizer.learning_rate();
+    let report = StepReport {
+        step: optimizer.steps_taken().saturating_add(1),
+        grad_norm: gradient.norm(),
+        learning_rate,
+    };
+    optimizer.step(rows, gradient, learning_rate)?;
+    Ok(report)
+}
+
 /// The step itself; returns the learning rate that the update used.
 fn hooked_step(
     optimizer: &mut dyn RowOptimizer,
     hooks: &mut [&mut dyn OptimizerHook],
     context: &mut StepContext<'_>,
-    kept: &mut Option<TokenRows>,
+    kept: &mut TokenRows,
 ) -> Result<f64> {
     let shape = context.rows.shape();
     let (dtype, gradient_dtype) = (context.rows.dtype(), context.gradient.dtype());
@@ -124,9 +144,7 @@ fn hooked_step(
     let learning_rate = context.learning_rate;
     optimizer.step(context.rows, context.gradient, learning_rate)?;
     for hook in hooks {
-        if let Some(kept) = kept {
-            kept.clone_from(context.rows);
-        }
+        kept.clone_from(context.rows);
         hook.after_step(context)?;
         unchanged(context)?;
     }
@@ -143,12 +161,27 @@ pub fn step_delta<D: DeltaStore>(
     hooks: &mut [&mut dyn OptimizerHook],
     tokens: &TokenSet,
     delta: &mut D,
-    mut gradient: TokenRows,
+    gradient: TokenRows,
+) -> Result<StepReport, D::Error> {
+    step_store(optimizer, hooks, tokens, delta, Cow::Owned(gradient))
+}
+
+/// [`step_delta`], from a gradient that is copied only if there are hooks to change it.
+pub(crate) fn step_store<D: DeltaStore>(
+    optimizer: &mut dyn RowOptimizer,
+    hooks: &mut [&mut dyn OptimizerHook],
+    tokens: &TokenSet,
+    delta: &mut D,
+    mut gradient: Cow<'_, TokenRows>,
 ) -> Result<StepReport, D::Error> {
     let mut report = Ok(StepReport::default());
     delta.update(&mut |rows| {
         // An error is no reason to lose rows that were updated before it.
-        report = step_rows(optimizer, hooks, tokens, rows, &mut gradient);
+        report = if hooks.is_empty() {
+            step_plainly(optimizer, rows, &gradient)
+        } else {
+            step_rows(optimizer, hooks, tokens, rows, gradient.to_mut())
+        };
         Ok(())
     })?;
     Ok(report?)

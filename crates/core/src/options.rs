@@ -113,8 +113,13 @@ impl RowTransform {
 
 fn multiply<T: Element>(row: &mut [T], factor: f64) {
     let factor = T::Compute::from_f64(factor);
-    row.iter_mut()
-        .for_each(|x| *x = T::from_compute(x.to_compute() * factor));
+    let mut wide = [T::Compute::default(); 128];
+    for row in row.chunks_mut(wide.len()) {
+        let wide = &mut wide[..row.len()];
+        T::to_compute_slice(row, wide);
+        wide.iter_mut().for_each(|x| *x *= factor);
+        T::from_compute_slice(wide, row);
+    }
 }
 
 #[cfg(test)]

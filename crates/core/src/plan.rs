@@ -16,8 +16,15 @@ pub struct LookupPlan {
     ids: Vec<u32>,
     positions: Vec<u32>,
     slots: Vec<u32>,
-    grad_positions: Option<(Vec<u32>, Vec<u32>)>,
-    grad_factors: Option<Vec<f64>>,
+    /// Whether the positions and slots of the gradient are those below and not those above.
+    padded: bool,
+    live_positions: Vec<u32>,
+    live_slots: Vec<u32>,
+    /// Whether the factors below count.
+    weighted: bool,
+    factors: Vec<f64>,
+    /// Empty but while the factors are made.
+    counts: Vec<u32>,
     num_slots: usize,
     vocab_size: usize,
     token_set: u64,
@@ -142,32 +149,49 @@ impl LookupPlan {
 
     /// torch's rule: the padding token's positions get no gradient. A second list exists only when it differs.
     fn drop_padding(&mut self, padding: Padding) {
-        let Self { ids, .. } = self;
+        let ids = &self.ids;
         let padded = |position: &u32| ids[*position as usize] == padding.token.0;
         if padding.rule == PaddingRule::NoLookupGradient && self.positions.iter().any(padded) {
-            let live = self.positions.iter().zip(&self.slots);
-            let live = live.filter(|(position, _)| !padded(position));
-            self.grad_positions = Some(live.map(|(p, s)| (*p, *s)).unzip());
+            let all = self.positions.iter().zip(&self.slots);
+            for (position, slot) in all.filter(|(position, _)| !padded(position)) {
+                self.live_positions.push(*position);
+                self.live_slots.push(*slot);
+            }
+            self.padded = true;
         }
     }
 
     /// torch's `scale_grad_by_freq`: one over the count of the id in the batch.
     fn weigh_by_frequency(&mut self) {
-        let mut counts = vec![0u32; self.num_slots];
+        self.counts.resize(self.num_slots, 0);
         for slot in &self.slots {
-            counts[*slot as usize] += 1;
+            self.counts[*slot as usize] += 1;
         }
-        let factors = self.grad_slots().iter();
-        let factors = factors.map(|slot| 1.0 / f64::from(counts[*slot as usize]));
-        self.grad_factors = Some(factors.collect());
+        let live = if self.padded {
+            &self.live_slots
+        } else {
+            &self.slots
+        };
+        let factors = live
+            .iter()
+            .map(|slot| 1.0 / f64::from(self.counts[*slot as usize]));
+        self.factors.extend(factors);
+        self.counts.clear();
+        self.weighted = true;
     }
 
     fn clear(&mut self) {
-        self.ids.clear();
-        self.positions.clear();
-        self.slots.clear();
-        self.grad_positions = None;
-        self.grad_factors = None;
+        for indices in [
+            &mut self.ids,
+            &mut self.positions,
+            &mut self.slots,
+            &mut self.live_positions,
+            &mut self.live_slots,
+        ] {
+            indices.clear();
+        }
+        self.factors.clear();
+        (self.padded, self.weighted) = (false, false);
     }
 
     /// Refuses a plan that was made for another token set.
@@ -224,6 +248,10 @@ impl LookupPlan {
         self.ids.is_empty()
     }
 
+    pub(crate) fn vocab_size(&self) -> usize {
+        self.vocab_size
+    }
+
     /// How many slots the token set has (`k`).
     pub fn num_slots(&self) -> usize {
         self.num_slots
@@ -242,22 +270,26 @@ impl LookupPlan {
     /// Positions whose gradient reaches the trained rows, ascending: [`positions`](Self::positions) less those of
     /// a padding token under torch's rule.
     pub fn grad_positions(&self) -> &[u32] {
-        self.grad_positions
-            .as_ref()
-            .map_or(&self.positions, |(positions, _)| positions)
+        if self.padded {
+            &self.live_positions
+        } else {
+            &self.positions
+        }
     }
 
     /// The slot at each of [`grad_positions`](Self::grad_positions).
     pub fn grad_slots(&self) -> &[u32] {
-        self.grad_positions
-            .as_ref()
-            .map_or(&self.slots, |(_, slots)| slots)
+        if self.padded {
+            &self.live_slots
+        } else {
+            &self.slots
+        }
     }
 
     /// What the gradient at each of [`grad_positions`](Self::grad_positions) is multiplied by, under
     /// `scale_grad_by_freq`; otherwise there are no factors.
     pub fn grad_factors(&self) -> Option<&[f64]> {
-        self.grad_factors.as_deref()
+        self.weighted.then_some(&self.factors)
     }
 
     /// Adds the gradient of a lookup's output, `[N, D]` row-major, into that of the trained rows, `[k, D]`: the
@@ -296,16 +328,7 @@ impl LookupPlan {
             };
             let from = &output_gradient[position as usize * dim..][..dim];
             let to = &mut sums[slot as usize * dim..][..dim];
-            match factor {
-                None => to
-                    .iter_mut()
-                    .zip(from)
-                    .for_each(|(sum, x)| *sum += x.to_compute()),
-                Some(factor) => to
-                    .iter_mut()
-                    .zip(from)
-                    .for_each(|(sum, x)| *sum += x.to_compute() * factor),
-            }
+            add_row(to, from, factor);
         }
         Ok(())
     }
@@ -318,6 +341,23 @@ impl LookupPlan {
     /// The ids of the batch as [`TokenId`]s.
     pub fn token_ids(&self) -> impl Iterator<Item = TokenId> + '_ {
         self.ids.iter().map(|id| TokenId(*id))
+    }
+}
+
+/// Adds a row to a sum, each element times `factor`; half precision is widened by slices.
+fn add_row<T: Element>(sums: &mut [T::Compute], row: &[T], factor: Option<T::Compute>) {
+    if T::DTYPE as u8 == T::Compute::DTYPE as u8 {
+        let row = sums.iter_mut().zip(row);
+        match factor {
+            None => row.for_each(|(sum, x)| *sum += x.to_compute()),
+            Some(factor) => row.for_each(|(sum, x)| *sum += x.to_compute() * factor),
+        }
+        return;
+    }
+    let mut wide = [T::Compute::default(); 128];
+    for (sums, row) in sums.chunks_mut(wide.len()).zip(row.chunks(wide.len())) {
+        T::to_compute_slice(row, &mut wide);
+        add_row(sums, &wide[..row.len()], factor);
     }
 }
 

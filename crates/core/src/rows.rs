@@ -3,9 +3,9 @@
 use std::borrow::Cow;
 use std::fmt;
 
-use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
+use crate::source::convert;
 use crate::{DType, Element, Error, Result, RowRef};
 
 /// The elements of rows, by element type.
@@ -160,6 +160,11 @@ impl TokenRows {
         &self.data
     }
 
+    /// Gives up the rows for their elements, row-major.
+    pub fn into_data(self) -> RowData {
+        self.data
+    }
+
     /// The elements, row-major; their number cannot change.
     pub(crate) fn data_mut(&mut self) -> &mut RowData {
         &mut self.data
@@ -196,30 +201,10 @@ impl TokenRows {
             return self.clone();
         }
         let data = match dtype {
-            DType::F64 => {
-                RowData::F64(with_data!(&self.data, v => v.iter().map(|x| Element::to_f64(*x)).collect()))
-            }
+            DType::F64 => RowData::F64(self.to_f64_vec()),
             DType::F32 => RowData::F32(self.to_f32_vec()),
-            DType::F16 => RowData::F16(match &self.data {
-                RowData::F32(v) => {
-                    let mut out = vec![f16::ZERO; v.len()];
-                    out.convert_from_f32_slice(v);
-                    out
-                }
-                other => {
-                    with_data!(other, v => v.iter().map(|x| <f16 as Element>::from_f64(Element::to_f64(*x))).collect())
-                }
-            }),
-            DType::BF16 => RowData::BF16(match &self.data {
-                RowData::F32(v) => {
-                    let mut out = vec![bf16::ZERO; v.len()];
-                    out.convert_from_f32_slice(v);
-                    out
-                }
-                other => {
-                    with_data!(other, v => v.iter().map(|x| <bf16 as Element>::from_f64(Element::to_f64(*x))).collect())
-                }
-            }),
+            DType::F16 => RowData::F16(with_data!(&self.data, values => converted(values))),
+            DType::BF16 => RowData::BF16(with_data!(&self.data, values => converted(values))),
         };
         Self { data, ..*self }
     }
@@ -235,12 +220,12 @@ impl TokenRows {
 
     /// The elements in `f32` (exact unless they are `f64`).
     pub fn to_f32_vec(&self) -> Vec<f32> {
-        with_data!(&self.data, v => v.iter().map(|x| Element::to_f32(*x)).collect())
+        with_data!(&self.data, values => converted(values))
     }
 
     /// The elements in `f64`, exactly.
     pub fn to_f64_vec(&self) -> Vec<f64> {
-        with_data!(&self.data, v => v.iter().map(|x| Element::to_f64(*x)).collect())
+        with_data!(&self.data, values => converted(values))
     }
 
     /// Whether both hold the same bits in the same type and shape (unlike `==`, NaN equals itself and `0.0` does
@@ -263,9 +248,9 @@ impl TokenRows {
             .collect()
     }
 
-    /// The L2 norm of all elements, accumulated in `f64`.
+    /// The L2 norm of all elements, accumulated in `f64`: sums of every eighth square, in their order, then the sum of these.
     pub fn norm(&self) -> f64 {
-        with_data!(&self.data, v => v.iter().map(|x| Element::to_f64(*x)).map(|x| x * x).sum::<f64>().sqrt())
+        with_data!(&self.data, values => sum_of_squares(values)).sqrt()
     }
 
     /// Multiplies every element by `factor`, in the type's arithmetic.
@@ -313,6 +298,25 @@ impl TokenRows {
         }
         Err(Error::DType { what, expected, got })
     }
+}
+
+/// The elements in another type.
+fn converted<S: Element, T: Element>(values: &[S]) -> Vec<T> {
+    let mut out = vec![T::default(); values.len()];
+    convert(values, &mut out);
+    out
+}
+
+/// Eight sums at a time, which do not wait for each other.
+fn sum_of_squares<T: Element>(values: &[T]) -> f64 {
+    let mut sums = [0f64; 8];
+    for values in values.chunks(sums.len()) {
+        for (sum, value) in sums.iter_mut().zip(values) {
+            let value = value.to_f64();
+            *sum += value * value;
+        }
+    }
+    sums.iter().sum()
 }
 
 impl fmt::Debug for TokenRows {

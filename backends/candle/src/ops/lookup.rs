@@ -16,8 +16,8 @@ use trainable_tokens_core::{DeltaStore, EmbeddingSource, LookupPlan, RowTransfor
 use self::device::Uploaded;
 use crate::{CandleDelta, CandleTable};
 
-/// The rows `[N, D]` of a planned batch, in the table's element type, transformed. With a delta the
-/// result is a node of its graph; without, it is the plain lookup.
+/// The rows of a planned batch, `[N, D]` in the shape that is asked for, in the table's element type, transformed. With a
+/// delta the result is a node of its graph; without, it is the plain lookup.
 ///
 /// # Errors
 ///
@@ -27,6 +27,7 @@ pub(crate) fn lookup_rows(
     delta: Option<&CandleDelta>,
     plan: &Arc<LookupPlan>,
     transform: RowTransform,
+    shape: Shape,
 ) -> crate::Result<Tensor> {
     // On a GPU an id out of range is undefined or fatal.
     plan.expect_fits(table.vocab_size(), delta.map(DeltaStore::num_rows))?;
@@ -40,10 +41,10 @@ pub(crate) fn lookup_rows(
             base: base.clone(),
             plan: Arc::clone(plan),
             transform,
+            shape,
             uploaded,
         })?);
     }
-    let shape = Shape::from((plan.len(), table.embedding_dim()));
     let (storage, layout) = base.storage_and_layout();
     let rows = match (&*storage, &uploaded) {
         (Storage::Cpu(storage), _) => Storage::Cpu(cpu::gather(storage, layout, None, plan, transform)?),
@@ -63,21 +64,19 @@ struct OverrideRows {
     base: Tensor,
     plan: Arc<LookupPlan>,
     transform: RowTransform,
+    /// That of the result.
+    shape: Shape,
     /// Present on every device but the CPU.
     uploaded: Option<Uploaded>,
 }
 
 impl OverrideRows {
-    fn shape(&self) -> Shape {
-        Shape::from((self.plan.len(), self.base.dims()[1]))
-    }
-
     fn gather_on_device<S: super::storage::DeviceStorage>(&self) -> Result<(S, Shape)> {
         let Some(batch) = &self.uploaded else {
             return Err(not_sent());
         };
         let (base, layout) = self.base.storage_and_layout();
-        Ok((device::gather(S::of(&base)?, layout, batch)?, self.shape()))
+        Ok((device::gather(S::of(&base)?, layout, batch)?, self.shape.clone()))
     }
 }
 
@@ -94,7 +93,7 @@ impl CustomOp1 for OverrideRows {
         let base = <CpuStorage as super::storage::DeviceStorage>::of(&base)?;
         let overrides = Some((delta, delta_layout));
         let rows = cpu::gather(base, layout, overrides, &self.plan, self.transform)?;
-        Ok((rows, self.shape()))
+        Ok((rows, self.shape.clone()))
     }
 
     fn cuda_fwd(&self, _: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
@@ -109,7 +108,10 @@ impl CustomOp1 for OverrideRows {
         let upstream = upstream.detach().contiguous()?;
         let gradient = match &self.uploaded {
             None => cpu::accumulate(&upstream, delta, &self.plan, self.transform.scale)?,
-            Some(batch) => batch.accumulate(&upstream, delta)?,
+            Some(batch) => {
+                let rows = (self.plan.len(), self.base.dims()[1]);
+                batch.accumulate(&upstream.reshape(rows)?, delta)?
+            }
         };
         Ok(Some(gradient))
     }

@@ -1,8 +1,10 @@
 //! The CPU: rows are read and written by indexing, gradients are slices.
 
+use std::convert::Infallible;
+
 use dfdx::tensor::{Cpu, CpuError, Gradients, PutTape, Storage, Tape};
 use dfdx::tensor_ops::Device;
-use trainable_tokens_core::{TokenId, TokenRows};
+use trainable_tokens_core::{TokenId, TokenRows, fill_rows};
 
 use super::{Kernels, Leaf, Lookup, NewRows};
 use crate::convert::{Matrix, dims, matrix, to_vec};
@@ -109,17 +111,24 @@ fn gather<E: DfdxElement>(lookup: &Lookup<'_, E, Cpu>) -> Result<Matrix<E, Cpu>>
     let buffer = <Cpu as Storage<E>>::try_alloc_len(base.device(), plan.len() * dim);
     let mut out = std::mem::take(&mut *buffer.map_err(Error::dfdx)?);
     let rows = rows.map(NewRows::tensor);
-    let mut live = plan.positions().iter().zip(plan.slots()).peekable();
-    for ((position, id), out) in (0u32..)
-        .zip(plan.input_ids())
-        .zip(out.chunks_exact_mut(dim.max(1)))
-    {
-        let slot = live.next_if(|(at, _)| **at == position).map(|(_, slot)| *slot);
-        match slot.zip(rows) {
-            Some((slot, rows)) => copy_row(rows, slot, out),
-            None => copy_row(base, *id, out),
+    let filled: Result<(), Infallible> = fill_rows(&mut out, dim, |first, out| {
+        let live = plan.positions().partition_point(|at| (*at as usize) < first);
+        let live = plan.positions()[live..].iter().zip(&plan.slots()[live..]);
+        let mut live = live.peekable();
+        let ids = plan.input_ids()[first..].iter().enumerate();
+        for ((at, id), out) in ids.zip(out.chunks_exact_mut(dim.max(1))) {
+            let slot = live.next_if(|(hit, _)| **hit as usize == first + at);
+            match slot.map(|(_, slot)| *slot).zip(rows) {
+                Some((slot, rows)) => copy_row(rows, slot, out),
+                None => copy_row(base, *id, out),
+            }
+            transform.apply(out);
         }
-        transform.apply(out);
+        Ok(())
+    });
+    match filled {
+        Ok(()) => {}
+        Err(never) => match never {},
     }
     matrix(base.device(), out, plan.len(), dim)
 }

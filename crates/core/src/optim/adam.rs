@@ -240,11 +240,8 @@ fn update<T: Element>(
     let gradient = gradient.as_slice::<T>().unwrap_or_default();
     let first = first.as_mut_slice::<T>().unwrap_or_default();
     let second = second.as_mut_slice::<T>().unwrap_or_default();
-    let mut largest = largest.and_then(TokenRows::as_mut_slice::<T>);
-
-    for (at, (((row, gradient), first), second)) in
-        rows.iter_mut().zip(gradient).zip(first).zip(second).enumerate()
-    {
+    // Without `largest` the loop must not ask for it each time: it is vectorised then.
+    let element = |row: &mut T, gradient: T, first: &mut T, second: &mut T, largest: Option<&mut T>| {
         let mut value = row.to_compute();
         let mut gradient = gradient.to_compute();
         if let Some(keep) = decoupled {
@@ -264,20 +261,32 @@ fn update<T: Element>(
         let square = round(round(second.to_compute() * beta2) + one_minus_beta2 * gradient * gradient);
         *first = T::from_compute(mean);
         *second = T::from_compute(square);
-        let square = match largest.as_deref_mut() {
+        let square = match largest {
             None => square,
             Some(largest) => {
                 // A NaN wins, as in `torch.maximum`.
-                let most = if square > largest[at].to_compute() || square.is_nan() {
+                let most = if square > largest.to_compute() || square.is_nan() {
                     square
                 } else {
-                    largest[at].to_compute()
+                    largest.to_compute()
                 };
-                largest[at] = T::from_compute(most);
+                *largest = T::from_compute(most);
                 most
             }
         };
         let denominator = round(round(round(square.sqrt()) / correction) + eps);
         *row = T::from_compute(value + minus_step_size * mean / denominator);
+    };
+    let all = rows.iter_mut().zip(gradient).zip(first).zip(second);
+    match largest.and_then(TokenRows::as_mut_slice::<T>) {
+        None => all.for_each(|(((row, gradient), first), second)| {
+            element(row, *gradient, first, second, None);
+        }),
+        Some(largest) => {
+            all.zip(largest)
+                .for_each(|((((row, gradient), first), second), largest)| {
+                    element(row, *gradient, first, second, Some(largest));
+                });
+        }
     }
 }

@@ -31,6 +31,7 @@ fn both_passes(
         base: table.tensor().clone(),
         plan: Arc::clone(plan),
         transform,
+        shape: (1, plan.len(), 3).into(),
         uploaded,
     };
     let out = delta.tensor().apply_op1(operation).unwrap();
@@ -43,7 +44,10 @@ fn both_passes(
         .unwrap();
     let gradients = loss.backward().unwrap();
     let gradient = gradients.get(delta.tensor()).unwrap();
-    [to_rows(&out).unwrap(), to_rows(gradient).unwrap()]
+    [
+        to_rows(&out.squeeze(0).unwrap()).unwrap(),
+        to_rows(gradient).unwrap(),
+    ]
 }
 
 fn close(what: &str, got: &TokenRows, want: &TokenRows, tolerance: f64) {
@@ -123,7 +127,7 @@ fn the_plain_lookup_is_the_same_on_both_paths() {
             };
             let table = table(dtype);
             let plan = Arc::new(LookupPlan::new(&tokens, LayerOptions::default(), &[4, 1, 9]).unwrap());
-            let out = lookup_rows(&table, None, &plan, transform).unwrap();
+            let out = lookup_rows(&table, None, &plan, transform, (3, 3).into()).unwrap();
             let batch = Uploaded::new(&table, None, &plan, transform).unwrap();
             let (storage, layout) = table.tensor().storage_and_layout();
             let Storage::Cpu(storage) = &*storage else {

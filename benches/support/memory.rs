@@ -1,0 +1,53 @@
+//! The process's anonymous memory: what it has allocated and touched, without the files that it maps.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::thread::{JoinHandle, sleep, spawn};
+use std::time::Duration;
+
+/// Bytes now, as Linux counts them.
+pub(crate) fn anonymous_bytes() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:"))?;
+    let kilobytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kilobytes * 1024)
+}
+
+/// Watches the peak from now on, every two milliseconds.
+pub(crate) struct Peak {
+    before: u64,
+    highest: Arc<AtomicU64>,
+    stop: Arc<AtomicBool>,
+    thread: JoinHandle<()>,
+}
+
+impl Peak {
+    /// Starts to watch.
+    pub(crate) fn watch() -> Self {
+        let before = anonymous_bytes().unwrap();
+        let highest = Arc::new(AtomicU64::new(before));
+        let stop = Arc::new(AtomicBool::new(false));
+        let thread = spawn({
+            let (highest, stop) = (Arc::clone(&highest), Arc::clone(&stop));
+            move || {
+                while !stop.load(Relaxed) {
+                    highest.fetch_max(anonymous_bytes().unwrap_or_default(), Relaxed);
+                    sleep(Duration::from_millis(2));
+                }
+            }
+        });
+        Self {
+            before,
+            highest,
+            stop,
+            thread,
+        }
+    }
+
+    /// Stops; by how many bytes the peak was above the beginning.
+    pub(crate) fn stop(self) -> u64 {
+        self.stop.store(true, Relaxed);
+        self.thread.join().unwrap();
+        self.highest.load(Relaxed) - self.before
+    }
+}
