@@ -1,5 +1,6 @@
 //! Cross-entropy without a matrix of all logits: what backends share.
 
+mod exponential;
 mod options;
 mod row;
 

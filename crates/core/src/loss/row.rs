@@ -2,6 +2,7 @@
 
 use num_traits::Float;
 
+use super::exponential::{exp, replace_by_exp, sum_of_exp};
 use crate::Element;
 
 /// Values side by side in a search: one comparison serves them all where the processor can.
@@ -34,20 +35,16 @@ impl<'a, C: Float + Element> Row<'a, C> {
 
     /// `log(sum(exp(logits))) - logits[target]`.
     pub(super) fn loss(self) -> f64 {
-        let sum = self.logits.iter().map(|x| (*x - self.highest).exp().to_f64());
-        self.loss_of(sum.sum())
+        self.loss_of(sum_of_exp(self.logits, self.highest))
     }
 
     /// Replaces the logits by the gradient of `factor` times the loss, which is returned without the factor.
     pub(super) fn differentiate(self, factor: f64) -> f64 {
-        let (highest, mut sum) = (self.highest, 0.0);
+        let highest = self.highest;
         let whole = C::from_f64(factor);
         let Some(softcap) = self.softcap else {
             let target = self.logits[self.target];
-            for x in &mut *self.logits {
-                *x = (*x - highest).exp();
-                sum += x.to_f64();
-            }
+            let sum = replace_by_exp(self.logits, highest);
             let share = C::from_f64(factor / sum);
             for x in &mut *self.logits {
                 *x = *x * share;
@@ -55,16 +52,14 @@ impl<'a, C: Float + Element> Row<'a, C> {
             self.logits[self.target] = self.logits[self.target] - whole;
             return sum.ln() - (target - highest).to_f64();
         };
-        for x in &*self.logits {
-            sum += (*x - highest).exp().to_f64();
-        }
+        let sum = sum_of_exp(self.logits, highest);
         let loss = self.loss_of(sum);
         let share = C::from_f64(factor / sum);
         // The derivative of `c * tanh(x / c)` is `1 - tanh(x / c)^2`.
         let slope = |capped: C| C::one() - (capped / softcap) * (capped / softcap);
         let of_target = slope(self.logits[self.target]) * whole;
         for x in &mut *self.logits {
-            *x = (*x - highest).exp() * share * slope(*x);
+            *x = exp(*x - highest) * share * slope(*x);
         }
         self.logits[self.target] = self.logits[self.target] - of_target;
         loss
