@@ -262,10 +262,7 @@ impl Decoder {
         let mut hidden = embeddings.clone();
         for layer in &self.layers {
             hidden = if self.recomputes {
-                let leaves: Vec<Tensor> = match hidden.track_op() {
-                    true => layer.leaves().cloned().collect(),
-                    false => Vec::new(),
-                };
+                let leaves: Vec<Tensor> = layer.leaves().filter(|_| hidden.track_op()).cloned().collect();
                 let (layer, rotation, eps) = (layer.clone(), rotation.clone(), self.config.rms_norm_eps);
                 let block =
                     move |x: &Tensor| layer.forward(x, &rotation, eps).map_err(candle_core::Error::wrap);
