@@ -2,7 +2,7 @@
 #![allow(missing_docs, clippy::unwrap_used, clippy::panic)]
 
 use half::{bf16, f16};
-use ndarray::{Array2, ArrayView2, Axis, OwnedRepr};
+use ndarray::{Array2, Axis, OwnedRepr};
 use proptest::prelude::*;
 use trainable_tokens_core::{
     BackendError, CrossEntropyOptions, CrossEntropyPlan, Element, ErrorKind, LogitsChunk, Overlap, Reduction,
@@ -97,7 +97,7 @@ fn dense(case: &Case, hidden: &Array2<f64>, table: &Array2<f64>) -> (f64, Array2
     (loss, upstream.dot(table), upstream.t().dot(hidden))
 }
 
-fn close(what: &str, got: impl IntoIterator<Item = f64>, want: ArrayView2<'_, f64>, tolerance: f64) {
+fn close(what: &str, got: impl IntoIterator<Item = f64>, want: &Array2<f64>, tolerance: f64) {
     let scale = want.iter().fold(1f64, |most, x| most.max(x.abs()));
     let got: Vec<f64> = got.into_iter().collect();
     assert_eq!(got.len(), want.len(), "{what}");
@@ -134,24 +134,19 @@ fn fused<T: Element>(case: &Case, tolerance: f64) {
     close(
         "hidden",
         got.hidden.iter().map(|x| x.to_f64()),
-        of_hidden.view(),
+        &of_hidden,
         tolerance,
     );
     let of_rows = layer.gradient(&got.rows);
     let ids: Vec<usize> = case.tokens.iter().map(|id| *id as usize).collect();
     let want = of_table.select(Axis(0), &ids);
-    close("rows", of_rows.unwrap().to_f64_vec(), want.view(), wide);
+    close("rows", of_rows.unwrap().to_f64_vec(), &want, wide);
 
     let alone = layer
         .linear_cross_entropy(hidden.clone(), &case.labels, case.options)
         .unwrap();
     let want = Array2::from_elem((1, 1), loss);
-    close(
-        "loss alone",
-        alone.iter().map(|x| x.to_f64()),
-        want.view(),
-        tolerance,
-    );
+    close("loss alone", alone.iter().map(|x| x.to_f64()), &want, tolerance);
 
     // Twice into the same memory, with an upstream gradient: rows add up, those of hidden states do not.
     let plan = CrossEntropyPlan::new(&case.labels, case.v, case.options).unwrap();
@@ -163,17 +158,12 @@ fn fused<T: Element>(case: &Case, tolerance: f64) {
         assert_eq!(loss.unwrap(), got.loss);
     }
     let want = of_hidden.mapv(|x| x * -2.5);
-    close(
-        "hidden again",
-        again.iter().map(|x| x.to_f64()),
-        want.view(),
-        tolerance,
-    );
+    close("hidden again", again.iter().map(|x| x.to_f64()), &want, tolerance);
     let want = of_table.select(Axis(0), &ids).mapv(|x| x * -5.0);
     close(
         "rows again",
         layer.gradient(&rows).unwrap().to_f64_vec(),
-        want.view(),
+        &want,
         wide,
     );
 }
@@ -286,12 +276,12 @@ fn merged_disabled_and_several_adapters_count_as_for_the_logits() {
     };
     let (first, second) = (of("default"), of("other"));
     let want = of_table.select(Axis(0), &[7]);
-    close("rows of the first", first[..3].to_vec(), want.view(), 1e-12);
+    close("rows of the first", first[..3].to_vec(), &want, 1e-12);
     assert_eq!(first[3..], [0.0; 3], "shadowed");
     close(
         "rows of the second",
         second,
-        of_table.select(Axis(0), &[2, 0]).view(),
+        &of_table.select(Axis(0), &[2, 0]),
         1e-12,
     );
 }
