@@ -4,12 +4,12 @@ use std::ops::Range;
 
 use burn::tensor::{Gradients, Tensor};
 use trainable_tokens_core::{
-    Backend, DeltaStore, EmbeddingSource, Error as CoreError, LookupPlan, RowMix, RowTransform, TokenRows,
-    TokenSet,
+    Backend, CrossEntropyPlan, DeltaStore, EmbeddingSource, Error as CoreError, LookupPlan, RowMix,
+    RowTransform, TokenRows, TokenSet,
 };
 
 use crate::convert::to_rows;
-use crate::ops::{Overrides, join_rows, lookup_rows, project, split_rows};
+use crate::ops::{Overrides, join_rows, linear_cross_entropy, lookup_rows, project, split_rows};
 use crate::{BurnDelta, BurnTable, Error, Result};
 
 /// Burn, as core sees it.
@@ -43,18 +43,19 @@ impl Backend for Burn {
         delta: Option<&BurnDelta>,
         tokens: &TokenSet,
     ) -> Result<Tensor<2>> {
-        let overrides = match delta {
-            Some(delta) if !tokens.is_empty() => {
-                let expected = [delta.num_rows(), source.vocab_size()];
-                let got = [tokens.len(), tokens.vocab_size()];
-                if expected != got {
-                    return Err(CoreError::shape("token set of the head", &expected, &got).into());
-                }
-                Some(Overrides::new(delta.tensor(), tokens))
-            }
-            _ => None,
-        };
+        let overrides = overrides(source, delta, tokens)?;
         project(hidden, source, overrides.as_ref())
+    }
+
+    fn linear_cross_entropy(
+        hidden: Tensor<2>,
+        source: &BurnTable,
+        delta: Option<&BurnDelta>,
+        tokens: &TokenSet,
+        plan: &CrossEntropyPlan,
+    ) -> Result<Tensor<2>> {
+        let loss = cross_entropy(&hidden, source, delta, tokens, None, plan)?;
+        Ok(loss.reshape([1, 1]))
     }
 
     fn combine(deltas: &[&BurnDelta], mix: &RowMix) -> Result<BurnDelta> {
@@ -82,4 +83,34 @@ impl Backend for Burn {
             .map(|gradient| to_rows("gradient of the trained rows", gradient))
             .transpose()
     }
+}
+
+/// The cross-entropy `[1]` of the head with a bias `[V]`, as many logits at a time as the plan says.
+///
+/// # Errors
+///
+/// When the shapes, element types or devices do not fit.
+pub(crate) fn cross_entropy(
+    hidden: &Tensor<2>,
+    source: &BurnTable,
+    delta: Option<&BurnDelta>,
+    tokens: &TokenSet,
+    bias: Option<&Tensor<1>>,
+    plan: &CrossEntropyPlan,
+) -> Result<Tensor<1>> {
+    let overrides = overrides(source, delta, tokens)?;
+    linear_cross_entropy(hidden, source, overrides.as_ref(), bias, plan)
+}
+
+/// The trained rows of at least one token, in the place of the table's.
+fn overrides(source: &BurnTable, delta: Option<&BurnDelta>, tokens: &TokenSet) -> Result<Option<Overrides>> {
+    let Some(delta) = delta.filter(|_| !tokens.is_empty()) else {
+        return Ok(None);
+    };
+    let expected = [delta.num_rows(), source.vocab_size()];
+    let got = [tokens.len(), tokens.vocab_size()];
+    if expected != got {
+        return Err(CoreError::shape("token set of the head", &expected, &got).into());
+    }
+    Ok(Some(Overrides::new(delta.tensor(), tokens)))
 }

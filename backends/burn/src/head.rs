@@ -1,9 +1,11 @@
 //! The output layer that shares an embedding's table.
 
-use burn::tensor::Tensor;
-use trainable_tokens_core::{EmbeddingSource, Error as CoreError};
+use burn::tensor::{Int, Tensor};
+use trainable_tokens_core::{CrossEntropyOptions, CrossEntropyPlan, EmbeddingSource, Error as CoreError};
 
+use crate::backend::cross_entropy;
 use crate::convert::unflatten;
+use crate::ids::read_integers;
 use crate::layer::check_adapters;
 use crate::ops::check_like;
 use crate::{Result, TrainableTokens};
@@ -70,6 +72,38 @@ impl<'a> TiedHead<'a> {
         self.flattened(hidden, |hidden| self.layer.core()?.logits_mixed(hidden, adapters))
     }
 
+    /// The cross-entropy `[1]` of the logits of `hidden` `[.., D]` for `labels` `[..]`, one for each row: the id that it must
+    /// predict, or one that is ignored and costs nothing.
+    ///
+    /// It is that of [`logits`](Self::logits) up to rounding, with the same gradients, in F32 (F64 for such a table). But
+    /// there is never more than a chunk of logits at once, as the options say: loss and gradients are computed together,
+    /// chunk by chunk, in this call. Gradients that nothing asks for are left out.
+    ///
+    /// # Errors
+    ///
+    /// When shape, element type or device are not the table's; [`CoreError::LabelOutOfRange`]; [`CoreError::AllIgnored`]
+    /// for the mean over no label.
+    pub fn cross_entropy<const R: usize, const L: usize>(
+        &self,
+        hidden: Tensor<R>,
+        labels: Tensor<L, Int>,
+        options: CrossEntropyOptions,
+    ) -> Result<Tensor<1>> {
+        let (dims, of_labels) = (hidden.dims(), labels.dims());
+        let (leading, dim) = (&dims[..R - 1], dims[R - 1]);
+        if of_labels != *leading {
+            return Err(CoreError::shape("labels", leading, &of_labels).into());
+        }
+        let layer = self.layer.core()?;
+        let source = layer.source();
+        let plan = CrossEntropyPlan::new(&read_integers(labels)?, source.vocab_size(), options)?;
+        plan.expect_hidden([plan.num_rows(), dim], source.embedding_dim())?;
+        let hidden = flatten(hidden, plan.num_rows(), dim);
+        let rows = layer.active()?;
+        let bias = self.bias.as_ref();
+        cross_entropy(&hidden, source, rows.as_deref(), layer.tokens(), bias, &plan)
+    }
+
     /// Lets `head` see all hidden states below each other, and adds the bias.
     fn flattened<const R: usize>(
         &self,
@@ -83,12 +117,7 @@ impl<'a> TiedHead<'a> {
         };
         let num_ids: usize = leading.iter().product();
         *last = vocab_size;
-        let hidden = if num_ids == 0 {
-            Tensor::zeros([0, dim], (&hidden.device(), hidden.dtype()))
-        } else {
-            hidden.reshape([num_ids, dim])
-        };
-        let logits = head(hidden)?;
+        let logits = head(flatten(hidden, num_ids, dim))?;
         let logits = match &self.bias {
             Some(bias) => logits + bias.clone().unsqueeze(),
             None => logits,
@@ -105,4 +134,12 @@ impl<'a> TiedHead<'a> {
     pub fn forward<const R: usize>(&self, hidden: Tensor<R>) -> Tensor<R> {
         self.logits(hidden).unwrap_or_else(|error| panic!("{error}"))
     }
+}
+
+/// `[num_rows, dim]` of as many elements. Burn's own `reshape` takes a size of 0 for one to keep.
+fn flatten<const R: usize>(hidden: Tensor<R>, num_rows: usize, dim: usize) -> Tensor<2> {
+    if num_rows == 0 {
+        return Tensor::zeros([0, dim], (&hidden.device(), hidden.dtype()));
+    }
+    hidden.reshape([num_rows, dim])
 }

@@ -12,19 +12,24 @@ use crate::Result;
 /// The ids of a tensor of any integer type, shape and device, flattened. An id that no `u32` can hold is refused
 /// here, one at or above `vocab_size` by whoever looks it up.
 pub(crate) fn read_ids<const D: usize>(ids: Tensor<D, Int>, vocab_size: usize) -> Result<Vec<u32>> {
-    fn narrow(id: i64, vocab_size: usize) -> Result<u32> {
+    let narrow = |id: i64| {
         let refused = CoreError::TokenOutOfRange { id, vocab_size };
         u32::try_from(id).map_err(|_| refused.into())
-    }
-    let data = ids.try_into_data()?;
+    };
+    read_integers(ids)?.into_iter().map(narrow).collect()
+}
+
+/// The values of a tensor of any integer type, shape and device, flattened; those that no `i64` can hold are its largest.
+pub(crate) fn read_integers<const D: usize>(values: Tensor<D, Int>) -> Result<Vec<i64>> {
+    let data = values.try_into_data()?;
     if data.dtype() == DType::U64 {
         // Burn's conversion panics where a value does not fit.
-        let ids = data.try_into_vec::<u64>()?.into_iter();
-        let ids = ids.map(|id| i64::try_from(id).unwrap_or(i64::MAX));
-        return ids.map(|id| narrow(id, vocab_size)).collect();
+        let values = data.try_into_vec::<u64>()?.into_iter();
+        return Ok(values
+            .map(|value| i64::try_from(value).unwrap_or(i64::MAX))
+            .collect());
     }
-    let ids = data.try_into_vec_as::<i64>()?.into_iter();
-    ids.map(|id| narrow(id, vocab_size)).collect()
+    Ok(data.try_into_vec_as::<i64>()?)
 }
 
 /// The validated token set of a parameter of ids.

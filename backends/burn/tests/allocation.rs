@@ -7,7 +7,9 @@ mod common;
 use burn::tensor::{DType, Int, Tensor};
 use common::{DTYPES, bytes, device, embedding, noise};
 use trainable_tokens_burn::{TrainableTokens, backward};
-use trainable_tokens_core::{Adam, AdamConfig, Overlap, TokenRows, TokenSet};
+use trainable_tokens_core::{
+    Adam, AdamConfig, CrossEntropyOptions, LogitsChunk, Overlap, TokenRows, TokenSet,
+};
 use trainable_tokens_testkit::{CountingAllocator, allocated};
 
 #[global_allocator]
@@ -27,6 +29,38 @@ fn layer(dtype: DType) -> TrainableTokens {
 fn nothing_of_the_size_of_the_table() {
     one_adapter();
     several_adapters();
+    fused_loss();
+}
+
+/// The loss costs the logits of a few chunks, whatever the number of its rows.
+fn fused_loss() {
+    const DIM: usize = 16;
+    const CHUNK: usize = 32;
+    let options = CrossEntropyOptions {
+        chunk: LogitsChunk::rows(CHUNK).unwrap(),
+        ..CrossEntropyOptions::default()
+    };
+    for dtype in DTYPES {
+        let layer = TrainableTokens::wrap(embedding(VOCAB_SIZE, DIM, dtype), &[19_999, 3, 500]).unwrap();
+        let logits = CHUNK * VOCAB_SIZE * dtype.size().max(4);
+        for n in [256i64, 2048] {
+            let hidden = noise([usize::try_from(n).unwrap(), DIM], dtype, 3).require_grad();
+            let labels = Tensor::<1, Int>::arange(0..n, &device());
+            let step = || {
+                let head = layer.tied_head();
+                let loss = head
+                    .cross_entropy(hidden.clone(), labels.clone(), options)
+                    .unwrap();
+                drop(backward(&loss).unwrap());
+            };
+            step();
+            let ((), cost) = allocated(step).unwrap();
+            println!("loss of {n} rows, {dtype:?}: {cost:?}, a chunk has {logits}");
+            // The logits of all rows would be 8 and 64 chunks.
+            assert!(cost.largest <= logits, "{n} rows, {dtype:?}: {cost:?}");
+            assert!(cost.growth <= 5 * logits, "{n} rows, {dtype:?}: {cost:?}");
+        }
+    }
 }
 
 fn several_adapters() {

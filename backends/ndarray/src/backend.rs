@@ -6,11 +6,13 @@ use std::ops::Range;
 
 use ndarray::{Array2, ArrayView2, Axis, concatenate, s};
 use trainable_tokens_core::{
-    Backend, Element, Error, HostRows, HostTable, LookupPlan, RowMix, RowTransform, TokenRows, TokenSet,
+    Backend, CrossEntropyPlan, Element, Error, HostRows, HostTable, LookupPlan, RowMix, RowTransform,
+    TokenRows, TokenSet,
 };
 
 use crate::layer::gather;
-use crate::{NdGradient, NdRows, head};
+use crate::loss::SharedHead;
+use crate::{LossBuffers, NdGradient, NdRows, head};
 
 /// ndarray as a backend: tables `S` in host memory, values of element type `O`.
 #[derive(Debug)]
@@ -53,6 +55,24 @@ impl<S: HostTable, O: Element> Backend for Ndarray<S, O> {
         tokens: &TokenSet,
     ) -> Result<Array2<O>, S::Error> {
         Ok(head::logits(hidden, source, delta.map(NdRows::rows), tokens)?)
+    }
+
+    /// Without a graph it is the loss alone; [`TrainableTokensExt`](crate::TrainableTokensExt) has the gradients too.
+    fn linear_cross_entropy(
+        hidden: Array2<O>,
+        source: &S,
+        delta: Option<&Self::Delta>,
+        tokens: &TokenSet,
+        plan: &CrossEntropyPlan,
+    ) -> Result<Array2<O>, S::Error> {
+        let delta = delta.map(NdRows::host);
+        let head = SharedHead {
+            source,
+            delta,
+            tokens,
+        };
+        let loss = head.loss(&hidden.view(), plan, &mut LossBuffers::default(), None)?;
+        Ok(Array2::from_elem((1, 1), O::from_f64(loss)))
     }
 
     fn combine(deltas: &[&Self::Delta], mix: &RowMix) -> Result<Self::Delta, S::Error> {

@@ -20,7 +20,7 @@ pub(crate) fn logits<S: HostTable, O: Element>(
     check_hidden(hidden.shape(), dim)?;
     let hidden: Array2<O::Compute> = hidden.mapv_into_any(Element::to_compute);
     let mut logits = Array2::zeros((hidden.nrows(), vocab_size));
-    for_each_block(source, delta, tokens, |start, rows| {
+    for_each_block(source, delta, tokens, &mut Vec::new(), |start, rows| {
         let columns = logits.slice_mut(s![.., start..start + rows.nrows()]);
         multiply(&hidden.view(), &rows.t(), Zero::zero(), columns);
     })?;
@@ -52,7 +52,7 @@ pub(crate) fn logits_backward<S: HostTable, O: Element>(
     }
     let delta = delta.map(HostRows::rows);
     let mut hidden_gradient = Array2::<O::Compute>::zeros((hidden.nrows(), dim));
-    for_each_block(source, delta, tokens, |start, rows| {
+    for_each_block(source, delta, tokens, &mut Vec::new(), |start, rows| {
         let columns = upstream
             .slice(s![.., start..start + rows.nrows()])
             .mapv(Element::to_compute);
@@ -91,7 +91,7 @@ fn add_row_gradient<O: Element>(
 }
 
 /// `out = keep * out + a · b`; ndarray leaves `out` alone where an inner or outer size is 0.
-fn multiply<T: Element + ndarray::LinalgScalar>(
+pub(crate) fn multiply<T: Element + ndarray::LinalgScalar>(
     a: &ArrayView2<'_, T>,
     b: &ArrayView2<'_, T>,
     keep: T,
@@ -100,22 +100,24 @@ fn multiply<T: Element + ndarray::LinalgScalar>(
     general_mat_mul(T::one(), a, b, keep, &mut out);
 }
 
-/// Calls `take` with the first id and the rows, `[rows, D]`, of each block of the table, trained rows in place.
-fn for_each_block<S: HostTable, C: Element>(
+/// Calls `take` with the first id and the rows, `[rows, D]`, of each block of the table, trained rows in place. They lie in
+/// `buffer`.
+pub(crate) fn for_each_block<S: HostTable, C: Element>(
     source: &S,
     delta: Option<&TokenRows>,
     tokens: &TokenSet,
+    buffer: &mut Vec<C>,
     mut take: impl FnMut(usize, ArrayView2<'_, C>),
 ) -> Result<()> {
     let (vocab_size, dim) = (source.vocab_size(), source.embedding_dim());
     let rows_per_block = (BLOCK_ELEMENTS / dim.max(1)).clamp(1, vocab_size.max(1));
-    let mut buffer = Array2::from_elem((rows_per_block, dim), C::default());
+    buffer.resize(rows_per_block * dim, C::default());
     let mut start = 0;
     while start < vocab_size {
         let end = vocab_size.min(start + rows_per_block);
-        for (row, mut out) in (start..end).zip(buffer.outer_iter_mut()) {
+        for (at, row) in (start..end).enumerate() {
             let id = TokenId(u32::try_from(row).map_err(|_| Error::VocabularyTooLarge { vocab_size })?);
-            let out = out.as_slice_mut().unwrap_or_default();
+            let out = &mut buffer[at * dim..][..dim];
             let trained = delta.and_then(|delta| delta.row(tokens.slot(id)?.0));
             match trained {
                 Some(trained) => trained.decode_rounded(source.dtype(), out),
@@ -128,7 +130,12 @@ fn for_each_block<S: HostTable, C: Element>(
                     .decode_into(out),
             }
         }
-        take(start, buffer.slice(s![..end - start, ..]));
+        let shape = [end - start, dim];
+        let rows = ArrayView2::from_shape(shape, &buffer[..shape[0] * dim]);
+        take(
+            start,
+            rows.map_err(|_| Error::shape("block of the table", &shape, &[]))?,
+        );
         start = end;
     }
     Ok(())

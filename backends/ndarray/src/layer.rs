@@ -2,11 +2,12 @@
 
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, s};
 use trainable_tokens_core::{
-    Element, Error, Gather, HostTable, LookupPlan, Result, RowRef, RowTransform, Slot, TokenAdapter, TokenId,
-    TokenRows, TokenSet,
+    CrossEntropyOptions, CrossEntropyPlan, Element, Error, Gather, HostTable, LookupPlan, Result, RowRef,
+    RowTransform, Slot, TokenAdapter, TokenId, TokenRows, TokenSet,
 };
 
-use crate::{NdGradient, NdRows, Ndarray, head};
+use crate::loss::{Backward, SharedHead};
+use crate::{CrossEntropy, LossBuffers, NdGradient, NdRows, Ndarray, head};
 
 /// A frozen table of which some rows train: core's layer over [`Ndarray`].
 pub type TrainableTokens<S, O = f32> = trainable_tokens_core::TrainableTokens<Ndarray<S, O>>;
@@ -76,6 +77,36 @@ pub trait TrainableTokensExt<O: Element> {
         adapters: &[Option<&str>],
         gradients: &mut NdGradient,
     ) -> Result<Array2<O>, Self::Error>;
+
+    /// The cross-entropy of a tied head for a label per row of `hidden` `[N, D]`, with its gradients. There is never more
+    /// than a chunk of logits, as the options say; a row whose label is ignored costs nothing.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::LabelOutOfRange`], [`Error::AllIgnored`]; [`Error::Shape`] if something does not fit.
+    fn cross_entropy(
+        &self,
+        hidden: ArrayView2<'_, O>,
+        labels: &[i64],
+        options: CrossEntropyOptions,
+    ) -> Result<CrossEntropy<O>, Self::Error>;
+
+    /// As [`cross_entropy`](Self::cross_entropy), in the memory of `buffers`: returns the loss, writes the gradient of
+    /// `upstream` times the loss to `hidden_gradient` `[N, D]`, zeros where the label is ignored, and adds that of the
+    /// trained rows into `gradients`. While the rows are merged or disabled they have none.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Shape`] or [`Error::DType`](trainable_tokens_core::Error::DType) if something does not fit.
+    fn cross_entropy_into(
+        &self,
+        plan: &CrossEntropyPlan,
+        hidden: ArrayView2<'_, O>,
+        upstream: f64,
+        hidden_gradient: ArrayViewMut2<'_, O>,
+        gradients: &mut NdGradient,
+        buffers: &mut LossBuffers<O>,
+    ) -> Result<f64, Self::Error>;
 
     /// Zero gradients of the rows that train, for the passes above.
     fn zero_gradient(&self) -> NdGradient;
@@ -174,6 +205,47 @@ impl<S: HostTable, O: Element> TrainableTokensExt<O> for TrainableTokens<S, O> {
             out.slice_mut(rows).assign(&part);
         }
         Ok(out)
+    }
+
+    fn cross_entropy(
+        &self,
+        hidden: ArrayView2<'_, O>,
+        labels: &[i64],
+        options: CrossEntropyOptions,
+    ) -> Result<CrossEntropy<O>, S::Error> {
+        let plan = CrossEntropyPlan::new(labels, self.source().vocab_size(), options)?;
+        let mut hidden_gradient = Array2::from_elem(hidden.raw_dim(), O::default());
+        let (mut rows, mut buffers) = (NdGradient::default(), LossBuffers::default());
+        let view = hidden_gradient.view_mut();
+        let loss = self.cross_entropy_into(&plan, hidden, 1.0, view, &mut rows, &mut buffers)?;
+        Ok(CrossEntropy {
+            loss,
+            hidden: hidden_gradient,
+            rows,
+        })
+    }
+
+    fn cross_entropy_into(
+        &self,
+        plan: &CrossEntropyPlan,
+        hidden: ArrayView2<'_, O>,
+        upstream: f64,
+        hidden_gradient: ArrayViewMut2<'_, O>,
+        gradients: &mut NdGradient,
+        buffers: &mut LossBuffers<O>,
+    ) -> Result<f64, S::Error> {
+        let active = self.active()?;
+        let head = SharedHead {
+            source: self.source(),
+            delta: active.as_deref().map(NdRows::host),
+            tokens: self.tokens(),
+        };
+        let backward = Backward {
+            upstream,
+            hidden: hidden_gradient,
+            rows: gradients,
+        };
+        Ok(head.loss(&hidden, plan, buffers, Some(backward))?)
     }
 
     fn zero_gradient(&self) -> NdGradient {

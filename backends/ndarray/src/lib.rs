@@ -31,11 +31,13 @@ mod backend;
 mod error;
 mod head;
 mod layer;
+mod loss;
 mod rows;
 mod table;
 
 pub use backend::Ndarray;
 pub use error::Error;
 pub use layer::{TrainableTokens, TrainableTokensExt};
+pub use loss::{CrossEntropy, LossBuffers};
 pub use rows::{NdGradient, NdRows};
 pub use table::NdTable;

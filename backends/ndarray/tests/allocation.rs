@@ -3,10 +3,11 @@
 
 use ndarray::{Array2, OwnedRepr};
 use trainable_tokens_core::{
-    Adam, AdamConfig, EmbedScale, LayerOptions, Padding, PaddingRule, TokenId, TokenSet,
+    Adam, AdamConfig, CrossEntropyOptions, CrossEntropyPlan, EmbedScale, LayerOptions, LogitsChunk, Padding,
+    PaddingRule, TokenId, TokenSet,
 };
 use trainable_tokens_format::Checkpoint;
-use trainable_tokens_ndarray::{NdTable, TrainableTokens, TrainableTokensExt};
+use trainable_tokens_ndarray::{LossBuffers, NdTable, TrainableTokens, TrainableTokensExt};
 use trainable_tokens_testkit::{CountingAllocator, allocated};
 
 #[global_allocator]
@@ -99,6 +100,58 @@ fn reused(layer: &mut Layer, ids: &[u32], upstream: &Array2<f32>, optimizer: &mu
     step();
     let (_, total) = measure(step);
     assert_eq!(total, 0, "reused buffers");
+
+    fused_loss();
+}
+
+/// The loss of the head costs a chunk of logits, whatever the number of its rows, and in reused buffers not even that.
+fn fused_loss() {
+    const V: usize = 20_000;
+    const D: usize = 16;
+    const CHUNK: usize = 32;
+    let tokens = TokenSet::new((0..20).map(|slot: u32| slot * 999), V).unwrap();
+    let table = NdTable::new(Array2::<f32>::ones((V, D))).unwrap();
+    let layer: TrainableTokens<_> = TrainableTokens::new(table, tokens).unwrap();
+    let options = CrossEntropyOptions {
+        chunk: LogitsChunk::rows(CHUNK).unwrap(),
+        ..CrossEntropyOptions::default()
+    };
+    for n in [256, 2048] {
+        let hidden = Array2::<f32>::ones((n, D));
+        let labels: Vec<i64> = (0..i64::try_from(n).unwrap()).collect();
+        let ((), cost) = allocated(|| {
+            layer.cross_entropy(hidden.view(), &labels, options).unwrap();
+        })
+        .unwrap();
+        assert!(
+            cost.largest <= CHUNK * V * 4,
+            "{n} rows: one allocation of {}",
+            cost.largest
+        );
+        // Beside the logits there are gradients of hidden states, 128 KiB for the many, and a block of the table.
+        assert!(
+            cost.growth <= CHUNK * V * 4 + (2 << 20),
+            "{n} rows: {} at once",
+            cost.growth
+        );
+
+        let plan = CrossEntropyPlan::new(&labels, V, options).unwrap();
+        let (mut out, mut rows) = (hidden.clone(), layer.zero_gradient());
+        let mut buffers = LossBuffers::default();
+        let mut step = || {
+            layer
+                .cross_entropy_into(&plan, hidden.view(), 1.0, out.view_mut(), &mut rows, &mut buffers)
+                .unwrap();
+        };
+        step();
+        let ((), cost) = allocated(step).unwrap();
+        // What ndarray's matrix product packs its operands into.
+        assert!(
+            cost.growth <= 1 << 20,
+            "{n} rows in reused buffers: {} at once",
+            cost.growth
+        );
+    }
 }
 
 /// The same step over a memory-mapped file: opening it and training on it copy no table either.

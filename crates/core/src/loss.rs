@@ -150,7 +150,8 @@ impl CrossEntropyPlan {
         self.for_rows(chunk, logits, threads, None)
     }
 
-    /// As [`loss`](Self::loss), but the logits become the gradient of the result, softcap and factor included.
+    /// As [`loss`](Self::loss), but the logits become the gradient of the result times `upstream`, softcap and factor
+    /// included.
     ///
     /// # Errors
     ///
@@ -159,9 +160,10 @@ impl CrossEntropyPlan {
         &self,
         chunk: Range<usize>,
         logits: &mut [C],
+        upstream: f64,
         threads: usize,
     ) -> Result<f64> {
-        self.for_rows(chunk, logits, threads, Some(self.factor()))
+        self.for_rows(chunk, logits, threads, Some(self.factor() * upstream))
     }
 
     /// The sum of the rows' losses times the factor; logits become the gradient of `gradient_of` times the sum, if asked.
@@ -264,7 +266,9 @@ mod tests {
             let rows = positions.iter().map(|at| &logits[*at as usize * v..][..v]);
             let mut rows: Vec<f64> = rows.flatten().copied().collect();
             only += plan.loss(chunk.clone(), &mut rows.clone(), threads).unwrap();
-            loss += plan.differentiate(chunk.clone(), &mut rows, threads).unwrap();
+            loss += plan
+                .differentiate(chunk.clone(), &mut rows, 1.0, threads)
+                .unwrap();
             for (at, row) in positions.iter().zip(rows.chunks(v)) {
                 gradient[*at as usize * v..][..v].copy_from_slice(row);
             }
@@ -326,13 +330,16 @@ mod tests {
     fn a_large_logit_does_not_overflow() {
         let plan = CrossEntropyPlan::new(&[1], 3, options()).unwrap();
         let mut logits = [1000.0f32, 998.0, -1000.0];
-        let loss = plan.differentiate(0..1, &mut logits, 1).unwrap();
+        let loss = plan.differentiate(0..1, &mut logits, -2.0, 1).unwrap();
         assert!((loss - 2.126_928_011).abs() < 1e-6, "{loss}");
-        assert!((f64::from(logits[0]) - 0.880_797).abs() < 1e-6, "{logits:?}");
+        assert!(
+            (f64::from(logits[0]) + 2.0 * 0.880_797).abs() < 1e-6,
+            "{logits:?}"
+        );
         assert_eq!(logits[2], 0.0);
         for odd in [f32::NAN, f32::INFINITY] {
             let mut logits = [0.0, odd, 1.0];
-            assert!(plan.differentiate(0..1, &mut logits, 1).unwrap().is_nan());
+            assert!(plan.differentiate(0..1, &mut logits, 1.0, 1).unwrap().is_nan());
         }
     }
 

@@ -12,6 +12,7 @@ pub mod head;
 pub mod hooks;
 pub mod init;
 pub mod lookup;
+pub mod loss;
 pub mod merge;
 pub mod optimizer;
 pub mod serialization;

@@ -1,6 +1,8 @@
 //! What a backend tells the kit about itself.
 
-use trainable_tokens_core::{Backend, DType, LookupPlan, TokenRows, TrainableTokens, WriteRows};
+use trainable_tokens_core::{
+    Backend, CrossEntropyOptions, DType, LookupPlan, TokenRows, TrainableTokens, WriteRows,
+};
 
 /// The layer of a harness's backend.
 pub type Layer<H> = TrainableTokens<<H as Harness>::Backend>;
@@ -49,8 +51,8 @@ pub trait Harness: 'static {
     /// When the framework fails.
     fn read(tensor: &Tensor<Self>) -> Result<TokenRows, Error<Self>>;
 
-    /// Runs every lookup and every head of `pass` and then the framework's backward pass from the sum of all outputs,
-    /// each element multiplied by its upstream gradient.
+    /// Runs every lookup, head and loss of `pass` and then the framework's backward pass from the sum of all outputs, each
+    /// element multiplied by its upstream gradient.
     ///
     /// # Errors
     ///
@@ -65,6 +67,8 @@ pub struct Pass {
     pub lookups: Vec<(LookupPlan, TokenRows)>,
     /// Hidden states to project.
     pub heads: Vec<HeadPass>,
+    /// Hidden states to take the loss of; none for a harness that leaves out the group `loss`.
+    pub losses: Vec<LossPass>,
 }
 
 /// Hidden states that a head projects.
@@ -78,6 +82,19 @@ pub struct HeadPass {
     /// [`logits_mixed`](trainable_tokens_core::TrainableTokens::logits_mixed); absent for
     /// [`logits`](trainable_tokens_core::TrainableTokens::logits).
     pub adapters: Option<Vec<Option<String>>>,
+}
+
+/// Hidden states whose loss is taken, by [`linear_cross_entropy`](TrainableTokens::linear_cross_entropy).
+#[derive(Clone, Debug)]
+pub struct LossPass {
+    /// The hidden states, `[N, D]` of the table's element type.
+    pub hidden: TokenRows,
+    /// A label for each of them.
+    pub labels: Vec<i64>,
+    /// How the loss is computed.
+    pub options: CrossEntropyOptions,
+    /// The gradient of the loss: a number that every element type holds exactly.
+    pub upstream: f64,
 }
 
 impl HeadPass {
@@ -102,6 +119,6 @@ impl HeadPass {
 pub struct PassGradients<H: Harness + ?Sized> {
     /// What the framework returned, for [`TokenAdapter::gradient`](trainable_tokens_core::TokenAdapter::gradient).
     pub gradients: Gradients<H>,
-    /// The gradients of the hidden states of each of [`Pass::heads`], `[N, D]`.
+    /// The gradients of the hidden states of each of [`Pass::heads`] and then of each of [`Pass::losses`], `[N, D]`.
     pub hidden: Vec<TokenRows>,
 }

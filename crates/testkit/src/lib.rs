@@ -1,7 +1,7 @@
 //! Is this backend one? The conformance kit of `trainable-tokens`.
 //!
 //! A backend says how its framework makes values, reads them and runs a backward pass ([`Harness`]); the kit does the
-//! rest: cases in thirteen groups, each citing the clauses of `SPEC.md` that it checks, most of them properties over
+//! rest: cases in fifteen groups, each citing the clauses of `SPEC.md` that it checks, most of them properties over
 //! random tables, token sets and batches. What comes out is compared with the dense definition of the method: write
 //! the rows into a copy of the table, then index it; take the whole table's gradient, then its chosen rows. Copies are
 //! compared bit for bit, arithmetic within one [`tolerance`] per element type.
@@ -30,4 +30,6 @@ mod world;
 pub use allocation::{Allocated, CountingAllocator, allocated};
 pub use case::{CITATIONS, Case, Group, cases as all_cases, run_case};
 pub use failure::{Failure, Outcome, tolerance};
-pub use harness::{Error, Gradients, Harness, HeadPass, Layer, Pass, PassGradients, Source, Tensor};
+pub use harness::{
+    Error, Gradients, Harness, HeadPass, Layer, LossPass, Pass, PassGradients, Source, Tensor,
+};

@@ -5,8 +5,8 @@ use std::marker::PhantomData;
 use std::ops::Range;
 
 use trainable_tokens_core::{
-    Backend, Element, EmbeddingSource, HostRows, LookupPlan, RowMix, RowTransform, Slot, TokenId, TokenRows,
-    TokenSet,
+    Backend, CrossEntropyPlan, Element, EmbeddingSource, HostRows, LookupPlan, RowMix, RowTransform, Slot,
+    TokenId, TokenRows, TokenSet,
 };
 
 use crate::{Error, Gradients, Matrix, VecRows, VecTable};
@@ -54,12 +54,27 @@ impl<T: Element> Backend for NestedVec<T> {
         let mut logits = vec![vec![T::default(); source.vocab_size()]; hidden.rows.len()];
         for (id, weight) in overridden(source, delta, tokens) {
             for (hidden, logits) in hidden.rows.iter().zip(&mut logits) {
-                let products = hidden.iter().zip(&*weight);
-                let products = products.map(|(x, w)| x.to_compute() * w.to_compute());
-                logits[id.row()] = T::from_compute(products.fold(T::Compute::default(), |sum, x| sum + x));
+                logits[id.row()] = T::from_compute(dot(hidden, &weight));
             }
         }
         Matrix::new(logits, source.vocab_size())
+    }
+
+    fn linear_cross_entropy(
+        hidden: Matrix<T>,
+        source: &VecTable<T>,
+        delta: Option<&VecRows>,
+        tokens: &TokenSet,
+        plan: &CrossEntropyPlan,
+    ) -> Result<Matrix<T>, Error> {
+        plan.expect_hidden([hidden.num_rows(), hidden.columns], source.embedding_dim())?;
+        let mut loss = 0.0;
+        for chunk in plan.chunks(size_of::<T::Compute>()) {
+            let positions = &plan.positions()[chunk.clone()];
+            let mut logits = logits_at(positions, &hidden, source, delta, tokens);
+            loss += plan.loss(chunk, &mut logits, 1)?;
+        }
+        Matrix::new(vec![vec![T::from_f64(loss)]], 1)
     }
 
     fn combine(deltas: &[&VecRows], mix: &RowMix) -> Result<VecRows, Error> {
@@ -85,6 +100,30 @@ impl<T: Element> Backend for NestedVec<T> {
     fn gradient(gradients: &Gradients, delta: &VecRows) -> Result<Option<TokenRows>, Error> {
         Ok(gradients.0.get(&delta.0).cloned())
     }
+}
+
+/// The sum of products, in the compute type.
+fn dot<T: Element>(x: &[T], w: &[T]) -> T::Compute {
+    let products = x.iter().zip(w).map(|(x, w)| x.to_compute() * w.to_compute());
+    products.fold(T::Compute::default(), |sum, x| sum + x)
+}
+
+/// The logits `[positions.len(), V]` of some rows of `hidden`, row-major, in the compute type.
+pub(crate) fn logits_at<T: Element>(
+    positions: &[u32],
+    hidden: &Matrix<T>,
+    source: &VecTable<T>,
+    delta: Option<&VecRows>,
+    tokens: &TokenSet,
+) -> Vec<T::Compute> {
+    let v = source.vocab_size();
+    let mut logits = vec![T::Compute::default(); positions.len() * v];
+    for (id, weight) in overridden(source, delta, tokens) {
+        for (position, logits) in positions.iter().zip(logits.chunks_exact_mut(v)) {
+            logits[id.row()] = dot(&hidden.rows[*position as usize], &weight);
+        }
+    }
+    logits
 }
 
 /// The rows of the table, those of trainable tokens replaced; no more than one row is copied at a time.

@@ -1,10 +1,11 @@
 //! Backward passes, which a framework with automatic gradients has already.
 
 use trainable_tokens_core::{
-    Backend, Element, EmbeddingSource, LookupPlan, MixedPart, RowGradients, TokenAdapter, TokenRows, TokenSet,
+    Backend, CrossEntropyPlan, Element, EmbeddingSource, LookupPlan, MixedPart, RowGradients, TokenAdapter,
+    TokenRows, TokenSet,
 };
 
-use crate::backend::overridden;
+use crate::backend::{logits_at, overridden};
 use crate::{Matrix, NestedVec, Result, VecRows, VecTable};
 
 /// What the backward passes of one step add up: the gradients of the trained rows.
@@ -69,6 +70,47 @@ impl Gradients {
         }
         let round = |sum: Vec<T::Compute>| sum.into_iter().map(T::from_compute).collect();
         Matrix::new(sums.into_iter().map(round).collect(), dim)
+    }
+
+    /// The backward pass of a loss whose own gradient is `upstream`; returns the gradient of its hidden states, `[N, D]`,
+    /// zeros where the label is ignored. `delta` is the layer's `active()`.
+    ///
+    /// # Errors
+    ///
+    /// For another shape.
+    pub fn add_loss<T: Element>(
+        &mut self,
+        source: &VecTable<T>,
+        delta: Option<&VecRows>,
+        tokens: &TokenSet,
+        hidden: &Matrix<T>,
+        plan: &CrossEntropyPlan,
+        upstream: f64,
+    ) -> Result<Matrix<T>> {
+        let (v, dim) = (source.vocab_size(), source.embedding_dim());
+        plan.expect_hidden([hidden.num_rows(), hidden.columns], dim)?;
+        if let Some(delta) = delta {
+            self.0.add(&delta.0, T::Compute::DTYPE, |_| Ok(()))?;
+        }
+        let mut gradient = vec![vec![T::default(); dim]; hidden.num_rows()];
+        for chunk in plan.chunks(size_of::<T::Compute>()) {
+            let positions = &plan.positions()[chunk.clone()];
+            let mut logits = logits_at(positions, hidden, source, delta, tokens);
+            plan.differentiate(chunk, &mut logits, upstream, 1)?;
+            // From here on it is a head with these rows alone.
+            let upstream = logits
+                .chunks_exact(v)
+                .map(|row| row.iter().map(|x| T::from_compute(*x)).collect());
+            let upstream = Matrix::new(upstream.collect(), v)?;
+            let rows = positions.iter().map(|at| hidden.rows[*at as usize].clone());
+            let rows = Matrix::new(rows.collect(), dim)?;
+            let rows = self.add_head(source, delta, tokens, &rows, &upstream)?.rows;
+            positions
+                .iter()
+                .zip(rows)
+                .for_each(|(at, row)| gradient[*at as usize] = row);
+        }
+        Matrix::new(gradient, dim)
     }
 
     /// The backward pass of a head whose parts see the rows of different adapters, the layer's `mixed_parts`; otherwise as

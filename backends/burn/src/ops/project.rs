@@ -9,8 +9,8 @@ use crate::{BurnTable, Error, Result};
 
 /// The trained rows of a head and the columns that they override.
 pub(crate) struct Overrides {
-    delta: Tensor<2>,
-    columns: Vec<u32>,
+    pub(super) delta: Tensor<2>,
+    pub(super) columns: Vec<u32>,
 }
 
 impl Overrides {
@@ -113,10 +113,10 @@ fn product(hidden: Tensor<2>, weight: &Tensor<2>) -> Tensor<2> {
 
 /// Rows of the table that Flex converts at a time, at least. Burn's graph holds some 9 KB for each block, whatever its size,
 /// and a mixed head has blocks for each of its parts.
-const MIN_BLOCK: usize = 1024;
+pub(super) const MIN_BLOCK: usize = 1024;
 
 /// Whether the device is burn's Flex, which multiplies bf16 matrices by converting both of them, whole, to f32.
-fn is_flex(device: &Device) -> bool {
+pub(super) fn is_flex(device: &Device) -> bool {
     format!("{device:?}").contains("Flex(")
 }
 

@@ -30,6 +30,11 @@ impl<T: Element + BurnElement> Harness for OnFlex<T> {
 
     fn read(values: &Tensor<2>) -> Result<TokenRows, Error> {
         let [rows, columns] = values.dims();
+        if values.dtype() != T::dtype() {
+            // The loss of a table of half precision.
+            let values = values.to_data().try_into_vec::<f32>()?;
+            return Ok(TokenRows::new(values, rows, columns)?);
+        }
         let values = values.to_data().try_into_vec::<T>()?;
         Ok(TokenRows::new(values, rows, columns)?)
     }
@@ -49,6 +54,12 @@ impl<T: Element + BurnElement> Harness for OnFlex<T> {
                 Some(adapters) => layer.logits_mixed(leaf.clone(), &adapters)?,
             };
             loss = loss + (out * tensor::<T>(&head.upstream)).sum();
+            leaves.push(leaf);
+        }
+        for pass in &pass.losses {
+            let leaf = tensor::<T>(&pass.hidden).require_grad();
+            let out = layer.linear_cross_entropy(leaf.clone(), &pass.labels, pass.options)?;
+            loss = loss + out.sum().mul_scalar(pass.upstream).cast(T::dtype());
             leaves.push(leaf);
         }
         let gradients = backward(&loss)?;

@@ -33,6 +33,10 @@ impl<T: Element + WithDType> Harness for OnCpu<T> {
 
     fn read(values: &Tensor) -> Result<TokenRows, Error> {
         let (n, d) = values.dims2()?;
+        if values.dtype() != <T as WithDType>::DTYPE {
+            // The loss of a table of half precision.
+            return Ok(TokenRows::new(values.flatten_all()?.to_vec1::<f32>()?, n, d)?);
+        }
         let values = if n == 0 {
             Vec::new()
         } else {
@@ -56,6 +60,14 @@ impl<T: Element + WithDType> Harness for OnCpu<T> {
                 Some(adapters) => layer.logits_mixed(hidden, &adapters)?,
             };
             loss = (loss + (out * tensor::<T>(&head.upstream)?)?.sum_all()?)?;
+            leaves.push(leaf);
+        }
+        for pass in &pass.losses {
+            let leaf = Var::from_tensor(&tensor::<T>(&pass.hidden)?)?;
+            let hidden = leaf.as_tensor().clone();
+            let out = layer.linear_cross_entropy(hidden, &pass.labels, pass.options)?;
+            let out = (out.sum_all()? * pass.upstream)?;
+            loss = (loss + out.to_dtype(<T as WithDType>::DTYPE)?)?;
             leaves.push(leaf);
         }
         let gradients = loss.backward()?;

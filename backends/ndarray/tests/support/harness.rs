@@ -3,8 +3,8 @@
 use std::marker::PhantomData;
 
 use ndarray::{Array2, OwnedRepr};
-use trainable_tokens_core::{DType, Element, TokenRows};
-use trainable_tokens_ndarray::{Error, NdTable, Ndarray, TrainableTokensExt};
+use trainable_tokens_core::{CrossEntropyPlan, DType, Element, EmbeddingSource, TokenRows};
+use trainable_tokens_ndarray::{Error, LossBuffers, NdTable, Ndarray, TrainableTokensExt};
 use trainable_tokens_testkit::{Harness, Layer, Pass, PassGradients};
 
 /// Tables in memory, and values of their type.
@@ -44,7 +44,16 @@ impl<T: Element> Harness for Nd<T> {
                 Some(adapters) => layer.logits_mixed_backward(hidden, upstream, &adapters, &mut gradients)?,
             })
         });
-        let hidden = heads.collect::<Result<_, Error>>()?;
+        let mut hidden = heads.collect::<Result<Vec<_>, Error>>()?;
+        let mut buffers = LossBuffers::default();
+        for loss in &pass.losses {
+            let plan = CrossEntropyPlan::new(&loss.labels, layer.source().vocab_size(), loss.options)?;
+            let states = array(&loss.hidden);
+            let (mut out, states) = (states.clone(), states.view());
+            let to = out.view_mut();
+            layer.cross_entropy_into(&plan, states, loss.upstream, to, &mut gradients, &mut buffers)?;
+            hidden.push(Self::read(&out)?);
+        }
         Ok(PassGradients { gradients, hidden })
     }
 }

@@ -57,7 +57,7 @@ fn step_bytes<H: Harness>(v: usize) -> Result<usize, Failure> {
         layer.lookup_planned(&plan)?;
         let pass = Pass {
             lookups: vec![(plan, upstream.clone())],
-            heads: Vec::new(),
+            ..Pass::default()
         };
         let gradients = H::backward(&layer, &pass)?.gradients;
         layer.step(&gradients, &mut adam, &mut [])?;
@@ -95,11 +95,11 @@ pub fn a_step_costs_the_same_for_any_vocabulary<H: Harness>() -> Outcome {
 pub fn the_head_allocates_no_table<H: Harness>() -> Outcome {
     let layer = layer::<H>(LARGE)?;
     let pass = Pass {
-        lookups: Vec::new(),
         heads: vec![HeadPass::new(
             noise(6, H::DTYPE, 1, DIM),
             noise(7, H::DTYPE, 1, LARGE),
         )],
+        ..Pass::default()
     };
     let both = || -> Outcome {
         // A backward pass with explicit gradients runs no forward pass.
@@ -172,7 +172,7 @@ pub fn several_adapters_allocate_no_table<H: Harness>() -> Outcome {
         layer.lookup_planned(&mixed)?;
         let pass = Pass {
             lookups: vec![(plan, upstream.clone()), (mixed, upstream.clone())],
-            heads: Vec::new(),
+            ..Pass::default()
         };
         H::backward(&layer, &pass)?;
         layer.merge()?;
@@ -188,11 +188,11 @@ pub fn several_adapters_allocate_no_table<H: Harness>() -> Outcome {
         cost.growth
     );
     let logits = Pass {
-        lookups: Vec::new(),
         heads: vec![HeadPass {
             adapters: Some(examples.iter().map(|name| name.map(str::to_owned)).collect()),
             ..HeadPass::new(noise(6, H::DTYPE, 4, DIM), noise(7, H::DTYPE, 4, LARGE))
         }],
+        ..Pass::default()
     };
     let both = || -> Outcome {
         layer.logits_mixed(H::hidden(&layer, &logits.heads[0].hidden)?, &examples)?;

@@ -12,7 +12,7 @@ use crate::{Failure, Harness, HeadPass, Layer, Outcome, Pass};
 fn gradient<H: Harness>(layer: &Layer<H>, world: &World) -> Result<TokenRows, Failure> {
     let pass = Pass {
         lookups: vec![(layer.plan(&world.ids)?, world.upstream::<H>())],
-        heads: Vec::new(),
+        ..Pass::default()
     };
     Ok(layer.gradient(&H::backward(layer, &pass)?.gradients)?)
 }
@@ -76,7 +76,7 @@ pub fn no_token_has_no_gradient_row<H: Harness>() -> Outcome {
     let trained = other.trained::<H>()?;
     let pass = Pass {
         lookups: vec![(trained.plan(&other.ids)?, other.upstream::<H>())],
-        heads: Vec::new(),
+        ..Pass::default()
     };
     let gradients = H::backward(&trained, &pass)?.gradients;
     equal("shape", &layer.gradient(&gradients)?.shape(), &[0, 3])
@@ -92,7 +92,7 @@ pub fn lookups_of_one_pass_add_up<H: Harness>() -> Outcome {
         let lookups = [world, &second].map(|world| Ok((layer.plan(&world.ids)?, world.upstream::<H>())));
         let pass = Pass {
             lookups: lookups.into_iter().collect::<Result<_, Failure>>()?,
-            heads: Vec::new(),
+            ..Pass::default()
         };
         if world.tokens.is_empty() {
             return Ok(());
@@ -116,7 +116,7 @@ pub fn repeats_are_summed_in_the_compute_type<H: Harness>() -> Outcome {
     let ones = TokenRows::new(vec![1f64; ids.len() * 2], ids.len(), 2)?.to_dtype(H::DTYPE);
     let pass = Pass {
         lookups: vec![(layer.plan(&ids)?, ones)],
-        heads: Vec::new(),
+        ..Pass::default()
     };
     let got = layer.gradient(&H::backward(&layer, &pass)?.gradients)?;
     equal("gradient", &got.to_f64_vec(), &vec![3000.0; 2])
@@ -243,6 +243,7 @@ pub fn merged_rows_get_no_gradient<H: Harness>() -> Outcome {
     let pass = Pass {
         lookups: vec![(layer.plan(&world.ids)?, world.upstream::<H>())],
         heads: vec![HeadPass::new(noise(1, H::DTYPE, 2, 3), noise(2, H::DTYPE, 2, 8))],
+        ..Pass::default()
     };
     let error = match H::backward(&layer, &pass) {
         Err(error) => error,

@@ -40,8 +40,8 @@ pub(super) fn dense_gradients(hidden: &TokenRows, table: &TokenRows, upstream: &
 /// One backward pass through the head: the gradients of the hidden states and of the rows.
 fn backward<H: Harness>(layer: &Layer<H>, world: &World) -> Result<[TokenRows; 2], Failure> {
     let pass = Pass {
-        lookups: Vec::new(),
         heads: vec![HeadPass::new(world.hidden::<H>(), world.logits_upstream::<H>())],
+        ..Pass::default()
     };
     let mut result = H::backward(layer, &pass)?;
     let rows = layer.gradient(&result.gradients)?;
@@ -144,6 +144,7 @@ pub fn lookup_and_head_add_up<H: Harness>() -> Outcome {
         let pass = Pass {
             lookups: vec![(layer.plan(&world.ids)?, upstream.clone())],
             heads: vec![HeadPass::new(world.hidden::<H>(), world.logits_upstream::<H>())],
+            ..Pass::default()
         };
         let got = layer.gradient(&H::backward(&layer, &pass)?.gradients)?;
         let table = world.dense::<H>()?;

@@ -95,7 +95,7 @@ pub fn a_step_takes_the_frameworks_gradients<H: Harness>() -> Outcome {
         let [mut layer, mut other] = [world.trained::<H>()?, world.trained::<H>()?];
         let pass = Pass {
             lookups: vec![(layer.plan(&world.ids)?, world.upstream::<H>())],
-            heads: Vec::new(),
+            ..Pass::default()
         };
         let gradients = H::backward(&layer, &pass)?.gradients;
         let on_host = layer.gradient(&gradients)?;
@@ -116,6 +116,7 @@ pub fn training_leaves_the_base<H: Harness>() -> Outcome {
                 let pass = Pass {
                     lookups: vec![(layer.plan(&world.ids)?, world.upstream::<H>())],
                     heads: vec![HeadPass::new(world.hidden::<H>(), world.logits_upstream::<H>())],
+                    ..Pass::default()
                 };
                 let gradients = H::backward(&layer, &pass)?.gradients;
                 layer.step(&gradients, &mut *optimizer, &mut [])?;
@@ -133,7 +134,7 @@ pub fn training_moves_the_rows<H: Harness>() -> Outcome {
         let (mut layer, mut optimizer) = (world.trained::<H>()?, new()?);
         let pass = Pass {
             lookups: vec![(layer.plan(&world.ids)?, world.upstream::<H>())],
-            heads: Vec::new(),
+            ..Pass::default()
         };
         let gradients = H::backward(&layer, &pass)?.gradients;
         layer.step(&gradients, &mut *optimizer, &mut [])?;

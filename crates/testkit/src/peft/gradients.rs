@@ -61,7 +61,7 @@ pub(super) fn backward<H: Harness>(
 ) -> Result<Gradients<H>, Failure> {
     let pass = Pass {
         lookups: vec![(layer.plan(ids)?, input::<H>(upstream))],
-        heads: Vec::new(),
+        ..Pass::default()
     };
     Ok(H::backward(layer, &pass)?.gradients)
 }

@@ -147,7 +147,7 @@ fn lookup<H: Harness>(layer: &Layer<H>, ids: &[u32], upstream: Option<&TokenRows
     if let Some(upstream) = upstream {
         let pass = Pass {
             lookups: vec![(plan, upstream.clone())],
-            heads: Vec::new(),
+            ..Pass::default()
         };
         let gradient = layer.gradient(&H::backward(layer, &pass)?.gradients)?;
         outputs.push(("gradient".to_owned(), gradient));
@@ -178,7 +178,7 @@ fn several<H: Harness>(layer: &Layer<H>, plan: LookupPlan, upstream: &TokenRows)
     let output = H::read(&layer.lookup_planned(&plan)?)?;
     let pass = Pass {
         lookups: vec![(plan, upstream.clone())],
-        heads: Vec::new(),
+        ..Pass::default()
     };
     let gradients = H::backward(layer, &pass)?.gradients;
     let parts = layer.adapters().map(|adapter| adapter.gradient(&gradients));
@@ -196,8 +196,8 @@ fn several<H: Harness>(layer: &Layer<H>, plan: LookupPlan, upstream: &TokenRows)
 fn head<H: Harness>(layer: &Layer<H>, hidden: &TokenRows, upstream: &TokenRows) -> Result<Outputs, Ended> {
     let logits = H::read(&layer.logits(H::hidden(layer, hidden)?)?)?;
     let pass = Pass {
-        lookups: Vec::new(),
         heads: vec![HeadPass::new(hidden.clone(), upstream.clone())],
+        ..Pass::default()
     };
     let mut result = H::backward(layer, &pass)?;
     let gradient = layer.gradient(&result.gradients)?;

@@ -6,8 +6,8 @@ use std::ops::Range;
 
 use half::f16;
 use trainable_tokens_core::{
-    Backend, DType, DeltaStore, Element, EmbeddingSource, LookupPlan, MixedPart, RowMix, RowTransform,
-    TokenId, TokenRows, TokenSet, WriteRows,
+    Backend, CrossEntropyPlan, DType, DeltaStore, Element, EmbeddingSource, LookupPlan, MixedPart, RowMix,
+    RowTransform, TokenId, TokenRows, TokenSet, WriteRows,
 };
 use trainable_tokens_nested_vec::{Error, Gradients, Matrix, NestedVec, Result, VecRows, VecTable};
 use trainable_tokens_testkit::{Harness, Layer, Pass, PassGradients};
@@ -83,6 +83,31 @@ pub(crate) trait Fault<T: Faulty = f32>: Sync {
         let (table, rows) = (layer.source().now(), layer.active()?);
         let delta = rows.as_deref().map(|delta| &delta.now);
         gradients.add_head(&table, delta, layer.tokens(), hidden, upstream)
+    }
+
+    fn loss(
+        &self,
+        hidden: Matrix<T>,
+        table: &Table<T>,
+        delta: Option<&Rows<T>>,
+        tokens: &TokenSet,
+        plan: &CrossEntropyPlan,
+    ) -> Result<Matrix<T>> {
+        let delta = delta.map(|delta| &delta.now);
+        NestedVec::linear_cross_entropy(hidden, &table.now(), delta, tokens, plan)
+    }
+
+    fn loss_backward(
+        &self,
+        layer: &Layer<Broken<T>>,
+        hidden: &Matrix<T>,
+        plan: &CrossEntropyPlan,
+        upstream: f64,
+        gradients: &mut Gradients,
+    ) -> Result<Matrix<T>> {
+        let (table, rows) = (layer.source().now(), layer.active()?);
+        let delta = rows.as_deref().map(|delta| &delta.now);
+        gradients.add_loss(&table, delta, layer.tokens(), hidden, plan, upstream)
     }
 
     fn combine(&self, deltas: &[&Rows<T>], mix: &RowMix) -> Result<VecRows> {
@@ -250,6 +275,16 @@ impl<T: Faulty> Backend for Broken<T> {
         T::fault().logits(hidden, table, delta, tokens)
     }
 
+    fn linear_cross_entropy(
+        hidden: Matrix<T>,
+        table: &Table<T>,
+        delta: Option<&Rows<T>>,
+        tokens: &TokenSet,
+        plan: &CrossEntropyPlan,
+    ) -> Result<Matrix<T>> {
+        T::fault().loss(hidden, table, delta, tokens, plan)
+    }
+
     fn combine(deltas: &[&Rows<T>], mix: &RowMix) -> Result<Rows<T>> {
         let now = T::fault().combine(deltas, mix)?;
         let (first, table) = (now.clone(), PhantomData);
@@ -309,7 +344,14 @@ impl<T: Faulty> Harness for Broken<T> {
             };
             hidden.to_token_rows()
         });
-        let hidden = heads.collect::<Result<_>>()?;
+        let mut hidden = heads.collect::<Result<Vec<_>>>()?;
+        for loss in &pass.losses {
+            let plan = CrossEntropyPlan::new(&loss.labels, layer.source().vocab_size(), loss.options)?;
+            let states = Matrix::from_token_rows(&loss.hidden);
+            let fault = T::fault();
+            let gradient = fault.loss_backward(layer, &states, &plan, loss.upstream, &mut gradients)?;
+            hidden.push(gradient.to_token_rows()?);
+        }
         Ok(PassGradients { gradients, hidden })
     }
 }

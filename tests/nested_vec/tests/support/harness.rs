@@ -2,7 +2,7 @@
 
 use std::marker::PhantomData;
 
-use trainable_tokens_core::{DType, Element, TokenRows};
+use trainable_tokens_core::{CrossEntropyPlan, DType, Element, EmbeddingSource, TokenRows};
 use trainable_tokens_nested_vec::{Error, Gradients, Matrix, NestedVec, VecTable};
 use trainable_tokens_testkit::{Harness, Layer, Pass, PassGradients};
 
@@ -47,7 +47,15 @@ impl<T: Element> Harness for Nested<T> {
             };
             hidden.to_token_rows()
         });
-        let hidden = heads.collect::<Result<_, Error>>()?;
+        let mut hidden = heads.collect::<Result<Vec<_>, Error>>()?;
+        for loss in &pass.losses {
+            let source = layer.source();
+            let plan = CrossEntropyPlan::new(&loss.labels, source.vocab_size(), loss.options)?;
+            let (states, rows) = (Matrix::from_token_rows(&loss.hidden), layer.active()?);
+            let (delta, tokens) = (rows.as_deref(), layer.tokens());
+            let gradient = gradients.add_loss(source, delta, tokens, &states, &plan, loss.upstream)?;
+            hidden.push(gradient.to_token_rows()?);
+        }
         Ok(PassGradients { gradients, hidden })
     }
 }

@@ -176,7 +176,7 @@ fn run<T: Operand>(input: &Input<'_, T>, plan: &CrossEntropyPlan, wanted: Wanted
             loss += plan.loss(chunk, logits, threads)?;
             continue;
         }
-        loss += plan.differentiate(chunk, logits, threads)?;
+        loss += plan.differentiate(chunk, logits, 1.0, threads)?;
         if wanted.of_delta {
             take(part, logits, v, &input.columns);
             let part = Matrix::new(part, [n, k]);

@@ -76,7 +76,7 @@ pub fn shadowed_rows_get_a_zero_gradient<H: Harness>() -> Outcome {
     let (result, _) = two_lookups_and_a_head::<H>(&layer, &world, &table)?;
     let lookup = Pass {
         lookups: vec![(layer.plan(&world.ids)?, world.upstream::<H>())],
-        heads: Vec::new(),
+        ..Pass::default()
     };
     for gradients in [result.gradients, H::backward(&layer, &lookup)?.gradients] {
         for member in &members[..2] {

@@ -48,7 +48,7 @@ fn mixed_pass<H: Harness>(
     }
     let mut pass = Pass {
         lookups: vec![(layer.plan_mixed(ids, &names)?, upstream)],
-        heads: Vec::new(),
+        ..Pass::default()
     };
     let rows = 2 * choice.len();
     let hidden = noise(world.seed ^ 0x77, H::DTYPE, rows, world.d);
@@ -148,7 +148,7 @@ pub fn chosen_adapters_without_a_token_in_the_batch_get_zeros<H: Harness>() -> O
     for ids in [[0, 2, 6, 6, 1, 3], [0, 2, 5, 5, 1, 6]] {
         let pass = Pass {
             lookups: vec![(layer.plan_mixed(&ids, &names)?, noise(5, H::DTYPE, 6, 3))],
-            heads: Vec::new(),
+            ..Pass::default()
         };
         let gradients = H::backward(&layer, &pass)?.gradients;
         let got = layer.adapter(members[0].name)?.gradient(&gradients)?;
