@@ -155,7 +155,7 @@ fn main() {
             "rounds": options.rounds,
             "frozen_ms": frozen, "forward_ms": forward, "forward_over_frozen": forward / frozen,
             "backward_ms": backward, "optimizer_ms": optimizer, "total_ms": measured.total,
-            "extra_mb": measured.extra_bytes as f64 / (1 << 20) as f64,
+            "extra_mb": measured.extra_bytes as f64 / f64::from(1 << 20),
         });
         println!("{line}");
     }

@@ -40,7 +40,7 @@ def layer(rounds, smoke, _out):
         tables = [(SMOKE, "default", 1), ({**SMOKE, "dtype": "bf16"}, "keeping", 1)]
     built, rows = program(smoke), []
     for at, (sizes, allocator, rounds) in enumerate(tables):
-        rounds = rounds if at == 0 else max(1, rounds - 1)
+        rounds = rounds if at == 0 else max(1, rounds // 2)
         variables = KEEPING if allocator == "keeping" else {}
         # dfdx has no bfloat16.
         backends = [it for it in BACKENDS if (it, sizes["dtype"]) != ("dfdx", "bf16")]
