@@ -136,7 +136,7 @@ pub fn fill_rows<T: Send, E: Send>(
         Ok(())
     };
     thread::scope(|scope| {
-        let spawn = |_| thread::Builder::new().spawn_scoped(scope, &work).ok();
+        let spawn = |_| thread::Builder::new().spawn_scoped(scope, work).ok();
         let others: Vec<_> = (1..threads).filter_map(spawn).collect();
         others.into_iter().fold(work(), |result, other| {
             let other = other.join().unwrap_or_else(|panic| resume_unwind(panic));
