@@ -86,6 +86,7 @@ impl DeltaStore for CandleDelta {
 
     /// A combination refuses it with [`Error::Combination`].
     fn write(&mut self, rows: &TokenRows) -> Result<()> {
+        self.var()?;
         self.check_write(rows)?;
         self.replace(rows.clone())
     }

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 use std::panic::resume_unwind;
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::thread;
 
 use crate::{DType, Element, Error, LookupPlan, Result, RowRef, RowTransform, Slot, TokenId};
@@ -114,7 +114,7 @@ where
 ///
 /// # Errors
 ///
-/// That of the first part that fails.
+/// That of a part that fails; others may have been filled.
 pub fn fill_rows<T: Send, E: Send>(
     out: &mut [T],
     dim: usize,
@@ -124,15 +124,21 @@ pub fn fill_rows<T: Send, E: Send>(
     if threads == 1 {
         return write(0, out);
     }
-    let rows = (out.len() / dim.max(1)).div_ceil(threads).max(1);
+    let dim = dim.max(1);
+    let rows = (out.len() / dim).div_ceil(threads).max(1);
+    let parts = Mutex::new(out.chunks_mut(rows * dim).enumerate());
+    let next = || parts.lock().unwrap_or_else(PoisonError::into_inner).next();
+    // Whoever is there takes the next part, so that a thread that cannot be had is none that is missed.
+    let work = || {
+        while let Some((part, out)) = next() {
+            write(part * rows, out)?;
+        }
+        Ok(())
+    };
     thread::scope(|scope| {
-        let mut parts = out.chunks_mut(rows * dim.max(1)).enumerate();
-        let own = parts.next();
-        let write = &write;
-        let others = parts.map(|(part, out)| scope.spawn(move || write(part * rows, out)));
-        let others: Vec<_> = others.collect();
-        let first = own.map_or(Ok(()), |(_, out)| write(0, out));
-        others.into_iter().fold(first, |result, other| {
+        let spawn = |_| thread::Builder::new().spawn_scoped(scope, work).ok();
+        let others: Vec<_> = (1..threads).filter_map(spawn).collect();
+        others.into_iter().fold(work(), |result, other| {
             let other = other.join().unwrap_or_else(|panic| resume_unwind(panic));
             result.and(other)
         })
