@@ -57,7 +57,7 @@ pub(crate) fn linear_cross_entropy(
         of_rows: rows.is_tracked(),
         of_delta: delta.is_some_and(Tensor::is_tracked),
     };
-    let frozen = rows.clone().detach();
+    let frozen = untracked(&rows);
     let mut of_rows = Vec::new();
     let mut of_delta: Option<Tensor<2>> = None;
     let sum = |sums: Option<Tensor<2>>, x: Tensor<2>| Some(sums.map_or(x.clone(), |sums| sums + x));
@@ -77,6 +77,11 @@ pub(crate) fn linear_cross_entropy(
         loss = loss + term(delta, gradient.cast(dtype)).cast(compute);
     }
     Ok(loss)
+}
+
+/// `x` in no graph. A leaf that is detached would still ask for gradients, and keep all that is computed with it.
+fn untracked(x: &Tensor<2>) -> Tensor<2> {
+    x.clone().detach().set_require_grad(false)
 }
 
 /// Zero, with this gradient of `x`.
@@ -128,7 +133,7 @@ impl<'a> Head<'a> {
     fn new(weight: &'a Tensor<2>, overrides: Option<&Overrides>, bias: Option<&'a Tensor<1>>) -> Self {
         let trained = overrides.map(|Overrides { delta, columns }| {
             let columns = to_indices(columns, &weight.device());
-            let rounded = delta.clone().detach().cast(weight.dtype());
+            let rounded = untracked(delta).cast(weight.dtype());
             let base_rows = weight.clone().select(0, columns.clone());
             Trained {
                 unchanged: rounded
