@@ -4,7 +4,7 @@
 #[path = "support/common.rs"]
 mod common;
 
-use burn::module::{AutodiffModule, Param};
+use burn::module::{Module, Param};
 use burn::nn::Embedding;
 use burn::tensor::{DType, Gradients, Int, Tensor, TensorData};
 use common::{DTYPES, assert_close, bytes, device, noise, values};
@@ -12,6 +12,7 @@ use proptest::prelude::*;
 use trainable_tokens_burn::{TrainableTokens, backward};
 use trainable_tokens_core::{
     BackendError, CrossEntropyOptions, ErrorKind, LogitsChunk, Overlap, Reduction, Softcap, TokenRows,
+    TokenSet,
 };
 
 const VOCAB: usize = 23;
@@ -54,7 +55,9 @@ fn unfused(logits: Tensor<2>, labels: &[i64], options: CrossEntropyOptions) -> T
         logits = logits.cast(DType::F32);
     }
     if let Some(softcap) = options.softcap {
-        logits = logits.div_scalar(softcap.get()).tanh().mul_scalar(softcap.get());
+        // Burn's backward passes of scalars round them to f32.
+        let softcap = Tensor::full(logits.shape(), softcap.get(), (&device(), logits.dtype()));
+        logits = (logits / softcap.clone()).tanh() * softcap;
     }
     let normalizer = logits.clone().exp().sum_dim(1).log();
     let losses = normalizer - logits.gather(1, ids.unsqueeze_dim(1));
@@ -247,7 +250,7 @@ fn only_what_has_a_graph_gets_gradients() {
             .unwrap()
     };
     let whole = loss(&layer, hidden.clone());
-    let rows_alone = backward(&loss(&layer, hidden.clone().detach())).unwrap();
+    let rows_alone = backward(&loss(&layer, hidden.clone().detach().set_require_grad(false))).unwrap();
     assert_eq!(
         of_rows(&layer, &rows_alone),
         of_rows(&layer, &backward(&whole).unwrap())
@@ -260,13 +263,15 @@ fn only_what_has_a_graph_gets_gradients() {
     assert!(!alone.is_tracked());
     assert_eq!(values(&alone), values(&whole));
     layer.merge().unwrap();
-    assert!(!loss(&layer, hidden.detach()).is_tracked());
+    // Burn's leaves stay leaves when they are detached.
+    assert!(!loss(&layer, hidden.detach().set_require_grad(false)).is_tracked());
 }
 
 #[test]
 fn several_adapters_count_as_for_the_logits() {
     let (mut layer, hidden) = (layer(DType::F64), hidden(DType::F64));
-    layer.add_adapter("other", &[4, 0]).unwrap();
+    let other = TokenSet::new([4, 0], VOCAB).unwrap();
+    layer.add_adapter("other", other).unwrap();
     let mean = Overlap::WeightedMean(vec![1.0, 3.0]);
     layer.activate_overlapping(&["default", "other"], mean).unwrap();
     let (head, options) = (layer.tied_head(), CrossEntropyOptions::default());

@@ -93,9 +93,9 @@ pub trait Backend {
         Err(Error::Unsupported { what }.into())
     }
 
-    /// The rows of several adapters as one value, for [`lookup`](Self::lookup) and [`logits`](Self::logits) alone: it is
-    /// no leaf, is never written and has no gradient of its own. The adapters' rows are equally long, and as many as
-    /// `mix` says.
+    /// The rows of several adapters as one value, for [`lookup`](Self::lookup), [`logits`](Self::logits) and
+    /// [`linear_cross_entropy`](Self::linear_cross_entropy) alone: it is no leaf, is never written and has no gradient of
+    /// its own. The adapters' rows are equally long, and as many as `mix` says.
     ///
     /// # Errors
     ///

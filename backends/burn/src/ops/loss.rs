@@ -52,31 +52,49 @@ pub(crate) fn linear_cross_entropy(
     } else {
         hidden.clone().select(0, to_indices(plan.positions(), &device))
     };
-    let head = Head::new(weight, overrides, bias);
+    let head = Head::new(&untracked(weight), overrides, bias);
     let wanted = Wanted {
         of_rows: rows.is_tracked(),
         of_delta: delta.is_some_and(Tensor::is_tracked),
     };
-    let frozen = rows.clone().detach();
+    let frozen = untracked(&rows);
+    let mut value = untracked(&loss);
     let mut of_rows = Vec::new();
     let mut of_delta: Option<Tensor<2>> = None;
     let sum = |sums: Option<Tensor<2>>, x: Tensor<2>| Some(sums.map_or(x.clone(), |sums| sums + x));
     for chunk in plan.chunks(compute.size()) {
         let hidden = frozen.clone().narrow(0, chunk.start, chunk.len());
         let computed = head.chunk(&hidden, plan, chunk, wanted);
-        loss = loss + computed.loss;
+        value = value + computed.loss;
         of_rows.extend(computed.of_rows);
         of_delta = computed.of_delta.map_or(of_delta.clone(), |x| sum(of_delta, x));
     }
+    loss = tracked(value, weight);
     if wanted.of_rows {
-        loss = loss + term(rows.cast(compute), Tensor::cat(of_rows, 0));
+        let gradient = tracked(Tensor::cat(of_rows, 0), weight);
+        loss = loss + term(rows.cast(compute), gradient);
     }
     if let (Some(delta), Some(gradient)) = (delta, of_delta) {
         let delta = delta.clone().cast(compute_dtype(delta.dtype()));
         let dtype = delta.dtype();
-        loss = loss + term(delta, gradient.cast(dtype)).cast(compute);
+        let gradient = tracked(gradient.cast(dtype), weight);
+        loss = loss + term(delta, gradient).cast(compute);
     }
     Ok(loss)
+}
+
+/// `x` without autodiff: a leaf that is detached would still ask for gradients, and every operation leave a node behind.
+fn untracked<const R: usize>(x: &Tensor<R>) -> Tensor<R> {
+    x.clone().inner()
+}
+
+/// `x` with autodiff, if `like` has it.
+fn tracked<const R: usize>(x: Tensor<R>, like: &Tensor<2>) -> Tensor<R> {
+    if like.is_autodiff() {
+        Tensor::from_inner(x)
+    } else {
+        x
+    }
 }
 
 /// Zero, with this gradient of `x`.
@@ -109,9 +127,9 @@ struct Computed {
 }
 
 /// A frozen table, and what a head adds to it, outside of burn's graph.
-struct Head<'a> {
-    weight: &'a Tensor<2>,
-    bias: Option<&'a Tensor<1>>,
+struct Head {
+    weight: Tensor<2>,
+    bias: Option<Tensor<1>>,
     trained: Option<Trained>,
 }
 
@@ -124,11 +142,11 @@ struct Trained {
     unchanged: Tensor<2, Bool>,
 }
 
-impl<'a> Head<'a> {
-    fn new(weight: &'a Tensor<2>, overrides: Option<&Overrides>, bias: Option<&'a Tensor<1>>) -> Self {
+impl Head {
+    fn new(weight: &Tensor<2>, overrides: Option<&Overrides>, bias: Option<&Tensor<1>>) -> Self {
         let trained = overrides.map(|Overrides { delta, columns }| {
             let columns = to_indices(columns, &weight.device());
-            let rounded = delta.clone().detach().cast(weight.dtype());
+            let rounded = untracked(delta).cast(weight.dtype());
             let base_rows = weight.clone().select(0, columns.clone());
             Trained {
                 unchanged: rounded
@@ -142,8 +160,8 @@ impl<'a> Head<'a> {
             }
         });
         Self {
-            weight,
-            bias,
+            weight: weight.clone(),
+            bias: bias.map(untracked),
             trained,
         }
     }
@@ -233,7 +251,7 @@ impl<'a> Head<'a> {
             let chosen = trained.mask_where(unchanged, kept);
             logits = logits.select_assign(1, columns.clone(), chosen, IndexingUpdateOp::Assign);
         }
-        match self.bias {
+        match &self.bias {
             None => logits,
             Some(bias) => {
                 let bias = bias.clone().cast(wide.dtype());
