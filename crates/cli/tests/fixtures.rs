@@ -665,6 +665,20 @@ fn a_resumed_run_goes_on_bit_for_bit() {
 }
 
 #[test]
+fn activations_computed_again_change_nothing() {
+    let case = Case::open("llama_tied");
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    let data = path("batches.jsonl");
+    case.write_batches(&data);
+    run(&train_args(&case, &data, &path("kept"))).ok();
+    let thrifty = with(train_args(&case, &data, &path("thrifty")), args!["--recompute"]);
+    run(&thrifty).ok();
+    let rows = |dir: &str| fs::read(path(dir).join("adapter_model.safetensors")).unwrap();
+    assert!(rows("kept") == rows("thrifty"));
+}
+
+#[test]
 fn saves_on_the_way_change_nothing_and_leave_one_adapter() {
     let case = Case::open("llama_untied");
     let dir = tempfile::tempdir().unwrap();

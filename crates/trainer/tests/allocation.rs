@@ -18,7 +18,7 @@ static ALLOCATOR: CountingAllocator = CountingAllocator;
 /// Tests of one binary run side by side, but only one may measure.
 static MEASURING: Mutex<()> = Mutex::new(());
 
-const VOCAB: usize = 50_000;
+const VOCAB: usize = 20_000;
 const HIDDEN: usize = 64;
 const INNER: usize = 96;
 const LAYERS: usize = 8;
@@ -80,7 +80,7 @@ fn write_model(dir: &Path, is_tied: bool) {
 fn trainer(dir: &Path, dtype: DType, recompute: bool) -> Trainer {
     let checkpoint = Checkpoint::open(dir).unwrap();
     let padding = PaddingRule::NoLookupGradient;
-    let model = Decoder::load(&checkpoint, &[7, 49_999, 3], None, padding, dtype, &Device::Cpu)
+    let model = Decoder::load(&checkpoint, &[7, 19_999, 3], None, padding, dtype, &Device::Cpu)
         .unwrap()
         .with_logits_chunk(LogitsChunk::rows(CHUNK).unwrap());
     let mut lines = String::new();
@@ -146,7 +146,7 @@ fn recomputation_keeps_one_activation_of_a_layer() {
     let [kept, recomputed] = [false, true].map(|recompute| {
         let trainer = trainer(dir.path(), DType::F32, recompute);
         // Large beside the workspace of a product.
-        let embeddings = noise(&[20 * ROWS, LENGTH, HIDDEN], 1);
+        let embeddings = noise(&[8 * ROWS, LENGTH, HIDDEN], 1);
         let embeddings = candle_core::Var::from_tensor(&embeddings).unwrap();
         let what = format!("layers, recompute {recompute}");
         measure(&what, || {

@@ -84,13 +84,7 @@ pub(crate) fn project(
     let leading = check_input(x, weight)?;
     let plain = Project::new(weight, bias);
     let Some(overrides) = overrides else {
-        // Only a matrix is taken as it lies.
-        let x = if leading.len() == 1 {
-            x.clone()
-        } else {
-            x.contiguous()?
-        };
-        return Ok(x.apply_op1(plain)?);
+        return Ok(x.contiguous()?.apply_op1(plain)?);
     };
     let shape = [leading, &[v]].concat();
     let rows = leading.iter().product::<usize>();

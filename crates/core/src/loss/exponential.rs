@@ -117,8 +117,8 @@ mod tests {
             assert!((got - want).abs() <= 1e-7 * want, "{len}: {got} {want}");
             let mut replaced = values.clone();
             assert_eq!(replace_by_exp(&mut replaced, 0.5), got);
-            let each = replaced.iter().zip(&values);
-            assert!(each.into_iter().all(|(got, x)| *got == exp(*x - 0.5)));
+            let mut each = replaced.iter().zip(&values);
+            assert!(each.all(|(got, x)| *got == exp(*x - 0.5)));
         }
     }
 }

@@ -75,11 +75,9 @@ impl Project {
     }
 }
 
-/// The rows of an input, which is contiguous unless it is a matrix. Reshaping the input instead would cost a backward
-/// pass two copies more.
+/// The rows of a contiguous input. Reshaping the input instead would cost a backward pass two copies more.
 fn as_rows(x: &Layout) -> Result<Layout> {
     match x.dims() {
-        [_, _] => Ok(x.clone()),
         [leading @ .., width] if x.is_contiguous() => {
             let shape = (leading.iter().product::<usize>(), *width);
             Ok(Layout::contiguous_with_offset(shape, x.start_offset()))
