@@ -4,6 +4,7 @@ mod dir;
 mod file;
 mod target;
 
+pub(crate) use dir::sync;
 pub use dir::write_dir_atomically;
 pub use file::write_file_atomically;
 

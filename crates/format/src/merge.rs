@@ -18,7 +18,7 @@ use plan::Plan;
 use trainable_tokens_core::{MergeCheck, TokenId, TokenRows};
 
 use crate::adapter::{Adapter, RecordedTable};
-use crate::atomic::{Overwrite, write_dir_atomically};
+use crate::atomic::{Overwrite, sync, write_dir_atomically};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::model::ModelTables;
@@ -107,7 +107,7 @@ pub fn merge_checkpoint(
     write(base, &plan, &[], out.as_ref(), overwrite)
 }
 
-/// Writes the copy; meanwhile another thread compares what was recorded of the base's tables.
+/// Writes the copy; while the system brings it to the disk, what was recorded of the base's tables is compared.
 fn write(
     base: &Checkpoint,
     plan: &Plan<'_>,
@@ -117,14 +117,15 @@ fn write(
 ) -> Result<MergeReport> {
     check_apart("the base checkpoint", base.dir(), out)?;
     write_dir_atomically(out, overwrite, |dir| {
+        let report = fill(base, plan, dir)?;
         thread::scope(|scope| {
-            let check = || recorded.iter().try_for_each(RecordedTable::check);
-            let check = (!recorded.is_empty()).then(|| scope.spawn(check));
-            let report = fill(base, plan, dir);
-            let checked = check.map_or(Ok(Ok(())), thread::ScopedJoinHandle::join);
-            checked.unwrap_or_else(|panic| resume_unwind(panic))?;
-            report
-        })
+            let sync = || report.rewritten.iter().try_for_each(|name| sync(&dir.join(name)));
+            let sync = (!recorded.is_empty()).then(|| scope.spawn(sync));
+            recorded.iter().try_for_each(RecordedTable::check)?;
+            let synced = sync.map_or(Ok(Ok(())), thread::ScopedJoinHandle::join);
+            synced.unwrap_or_else(|panic| resume_unwind(panic))
+        })?;
+        Ok(report)
     })
 }
 

@@ -114,10 +114,14 @@ fn sync_tree(dir: &Path) -> Result<()> {
         if kind.is_dir() {
             sync_tree(&path)?;
         } else if kind.is_file() {
-            File::open(&path)
-                .and_then(|file| file.sync_all())
-                .map_err(Error::io("sync", &path))?;
+            sync(&path)?;
         }
     }
     sync_dir(dir)
+}
+
+/// Brings a file to the disk.
+pub(crate) fn sync(path: &Path) -> Result<()> {
+    let file = File::open(path).and_then(|file| file.sync_all());
+    file.map_err(Error::io("sync", path))
 }

@@ -110,7 +110,8 @@ impl<'a> Merge<'a> {
     }
 
     /// How closely the base must be the one that the adapters were trained on, for those that are added after this;
-    /// [`BaseCheck::Fits`] without a word. Digests are compared while files are written.
+    /// [`BaseCheck::Fits`] without a word. Digests are compared while the files that were
+    /// written go to the disk.
     pub fn base_check(self, base_check: BaseCheck) -> Self {
         Self { base_check, ..self }
     }
