@@ -68,11 +68,12 @@ mod tests {
     fn gradients_are_clipped_together() {
         let rows = |values: &[f64]| TokenRows::new(values.to_vec(), 1, values.len()).unwrap();
         let (mut a, mut b) = (rows(&[3.0, 0.0]), rows(&[0.0, 4.0, 12.0]));
-        assert_eq!(joint_norm([&a, &b]), 13.0);
+        assert!((joint_norm([&a, &b]) - 13.0).abs() < 1e-12);
+        let before = (a.norm(), b.norm());
         assert_eq!(joint_norm([&a]), a.norm());
         assert_eq!(joint_norm([]), 0.0);
         ClipGradNorm::new(26.0).unwrap().clip(&mut [&mut a, &mut b]);
-        assert_eq!((a.norm(), b.norm()), (3.0, 160f64.sqrt()));
+        assert_eq!((a.norm(), b.norm()), before);
         ClipGradNorm::new(6.5).unwrap().clip(&mut [&mut a, &mut b]);
         assert!((a.norm() - 1.5).abs() < 1e-6, "{}", a.norm());
         assert!((joint_norm([&a, &b]) - 6.5).abs() < 1e-6);
