@@ -26,6 +26,7 @@
 //! - [`TrainableTokens`] is the embedding, with any number of adapters by name, [`AdapterMut`] one of them to train, and
 //!   [`TiedHead`] the output layer that shares all of it.
 //! - [`FrozenLinear`] is a linear layer that never makes a gradient of its weight, as candle's own always does.
+//! - [`matrix`] multiplies into memory that is there already, for operations of one's own.
 //! - [`merged_var_builder`], [`MergedBackend`] and [`CompactTable`] serve models whose code cannot be changed.
 //! - [`Candle`], [`CandleTable`] and [`CandleDelta`] implement the traits of `trainable-tokens-core`.
 //!
@@ -55,6 +56,7 @@ pub use error::{Error, Result};
 pub use head::TiedHead;
 pub use layer::TrainableTokens;
 pub use linear::FrozenLinear;
+pub use ops::matrix;
 pub use rows::CandleDelta;
 pub use table::CandleTable;
 pub use var_builder::{CompactTable, MergedBackend, merged_var_builder};

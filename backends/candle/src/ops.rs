@@ -4,7 +4,7 @@
 
 mod lookup;
 mod loss;
-mod matrix;
+pub mod matrix;
 mod mix;
 mod product;
 mod project;

@@ -9,7 +9,6 @@ mod frozen;
 mod gate;
 mod norm;
 mod parallel;
-mod product;
 mod recompute;
 mod storage;
 #[cfg(test)]

@@ -1,12 +1,12 @@
-//! Matrix products into memory that is there already; candle's own always allocate their result.
+//! Matrix products into memory that is there already, on the CPU; candle's own always allocate their result.
 
-use candle_core::{Result, bail, utils::get_num_threads};
+use candle_core::{Result, bail};
 use gemm::Parallelism;
 use trainable_tokens_core::{DType, Element};
 
 /// A matrix in a slice.
-#[derive(Clone, Copy)]
-pub(super) struct Matrix<'a, C> {
+#[derive(Clone, Copy, Debug)]
+pub struct Matrix<'a, C> {
     values: &'a [C],
     shape: [usize; 2],
     strides: [usize; 2],
@@ -14,7 +14,7 @@ pub(super) struct Matrix<'a, C> {
 
 impl<'a, C: Element> Matrix<'a, C> {
     /// Rows of `columns` elements, one after the other.
-    pub(super) fn new(values: &'a [C], [rows, columns]: [usize; 2]) -> Self {
+    pub fn new(values: &'a [C], [rows, columns]: [usize; 2]) -> Self {
         Self {
             values,
             shape: [rows, columns],
@@ -23,12 +23,20 @@ impl<'a, C: Element> Matrix<'a, C> {
     }
 
     /// Rows that begin `stride` elements apart.
-    pub(super) fn with_stride(mut self, stride: usize) -> Self {
+    #[must_use]
+    pub fn with_stride(mut self, stride: usize) -> Self {
         self.strides[0] = stride;
         self
     }
 
-    pub(super) fn transposed(self) -> Self {
+    /// How many columns there are.
+    pub fn columns(&self) -> usize {
+        self.shape[1]
+    }
+
+    /// The same values, rows as columns.
+    #[must_use]
+    pub fn transposed(self) -> Self {
         let ([rows, columns], [row, column]) = (self.shape, self.strides);
         Self {
             values: self.values,
@@ -40,24 +48,25 @@ impl<'a, C: Element> Matrix<'a, C> {
 
 /// What becomes of the values that a product is written to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Old {
+pub enum Old {
     /// They are overwritten.
     Replace,
     /// The product is added to them.
     Add,
 }
 
-/// `out = left · right`, or `out += left · right`, for rows of `out` that begin `stride` elements apart, in `f32` or `f64`.
+/// `out = factor · left · right`, or `out += factor · left · right`, on at most `threads` threads, for rows of `out` that
+/// begin `stride` elements apart; in `f32` or `f64`.
 ///
 /// # Errors
 ///
 /// For matrices that do not fit, and for other types.
-pub(super) fn multiply<C: Element>(
+pub fn multiply<C: Element>(
     left: Matrix<'_, C>,
     right: Matrix<'_, C>,
-    old: Old,
-    out: &mut [C],
-    stride: usize,
+    factor: C,
+    (old, out, stride): (Old, &mut [C], usize),
+    threads: usize,
 ) -> Result<()> {
     let ([m, k], [inner, n]) = (left.shape, right.shape);
     if k != inner || n > stride || !matches!(C::DTYPE, DType::F32 | DType::F64) {
@@ -99,7 +108,6 @@ pub(super) fn multiply<C: Element>(
         }
         return Ok(());
     }
-    let threads = get_num_threads();
     let parallelism = if threads > 1 {
         Parallelism::Rayon(threads)
     } else {
@@ -128,7 +136,7 @@ pub(super) fn multiply<C: Element>(
             right_columns,
             right_rows,
             one,
-            one,
+            factor,
             false,
             false,
             false,
@@ -163,11 +171,11 @@ mod tests {
                     let before = values((m * stride).saturating_sub(stride - n), 3);
                     let mut got = before.clone();
                     let (left, right) = (Matrix::new(&a, [m, k]), Matrix::new(&b, [n, k]));
-                    multiply(left, right.transposed(), old, &mut got, stride).unwrap();
+                    multiply(left, right.transposed(), 0.5, (old, &mut got, stride), 2).unwrap();
                     let mut want = before;
                     for i in 0..m {
                         for j in 0..n {
-                            let sum: f64 = (0..k).map(|at| a[i * k + at] * b[j * k + at]).sum();
+                            let sum: f64 = (0..k).map(|at| 0.5 * a[i * k + at] * b[j * k + at]).sum();
                             let to = &mut want[i * stride + j];
                             *to = if old == Old::Add { *to + sum } else { sum };
                         }
@@ -183,7 +191,7 @@ mod tests {
         let a = values(6, 1);
         let new = |columns| Matrix::new(&a, [6 / columns, columns]);
         let mut out = vec![0.0; 4];
-        let mut refused = |a, b, stride| multiply(a, b, Old::Replace, &mut out, stride).is_err();
+        let mut refused = |a, b, stride| multiply(a, b, 1.0, (Old::Replace, &mut out, stride), 1).is_err();
         assert!(refused(new(3), new(3), 3), "inner sizes");
         assert!(refused(new(3), new(3).transposed(), 1), "overlapping rows");
         assert!(refused(new(3), new(3).transposed(), 3), "a short result");
@@ -195,7 +203,7 @@ mod tests {
         let half = [half::f16::ONE];
         let (one, mut out) = (Matrix::new(&half, [1, 1]), half);
         assert!(
-            multiply(one, one, Old::Replace, &mut out, 1).is_err(),
+            multiply(one, one, half[0], (Old::Replace, &mut out, 1), 1).is_err(),
             "another type"
         );
     }

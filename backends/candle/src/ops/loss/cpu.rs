@@ -116,7 +116,7 @@ struct Input<'a, T> {
 
 /// Goes through the chunks of the plan.
 fn run<T: Operand>(input: &Input<'_, T>, plan: &CrossEntropyPlan, wanted: Wanted) -> crate::Result<Computed> {
-    let zero = T::Compute::default();
+    let (zero, one) = (T::Compute::default(), <T::Compute as Element>::from_f64(1.0));
     let Input {
         dim, vocab_size: v, ..
     } = *input;
@@ -154,22 +154,22 @@ fn run<T: Operand>(input: &Input<'_, T>, plan: &CrossEntropyPlan, wanted: Wanted
         for block in blocks::<T>(n, v, dim) {
             let weight = T::widen(&input.weight[block.start * dim..block.end * dim], &mut wide);
             let weight = Matrix::new(weight, [block.len(), dim]);
-            multiply(
-                rows,
-                weight.transposed(),
-                Old::Replace,
-                &mut logits[block.start..],
-                v,
-            )?;
+            let to = (Old::Replace, &mut logits[block.start..], v);
+            multiply(rows, weight.transposed(), one, to, threads)?;
         }
         let trained = Matrix::new(&changed_rows, [c, dim]);
-        multiply(rows, trained.transposed(), Old::Replace, part, c)?;
+        multiply(
+            rows,
+            trained.transposed(),
+            one,
+            (Old::Replace, &mut *part, c),
+            threads,
+        )?;
         put(part, logits, v, &changed_columns);
         if let Some(bias) = input.bias {
             for row in logits.chunks_exact_mut(v) {
-                row.iter_mut()
-                    .zip(bias)
-                    .for_each(|(x, bias)| *x += bias.to_compute());
+                let each = row.iter_mut().zip(bias);
+                each.for_each(|(x, bias)| *x += bias.to_compute());
             }
         }
         if !wanted.of_hidden && !wanted.of_delta {
@@ -180,7 +180,13 @@ fn run<T: Operand>(input: &Input<'_, T>, plan: &CrossEntropyPlan, wanted: Wanted
         if wanted.of_delta {
             take(part, logits, v, &input.columns);
             let part = Matrix::new(part, [n, k]);
-            multiply(part.transposed(), rows, Old::Add, &mut of_delta, dim)?;
+            multiply(
+                part.transposed(),
+                rows,
+                one,
+                (Old::Add, &mut of_delta, dim),
+                threads,
+            )?;
         }
         if wanted.of_hidden {
             // What the replaced columns give comes from the trained rows.
@@ -191,11 +197,11 @@ fn run<T: Operand>(input: &Input<'_, T>, plan: &CrossEntropyPlan, wanted: Wanted
                 let weight = T::widen(&input.weight[block.start * dim..block.end * dim], &mut wide);
                 let weight = Matrix::new(weight, [block.len(), dim]);
                 let columns = Matrix::new(&logits[block.start..], [n, block.len()]).with_stride(v);
-                multiply(columns, weight, old, &mut row_gradients, dim)?;
+                multiply(columns, weight, one, (old, &mut row_gradients, dim), threads)?;
                 old = Old::Add;
             }
             let part = Matrix::new(part, [n, c]);
-            multiply(part, trained, Old::Add, &mut row_gradients, dim)?;
+            multiply(part, trained, one, (Old::Add, &mut row_gradients, dim), threads)?;
             for (position, from) in positions().zip(row_gradients.chunks_exact(width)) {
                 of_hidden[position * dim..][..dim].copy_from_slice(from);
             }

@@ -4,10 +4,10 @@ use std::ops::Range;
 
 use candle_core::Result;
 use num_traits::Zero;
+use trainable_tokens_candle::matrix::{Matrix, Old, multiply};
 
 use super::AttentionKind;
 use super::rotation::{Angles, Direction};
-use crate::ops::product::{Matrix, Old, multiply};
 use crate::ops::storage::{Real, dot, real};
 
 /// The positions whose scores are in memory at a time: few enough that hidden scores are left out and memory stays
@@ -74,8 +74,8 @@ impl<'a, C: Real> Group<'a, C> {
         for block in self.blocks() {
             self.weights(&block, &mut weights, None)?;
             self.multiply(
-                (&mut out[self.rows(&block)], Old::Overwrite),
-                Matrix::new(&weights, block.keys.len()),
+                (&mut out[self.rows(&block)], Old::Replace),
+                matrix(&weights, block.keys.len()),
                 self.of_keys(&self.value, &block),
                 C::one(),
             )?;
@@ -93,10 +93,10 @@ impl<'a, C: Real> Group<'a, C> {
             self.weights(&block, &mut weights, Some(&mut slopes))?;
             let (rows, width) = (self.rows(&block), block.keys.len());
             let keys = block.keys.start * self.head_dim..block.keys.end * self.head_dim;
-            let up = Matrix::new(&upstream[rows.clone()], self.head_dim);
+            let up = matrix(&upstream[rows.clone()], self.head_dim);
             self.multiply(
                 (&mut value[keys.clone()], Old::Add),
-                Matrix::new(&weights, width).transposed(),
+                matrix(&weights, width).transposed(),
                 up,
                 C::one(),
             )?;
@@ -104,7 +104,7 @@ impl<'a, C: Real> Group<'a, C> {
             // The gradient of the weights becomes that of the scores.
             scores.resize(weights.len(), <C as Zero>::zero());
             self.multiply(
-                (&mut scores, Old::Overwrite),
+                (&mut scores, Old::Replace),
                 up,
                 self.of_keys(&self.value, &block).transposed(),
                 C::one(),
@@ -118,9 +118,9 @@ impl<'a, C: Real> Group<'a, C> {
             let each = scores.iter_mut().zip(&slopes);
             each.for_each(|(score, slope)| *score = *score * *slope);
 
-            let scores = Matrix::new(&scores, width);
+            let scores = matrix(&scores, width);
             self.multiply(
-                (&mut query[rows.clone()], Old::Overwrite),
+                (&mut query[rows.clone()], Old::Replace),
                 scores,
                 self.of_keys(&self.key, &block),
                 scale,
@@ -128,7 +128,7 @@ impl<'a, C: Real> Group<'a, C> {
             self.multiply(
                 (&mut key[keys], Old::Add),
                 scores.transposed(),
-                Matrix::new(&self.query[rows], self.head_dim),
+                matrix(&self.query[rows], self.head_dim),
                 scale,
             )?;
         }
@@ -158,7 +158,7 @@ impl<'a, C: Real> Group<'a, C> {
     /// The rows of the keys, or values, that a block sees.
     fn of_keys<'b>(&self, all: &'b [C], block: &Block) -> Matrix<'b, C> {
         let keys = block.keys.start * self.head_dim..block.keys.end * self.head_dim;
-        Matrix::new(&all[keys], self.head_dim)
+        matrix(&all[keys], self.head_dim)
     }
 
     /// Writes a block's weights, `[queries, heads, keys]`: each row's softmax over the keys that its query sees, 0 for
@@ -167,8 +167,8 @@ impl<'a, C: Real> Group<'a, C> {
         let width = block.keys.len();
         weights.resize(block.queries.len() * self.heads * width, <C as Zero>::zero());
         self.multiply(
-            (weights, Old::Overwrite),
-            Matrix::new(&self.query[self.rows(block)], self.head_dim),
+            (weights, Old::Replace),
+            matrix(&self.query[self.rows(block)], self.head_dim),
             self.of_keys(&self.key, block).transposed(),
             real(self.kind.scale),
         )?;
@@ -196,13 +196,19 @@ impl<'a, C: Real> Group<'a, C> {
 
     fn multiply(
         &self,
-        out: (&mut [C], Old),
+        (out, old): (&mut [C], Old),
         left: Matrix<'_, C>,
         right: Matrix<'_, C>,
         factor: C,
     ) -> Result<()> {
-        multiply(out, left, right, factor, self.threads)
+        let width = right.columns();
+        multiply(left, right, factor, (old, out, width), self.threads)
     }
+}
+
+/// As many rows of `width` as there are.
+fn matrix<C: Real>(values: &[C], width: usize) -> Matrix<'_, C> {
+    Matrix::new(values, [values.len().checked_div(width).unwrap_or(0), width])
 }
 
 /// Softmax over the visible scores of a row; the others become 0.
