@@ -11,8 +11,9 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 pub use peft_type::PeftType;
+pub(crate) use target::Matcher;
 pub use target::TargetModules;
-pub(crate) use target::{Matcher, is_path_or_suffix};
+pub use target::is_path_or_suffix;
 pub use task_type::TaskType;
 pub use tokens::TokenIndices;
 

@@ -60,7 +60,7 @@ pub use adapter::{
 };
 pub use atomic::{Overwrite, write_dir_atomically, write_file_atomically};
 pub use checkpoint::Checkpoint;
-pub use config::{AdapterConfig, PeftType, TargetModules, TaskType, TokenIndices};
+pub use config::{AdapterConfig, PeftType, TargetModules, TaskType, TokenIndices, is_path_or_suffix};
 pub use diff::{AdapterDiff, CheckpointDiff, ModuleDiff, RowDiff, TableDiff, TensorDiff, TensorDifference};
 pub use digest::{InvalidDigest, TableDigest, digest};
 pub use error::{Error, Result};

@@ -7,7 +7,7 @@ use rand_chacha::ChaCha8Rng;
 use serde_json::json;
 use trainable_tokens_core::{EmbeddingSource, TokenRows, TokenSet};
 use trainable_tokens_format::{
-    Adapter, AdapterBuilder, AdapterConfig, Checkpoint, TargetModules, TokenIndices,
+    Adapter, AdapterBuilder, AdapterConfig, Checkpoint, TargetModules, TokenIndices, is_path_or_suffix,
 };
 
 use crate::{Decoder, EMBEDDING_MODULE, EMBEDDING_TENSOR, Error, HEAD_MODULE, ModelConfig, Result};
@@ -68,18 +68,16 @@ impl LoraOptions {
         }
         let mut targets: Vec<String> = Vec::new();
         for target in &self.targets {
-            match target.as_str() {
-                ALL_LINEAR => targets.extend(LINEAR.map(str::to_owned)),
-                name => targets.push(name.to_owned()),
+            let names = match target.as_str() {
+                ALL_LINEAR => &LINEAR[..],
+                name => &[name],
+            };
+            for name in names.iter().filter(|name| !name.is_empty()) {
+                if !targets.iter().any(|target| target == name) {
+                    targets.push((*name).to_owned());
+                }
             }
         }
-        let mut seen = Vec::new();
-        targets.retain(|target| {
-            !target.is_empty() && !seen.contains(target) && {
-                seen.push(target.clone());
-                true
-            }
-        });
         if targets.is_empty() {
             return Err(Error::Setting(
                 "LoRA has no target: name a linear layer".to_owned(),
@@ -135,16 +133,15 @@ impl LoraOptions {
     /// Every target must be a linear layer, and what is targeted must be of the decoder.
     fn expect_layers(&self, modules: &[String], model: &ModelConfig) -> Result<()> {
         let refuse = |message: String| Err(Error::Setting(message));
-        let ends_in = |module: &str, name: &str| module == name || module.ends_with(&format!(".{name}"));
         for target in self.targets.iter().filter(|target| *target != ALL_LINEAR) {
-            if !modules.iter().any(|module| ends_in(module, target)) {
+            if !modules.iter().any(|module| is_path_or_suffix(target, module)) {
                 return refuse(format!(
                     "no linear layer is named '{target}': LoRA's targets can be {}, {HEAD_MODULE} or {ALL_LINEAR}",
                     LINEAR.join(", ")
                 ));
             }
         }
-        let is_layer = |module: &&String| LINEAR.iter().any(|name| ends_in(module, name));
+        let is_layer = |module: &&String| LINEAR.iter().any(|name| is_path_or_suffix(name, module));
         match modules.iter().find(|module| !is_layer(module)) {
             Some(module) if module != HEAD_MODULE => refuse(format!(
                 "module {module} is no linear layer, so that LoRA cannot train beside it"

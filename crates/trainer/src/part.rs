@@ -22,17 +22,21 @@ pub(crate) struct Part {
 }
 
 /// Which matrix of the model it is.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Matrix {
     /// The rows of a module's table.
     Rows(&'static str),
-    /// LoRA's `A` (0) or `B` (1) of the layer at a path, with its scaling.
+    /// One of LoRA's factors of the layer at a path, with its scaling.
     Factor {
         path: String,
-        which: usize,
-        scaling_bits: u64,
+        /// [`LORA_A`] or [`LORA_B`].
+        name: &'static str,
+        scaling: f64,
     },
 }
+
+const LORA_A: &str = "lora_A";
+const LORA_B: &str = "lora_B";
 
 impl Matrix {
     /// Its name in a saved state; the input embedding's rows, which were there first, have none.
@@ -40,7 +44,7 @@ impl Matrix {
         match self {
             Self::Rows(EMBEDDING_MODULE) => String::new(),
             Self::Rows(module) => format!("{module}."),
-            Self::Factor { path, which, .. } => format!("{path}.{}.", ["lora_A", "lora_B"][*which % 2]),
+            Self::Factor { path, name, .. } => format!("{path}.{name}."),
         }
     }
 
@@ -64,13 +68,13 @@ pub(crate) fn parts(model: &Decoder, options: &TrainOptions) -> Result<Vec<Part>
         found.push((Matrix::Rows(module), delta, layer.tokens().clone()));
     }
     for low_rank in model.low_rank() {
-        for (which, delta) in low_rank.factors().into_iter().enumerate() {
+        for (name, delta) in [LORA_A, LORA_B].into_iter().zip(low_rank.factors()) {
             let rows = delta.num_rows();
             let tokens = TokenSet::new(0..u32::try_from(rows).unwrap_or(u32::MAX), rows)?;
             let matrix = Matrix::Factor {
                 path: low_rank.path().to_owned(),
-                which,
-                scaling_bits: low_rank.scaling().to_bits(),
+                name,
+                scaling: low_rank.scaling(),
             };
             found.push((matrix, delta.clone(), tokens));
         }
@@ -202,23 +206,18 @@ impl Part {
                 Some(rows) => Ok(rows.clone()),
                 None => refuse(format!("the adapter has no rows for {module}")),
             },
-            Matrix::Factor {
-                path,
-                which,
-                scaling_bits,
-            } => {
+            Matrix::Factor { path, name, scaling } => {
                 let Some(weights) = lora.iter().find(|weights| weights.path() == path) else {
                     return refuse(format!("the adapter has no weights of LoRA for {path}"));
                 };
-                let scaling = f64::from_bits(*scaling_bits);
-                if weights.scaling().to_bits() != *scaling_bits {
+                if weights.scaling() != *scaling {
                     return refuse(format!(
                         "the adapter scales its weights of LoRA for {path} by {}, not {scaling}",
                         weights.scaling()
                     ));
                 }
                 let [a, b] = weights.factors()?;
-                Ok(if *which == 0 { a } else { b })
+                Ok(if *name == LORA_A { a } else { b })
             }
         }
     }

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 use trainable_tokens_core::{EmbeddingSource, PaddingRule, TokenRows, TokenSet};
-use trainable_tokens_format::{Adapter, Overwrite, TrainingState};
+use trainable_tokens_format::{Adapter, Overwrite, TrainingState, is_path_or_suffix};
 use trainable_tokens_trainer::{self as trainer, Dataset, EMBEDDING_MODULE, TrainOptions, Trainer};
 
 use super::{check_apart, check_free};
@@ -111,8 +111,10 @@ fn options(args: &TrainArgs) -> TrainOptions {
 
 /// The rows of these models' input embedding train, and no others; PEFT matches a path or a suffix after a dot.
 fn check_target(modules: &[String]) -> Result<()> {
-    let matches = |name: &String| name == EMBEDDING_MODULE || EMBEDDING_MODULE.ends_with(&format!(".{name}"));
-    match modules.iter().find(|name| !matches(name)) {
+    match modules
+        .iter()
+        .find(|name| !is_path_or_suffix(name, EMBEDDING_MODULE))
+    {
         None => Ok(()),
         Some(name) => {
             bail!(

@@ -94,7 +94,9 @@ pub(super) fn check(target: &TargetModules) -> Result<(), String> {
     }
 }
 
-pub(crate) fn is_path_or_suffix(entry: &str, path: &str) -> bool {
+/// Whether an entry of `target_modules` names the module at `path`: by its path, or by the end of it after a dot
+/// (`peft/tuners/tuners_utils.py`, `check_target_module_exists`).
+pub fn is_path_or_suffix(entry: &str, path: &str) -> bool {
     path.strip_suffix(entry)
         .is_some_and(|head| head.is_empty() || head.ends_with('.'))
 }
