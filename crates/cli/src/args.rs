@@ -94,14 +94,8 @@ pub(crate) struct LoraArgs {
     /// Also train weights of LoRA, of this rank.
     #[arg(long, value_name = "R", value_parser = positive)]
     lora_rank: Option<usize>,
-    /// Linear layers that get them, as PEFT names them, or all-linear.
-    #[arg(
-        long,
-        value_delimiter = ',',
-        default_value = "q_proj,v_proj",
-        requires = "lora_rank",
-        value_name = "MODULES"
-    )]
+    /// Linear layers that get them, as PEFT names them, or all-linear [default: those of queries and values].
+    #[arg(long, value_delimiter = ',', requires = "lora_rank", value_name = "MODULES")]
     lora_targets: Vec<String>,
     /// LoRA's alpha: the product of the weights is multiplied by alpha / rank.
     #[arg(long, default_value_t = 8.0, requires = "lora_rank")]
@@ -205,14 +199,9 @@ pub(crate) struct TrainArgs {
     pub(crate) recompute: bool,
     #[command(flatten)]
     pub(crate) compute: ComputeArgs,
-    /// Module whose rows train, as PEFT names it; only the input embedding can be.
-    #[arg(
-        long,
-        value_delimiter = ',',
-        default_value = "embed_tokens",
-        value_name = "MODULES"
-    )]
-    pub(crate) target_modules: Vec<String>,
+    /// Module whose rows train, as PEFT names it; only the input embedding can be [default: embed_tokens, or wte].
+    #[arg(long, value_delimiter = ',', value_name = "MODULES")]
+    pub(crate) target_modules: Option<Vec<String>>,
     /// What the gradient of a chosen token does that is the model's padding token.
     #[arg(long, value_enum)]
     pub(crate) padding_idx: Option<PaddingChoice>,

@@ -7,9 +7,7 @@ use anyhow::{Result, bail};
 use candle_core::{DType, Device};
 use trainable_tokens_core::{EmbeddingSource, PaddingRule, TokenRows, TokenSet};
 use trainable_tokens_format::{Adapter, AdapterBuilder, BaseCheck, Checkpoint, MappedTable, TableDigest};
-use trainable_tokens_trainer::{
-    Decoder, EMBEDDING_MODULE, EMBEDDING_TENSOR, HEAD_MODULE, ModelConfig, Vocabulary,
-};
+use trainable_tokens_trainer::{Decoder, ModelConfig, Vocabulary};
 
 use crate::args::{ComputeArgs, DeviceArg, WeightType};
 use crate::initial::Initial;
@@ -40,7 +38,7 @@ impl Model {
 
     /// The embedding table, mapped.
     pub(crate) fn table(&self) -> Result<MappedTable> {
-        Ok(self.checkpoint.table(EMBEDDING_TENSOR)?)
+        Ok(self.checkpoint.table(&self.config.embedding_tensor())?)
     }
 
     /// Loads the decoder, with an adapter if there is one. Whether the adapter fits is asked before any weight is read, and
@@ -101,13 +99,13 @@ impl Model {
     ) -> Result<AdapterBuilder> {
         let table = self.table()?;
         let tokens = TokenSet::new(ids.iter().copied(), table.vocab_size())?;
-        let mut builder = Adapter::builder(EMBEDDING_MODULE, &tokens, rows)
+        let mut builder = Adapter::builder(self.config.embedding_module(), &tokens, rows)
             .base_model_name_or_path(dir.to_string_lossy())
             .base(*self.digest.get_or_init(|| table.digest()), table.dtype())
             .init_weights(initial.keeps_base())
             .init(initial.text.as_str());
         if self.config.tie_word_embeddings {
-            builder = builder.tied(HEAD_MODULE);
+            builder = builder.tied(self.config.head_module());
         }
         if let Some(strings) = self.token_strings(ids)? {
             builder = builder.tokens(strings);

@@ -1,11 +1,16 @@
 //! `config.json` of the decoders that this crate implements.
 
+mod check;
+mod family;
 mod model;
+mod names;
 mod parse;
+mod rope;
 
 use std::path::Path;
 
-pub use model::{ModelConfig, RopeScaling};
+pub use model::{Activation, LayerType, ModelConfig, NormKind, Positions, Rope, RopeScaling};
+pub(crate) use names::{ProjectionNames, WeightLayout};
 use parse::Refusal;
 
 use crate::{Error, Result};

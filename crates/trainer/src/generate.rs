@@ -12,7 +12,7 @@ use crate::{Decoder, Result};
 /// A token out of range, an empty or too long sequence; candle's errors.
 pub fn generate(model: &Decoder, prompt: &[u32], max_new_tokens: usize) -> Result<Vec<u32>> {
     let mut ids = prompt.to_vec();
-    let room = model.config().max_position_embeddings.saturating_sub(ids.len());
+    let room = model.config().max_length().saturating_sub(ids.len());
     for _ in 0..max_new_tokens.min(room) {
         let input = Tensor::from_slice(&ids, (1, ids.len()), model.device())?;
         let hidden = model.hidden(&model.embed(&input)?.detach())?;

@@ -27,7 +27,7 @@ mod schedule;
 mod trainer;
 mod vocabulary;
 
-pub use config::{ModelConfig, RopeScaling};
+pub use config::{Activation, LayerType, ModelConfig, NormKind, Positions, Rope, RopeScaling};
 pub use data::{Batch, Dataset, Example, IGNORED, Sampler};
 pub use error::{Error, Result};
 pub use evaluate::{Evaluation, evaluate};
@@ -35,7 +35,7 @@ pub use generate::generate;
 pub use lora::{ALL_LINEAR, LoraOptions};
 pub use loss::{Graph, causal_loss};
 pub use memory::peak_rss_bytes;
-pub use model::{Decoder, EMBEDDING_MODULE, EMBEDDING_TENSOR, HEAD_MODULE, LowRank};
+pub use model::{Decoder, KeyValueCache, LowRank};
 pub use options::{DecayToward, OptimizerKind, TrainOptions};
 pub use probe::{GradientCheck, check_gradient};
 pub use schedule::Schedule;

@@ -15,8 +15,9 @@ mod storage;
 mod tests;
 
 pub(crate) use attention::{AttentionKind, Mask, Rotation, attention};
-pub(crate) use gate::silu_gate;
-pub(crate) use norm::rms_norm;
+pub(crate) use frozen::add_frozen;
+pub(crate) use gate::{activate, gate};
+pub(crate) use norm::Norm;
 pub(crate) use recompute::recompute;
 
 use candle_core::DType;

@@ -8,7 +8,7 @@ use trainable_tokens_core::{
 };
 use trainable_tokens_format::{Adapter, LoraWeights};
 
-use crate::{Decoder, EMBEDDING_MODULE, Error, HEAD_MODULE, Result, TrainOptions};
+use crate::{Decoder, Error, Result, TrainOptions};
 
 /// One trained matrix: rows of a table, or a factor of LoRA's.
 pub(crate) struct Part {
@@ -24,8 +24,10 @@ pub(crate) struct Part {
 /// Which matrix of the model it is.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Matrix {
-    /// The rows of a module's table.
-    Rows(&'static str),
+    /// The rows of the input embedding, at its path.
+    Embedding(&'static str),
+    /// The rows of an untied head, at its path.
+    Head(&'static str),
     /// One of LoRA's factors of the layer at a path, with its scaling.
     Factor {
         path: String,
@@ -42,10 +44,14 @@ impl Matrix {
     /// Its name in a saved state; the input embedding's rows, which were there first, have none.
     fn name(&self) -> String {
         match self {
-            Self::Rows(EMBEDDING_MODULE) => String::new(),
-            Self::Rows(module) => format!("{module}."),
+            Self::Embedding(_) => String::new(),
+            Self::Head(module) => format!("{module}."),
             Self::Factor { path, name, .. } => format!("{path}.{name}."),
         }
+    }
+
+    pub(crate) fn is_embedding(&self) -> bool {
+        matches!(self, Self::Embedding(_))
     }
 
     pub(crate) fn is_factor(&self) -> bool {
@@ -56,16 +62,20 @@ impl Matrix {
 /// All that trains in a model: the rows of the embedding, those of an untied head, and LoRA's factors.
 pub(crate) fn parts(model: &Decoder, options: &TrainOptions) -> Result<Vec<Part>> {
     let mut found = Vec::new();
+    let config = model.config();
     let tables = [
-        (EMBEDDING_MODULE, Some(model.embedding())),
-        (HEAD_MODULE, model.head_rows()),
+        (
+            Matrix::Embedding(config.embedding_module()),
+            Some(model.embedding()),
+        ),
+        (Matrix::Head(config.head_module()), model.head_rows()),
     ];
-    for (module, layer) in tables {
+    for (matrix, layer) in tables {
         let Some(layer) = layer.filter(|layer| !layer.tokens().is_empty()) else {
             continue;
         };
         let delta = layer.layer().delta()?.clone();
-        found.push((Matrix::Rows(module), delta, layer.tokens().clone()));
+        found.push((matrix, delta, layer.tokens().clone()));
     }
     for low_rank in model.low_rank() {
         for (name, delta) in [LORA_A, LORA_B].into_iter().zip(low_rank.factors()) {
@@ -202,7 +212,7 @@ impl Part {
     fn values(&self, adapter: &Adapter, lora: &[LoraWeights]) -> Result<TokenRows> {
         let refuse = |what: String| Err(Error::Setting(what));
         match &self.matrix {
-            Matrix::Rows(module) => match adapter.rows(module) {
+            Matrix::Embedding(module) | Matrix::Head(module) => match adapter.rows(module) {
                 Some(rows) => Ok(rows.clone()),
                 None => refuse(format!("the adapter has no rows for {module}")),
             },

@@ -10,11 +10,11 @@ use trainable_tokens_core::{ClipGradNorm, EmbeddingSource, PaddingRule, Slot, To
 use trainable_tokens_format::{Adapter, Checkpoint, TrainingState};
 
 use crate::loss::scalar;
-use crate::part::{self, Matrix, Part};
+use crate::part::{self, Part};
 use crate::probe::{SHORTEST_FACTOR, SHORTEST_ROW};
 use crate::{
-    Batch, Dataset, Decoder, EMBEDDING_MODULE, EMBEDDING_TENSOR, Error, Evaluation, GradientCheck, Graph,
-    OptimizerKind, Result, Sampler, TrainOptions, causal_loss, check_gradient, evaluate, peak_rss_bytes,
+    Batch, Dataset, Decoder, Error, Evaluation, GradientCheck, Graph, OptimizerKind, Result, Sampler,
+    TrainOptions, causal_loss, check_gradient, evaluate, peak_rss_bytes,
 };
 
 /// What one step did, as it is written to a metrics file.
@@ -154,7 +154,7 @@ impl Trainer {
             _ => f64::from(f32::EPSILON),
         };
         let held = self.row_without_lookup_gradient();
-        let held_of = |part: &Part| held.filter(|_| *part.matrix() == Matrix::Rows(EMBEDDING_MODULE));
+        let held_of = |part: &Part| held.filter(|_| part.matrix().is_embedding());
         let (mut start, mut slopes) = (Vec::new(), Vec::new());
         for part in chosen.iter().map(|at| &self.parts[*at]) {
             let (values, slope) = (part.read()?, part.gradient(gradients)?);
@@ -315,10 +315,7 @@ impl Trainer {
 
     /// What trains beside the rows of the input embedding.
     fn others(&self) -> Vec<String> {
-        let others = self
-            .parts
-            .iter()
-            .filter(|part| *part.matrix() != Matrix::Rows(EMBEDDING_MODULE));
+        let others = self.parts.iter().filter(|part| !part.matrix().is_embedding());
         others.map(Part::describe).collect()
     }
 
@@ -332,7 +329,7 @@ impl Trainer {
         const ROWS_AT_A_TIME: u32 = 4096;
         let (table, origin) = (
             self.model.embedding().table(),
-            checkpoint.table(EMBEDDING_TENSOR)?,
+            checkpoint.table(&self.model.config().embedding_tensor())?,
         );
         let vocab_size = u32::try_from(table.vocab_size()).unwrap_or(u32::MAX);
         let mut largest: f64 = 0.0;

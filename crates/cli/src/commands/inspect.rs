@@ -8,7 +8,7 @@ use anyhow::{Result, bail};
 use serde::Serialize;
 use trainable_tokens_core::{EmbeddingSource, TokenId};
 use trainable_tokens_format::{Adapter, BaseCheck, Checkpoint, LoraLayer, LoraWeights, SafetensorsFile};
-use trainable_tokens_trainer::{EMBEDDING_TENSOR, ModelConfig};
+use trainable_tokens_trainer::ModelConfig;
 
 use super::adapters_in;
 use crate::args::{Cli, InspectArgs};
@@ -254,7 +254,7 @@ fn model(dir: &Path) -> Result<ModelOutput> {
         vocabulary,
         ..
     } = Model::open(dir)?;
-    let table = checkpoint.table(EMBEDDING_TENSOR)?;
+    let table = checkpoint.table(&config.embedding_tensor())?;
     let free_rows = if vocabulary.exists() {
         Some(free_rows(&vocabulary, table.vocab_size())?)
     } else {

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, bail};
 use trainable_tokens_core::{EmbeddingSource, PaddingRule, TokenRows, TokenSet};
 use trainable_tokens_format::{Adapter, Overwrite, TrainingState, is_path_or_suffix};
-use trainable_tokens_trainer::{self as trainer, Dataset, EMBEDDING_MODULE, TrainOptions, Trainer};
+use trainable_tokens_trainer::{self as trainer, Dataset, TrainOptions, Trainer};
 
 use super::{check_apart, check_free};
 use crate::args::{self, Cli, PaddingChoice, TrainArgs};
@@ -33,9 +33,10 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
     let others = [&args.eval_data, &args.metrics].into_iter().flatten();
     let others = others.chain([&args.model, &args.data]).map(PathBuf::as_path);
     check_apart(&args.out, others)?;
-    check_target(&args.target_modules)?;
 
     let model = Model::open(&args.model)?;
+    let embedding = model.config.embedding_module();
+    let target_modules = target(args.target_modules.as_deref(), embedding)?;
     let ids = args.tokens.resolve(&model.vocabulary, model.config.vocab_size)?;
     let padding = padding_rule(args.padding_idx, &ids, model.config.pad_token_id)?;
     let data = Dataset::read(&args.data, &model.vocabulary, &model.config, args.max_length)?;
@@ -60,7 +61,7 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
     let run = Run {
         model: &model,
         model_dir: &args.model,
-        target_modules: &args.target_modules,
+        target_modules: &target_modules,
         lora: lora.as_ref(),
         initial: &initial,
         outputs: Outputs {
@@ -109,17 +110,17 @@ fn options(args: &TrainArgs) -> TrainOptions {
     }
 }
 
-/// The rows of these models' input embedding train, and no others; PEFT matches a path or a suffix after a dot.
-fn check_target(modules: &[String]) -> Result<()> {
-    match modules
-        .iter()
-        .find(|name| !is_path_or_suffix(name, EMBEDDING_MODULE))
-    {
-        None => Ok(()),
+/// The names of the module whose rows train: the input embedding at `path`, and no other. PEFT matches a path or a suffix
+/// after a dot.
+fn target(named: Option<&[String]>, path: &str) -> Result<Vec<String>> {
+    let Some(named) = named else {
+        let last = path.rsplit('.').next().unwrap_or(path);
+        return Ok(vec![last.to_owned()]);
+    };
+    match named.iter().find(|name| !is_path_or_suffix(name, path)) {
+        None => Ok(named.to_vec()),
         Some(name) => {
-            bail!(
-                "target module '{name}' is not the input embedding {EMBEDDING_MODULE}, the only module that can train"
-            )
+            bail!("target module '{name}' is not the input embedding {path}, the only module that can train")
         }
     }
 }
@@ -169,8 +170,9 @@ fn resume(trainer: &mut Trainer, dir: &Path, initial: &Initial) -> Result<()> {
     }
     let path = dir.join(TrainingState::FILE_NAME);
     let state = TrainingState::read(&path)?;
-    if adapter.rows(EMBEDDING_MODULE).is_none() {
-        bail!("adapter {} has no rows for {EMBEDDING_MODULE}", dir.display());
+    let embedding = trainer.model().config().embedding_module();
+    if adapter.rows(embedding).is_none() {
+        bail!("adapter {} has no rows for {embedding}", dir.display());
     }
     trainer.resume(&adapter, state, &path)?;
     Ok(())

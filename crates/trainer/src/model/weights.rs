@@ -10,6 +10,7 @@ use trainable_tokens_core::{Element, EmbeddingSource, RowRef};
 use trainable_tokens_format::{Checkpoint, ExtendedTable, TensorRef};
 
 use super::linear::{Linear, LowRank};
+use crate::config::WeightLayout;
 use crate::{Error, Result};
 
 /// Loads tensors by name, checks their shapes, converts them in one pass.
@@ -127,9 +128,19 @@ impl<'a> Weights<'a> {
         Ok(Tensor::from_vec(values, shape, self.device)?)
     }
 
-    /// A linear layer `[out, in]`, with its bias where the model has one, and with its weights of LoRA.
-    pub(super) fn linear(&self, module: &str, out: usize, input: usize, bias: bool) -> Result<Linear> {
-        let weight = self.tensor(&format!("{module}.weight"), &[out, input])?;
+    /// A linear layer, with its bias where the model has one, and with its weights of LoRA.
+    pub(super) fn linear(
+        &self,
+        module: &str,
+        [out, input]: [usize; 2],
+        bias: bool,
+        layout: WeightLayout,
+    ) -> Result<Linear> {
+        let name = format!("{module}.weight");
+        let weight = match layout {
+            WeightLayout::OutIn => self.tensor(&name, &[out, input])?,
+            WeightLayout::InOut => self.tensor(&name, &[input, out])?.t()?.contiguous()?,
+        };
         let bias = if bias {
             Some(self.tensor(&format!("{module}.bias"), &[out])?)
         } else {

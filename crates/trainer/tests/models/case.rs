@@ -8,7 +8,7 @@ use serde_json::Value;
 use trainable_tokens_core::{PaddingRule, TokenRows};
 use trainable_tokens_format::{Adapter, AdapterModule, Checkpoint, Merge, Overwrite};
 use trainable_tokens_testkit::peft::{Fixture, fixtures};
-use trainable_tokens_trainer::{Decoder, EMBEDDING_MODULE};
+use trainable_tokens_trainer::{Decoder, ModelConfig};
 
 pub(crate) struct Case {
     pub(crate) name: String,
@@ -42,6 +42,10 @@ impl Case {
         Checkpoint::open(self.path(operation["base"].as_str().unwrap_or("base"))).unwrap()
     }
 
+    pub(crate) fn config(&self) -> ModelConfig {
+        ModelConfig::read(&self.base(&Value::Null).config_path()).unwrap()
+    }
+
     pub(crate) fn adapter(&self, operation: &Value) -> Adapter {
         let named = operation["active"][0]
             .as_str()
@@ -63,7 +67,11 @@ impl Case {
                 "{}.token_adapter.trainable_tokens_delta.default",
                 module.path()
             ));
-            (module.path(), module.token_set(150).unwrap(), rows)
+            (
+                module.path(),
+                module.token_set(self.config().vocab_size).unwrap(),
+                rows,
+            )
         });
         let mut modules = modules.collect::<Vec<_>>().into_iter();
         let (path, tokens, first) = modules.next().unwrap();
@@ -81,7 +89,7 @@ impl Case {
     /// The model in the state that an operation names; without one, with the adapter.
     pub(crate) fn model(&self, operation: &Value) -> Decoder {
         let base = self.base(operation);
-        let module = |adapter: &Adapter| adapter.module(EMBEDDING_MODULE).cloned();
+        let module = |adapter: &Adapter| adapter.module(self.config().embedding_module()).cloned();
         match operation["state"].as_str().unwrap_or("adapter") {
             "base" => load(&base, &[], None),
             "noop" => {
@@ -91,6 +99,9 @@ impl Case {
                     module.as_ref().map_or(&[], AdapterModule::token_indices),
                     None,
                 )
+            }
+            "adapter" if operation["base_cast"] == "BF16" => {
+                load_adapter(&base, &self.adapter(operation), DType::BF16)
             }
             "adapter" => with_adapter(&base, &self.adapter(operation)),
             "merged" if self.path("merged").exists() => {
@@ -117,8 +128,12 @@ fn merged(base: &Checkpoint, adapter: &Adapter) -> Decoder {
 
 /// A model with all of an adapter beside its weights.
 pub(crate) fn with_adapter(base: &Checkpoint, adapter: &Adapter) -> Decoder {
+    load_adapter(base, adapter, DType::F32)
+}
+
+fn load_adapter(base: &Checkpoint, adapter: &Adapter, dtype: DType) -> Decoder {
     let padding = PaddingRule::NoLookupGradient;
-    Decoder::load_adapter(base, adapter, padding, DType::F32, &Device::Cpu).unwrap()
+    Decoder::load_adapter(base, adapter, padding, dtype, &Device::Cpu).unwrap()
 }
 
 fn load(checkpoint: &Checkpoint, tokens: &[u32], rows: Option<&TokenRows>) -> Decoder {
@@ -127,7 +142,8 @@ fn load(checkpoint: &Checkpoint, tokens: &[u32], rows: Option<&TokenRows>) -> De
 }
 
 pub(crate) fn flat(tensor: &Tensor) -> Vec<f32> {
-    tensor.detach().flatten_all().unwrap().to_vec1().unwrap()
+    let tensor = tensor.detach().to_dtype(DType::F32).unwrap();
+    tensor.flatten_all().unwrap().to_vec1().unwrap()
 }
 
 pub(crate) fn check(what: &str, got: &[f32], want: &[f32], [atol, rtol]: [f64; 2]) {

@@ -6,9 +6,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 use trainable_tokens_candle::TrainableTokens;
 use trainable_tokens_format::{Adapter, PeftType};
-use trainable_tokens_trainer::{
-    Dataset, EMBEDDING_MODULE, HEAD_MODULE, ModelConfig, TrainOptions, Trainer, Vocabulary,
-};
+use trainable_tokens_trainer::{Dataset, TrainOptions, Trainer, Vocabulary};
 
 use crate::case::{Case, check, with_adapter};
 
@@ -51,8 +49,8 @@ fn trainer(case: &Case, data: &Path, recompute: bool) -> Trainer {
         ..TrainOptions::default()
     };
     let base = case.base(&Value::Null);
-    let config = ModelConfig::read(&base.config_path()).unwrap();
-    let data = Dataset::read(data, &Vocabulary::of_model(base.dir()), &config, None).unwrap();
+    let vocabulary = Vocabulary::of_model(base.dir());
+    let data = Dataset::read(data, &vocabulary, &case.config(), None).unwrap();
     let model = match case.adapter(&Value::Null).config().peft_type() {
         PeftType::TrainableTokens => case.model(&json!({ "state": "noop" })),
         PeftType::Lora => with_adapter(&base, &case.start()),
@@ -65,12 +63,12 @@ fn saved(case: &Case, trainer: &Trainer) -> Adapter {
     let model = trainer.model();
     let rows = |layer: &TrainableTokens| (layer.tokens().clone(), layer.rows().unwrap());
     let (tokens, values) = rows(model.embedding());
-    let mut builder = Adapter::builder(EMBEDDING_MODULE, &tokens, values);
+    let mut builder = Adapter::builder(model.config().embedding_module(), &tokens, values);
     if case.adapter(&Value::Null).config().peft_type() == PeftType::Lora {
         builder = builder.lora(case.adapter(&Value::Null).config().clone());
         if let Some(head) = model.head_rows() {
             let (tokens, values) = rows(head);
-            builder = builder.module_of(HEAD_MODULE, &tokens, values);
+            builder = builder.module_of(model.config().head_module(), &tokens, values);
         }
         builder = model.add_low_rank(builder).unwrap();
     }
@@ -109,8 +107,9 @@ fn train(name: &str) {
     let losses = case.flat("losses");
     let steps = losses.len();
     assert_eq!(trainer.total_steps(), steps as u64);
-    let mut modules = vec![EMBEDDING_MODULE];
-    modules.extend(trainer.model().head_rows().map(|_| HEAD_MODULE));
+    let config = case.config();
+    let mut modules = vec![config.embedding_module()];
+    modules.extend(trainer.model().head_rows().map(|_| config.head_module()));
     for step in 0..steps {
         let metrics = trainer.step().unwrap();
         #[allow(clippy::cast_possible_truncation)]
@@ -196,4 +195,24 @@ fn lora_dict_untied_train() {
 #[test]
 fn lora_dict_tied_same_train() {
     train("lora_dict_tied_same");
+}
+
+#[test]
+fn qwen2_sharded_train() {
+    train("qwen2_sharded");
+}
+
+#[test]
+fn gemma2_tied_train() {
+    train("gemma2_tied");
+}
+
+#[test]
+fn lora_list_gemma2_train() {
+    train("lora_list_gemma2");
+}
+
+#[test]
+fn gpt2_tied_train() {
+    train("gpt2_tied");
 }

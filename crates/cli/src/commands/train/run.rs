@@ -158,7 +158,9 @@ impl Run<'_> {
             .adapter_builder(self.model_dir, &tokens, rows, self.initial)?;
         let builder = match self.lora {
             None => builder.target_modules(self.target_modules.to_vec()),
-            Some(lora) => trainer.model().add_low_rank(builder.lora(lora.config()?))?,
+            Some(lora) => trainer
+                .model()
+                .add_low_rank(builder.lora(lora.config(trainer.model().config())?))?,
         };
         let adapter = builder.build()?;
         let overwrite = if replace {
