@@ -8,6 +8,8 @@ from layer import NUMBERS as LAYER_NUMBERS, REFERENCE
 from model import NUMBERS as MODEL_NUMBERS, check
 from processes import Failure, by_turns, cargo, peft, run
 
+# What differs from the point that all others are compared with.
+LAYERS = [{}, {"v": 32_000}, {"v": 1_000_000}, {"dtype": "bf16"}]
 # Shape, type of the weights and of the computation, what runs beside ours.
 MODELS = [
     ("llama", "f32", ["peft", "lora", "full"]),
@@ -43,7 +45,7 @@ def layers(rounds):
     """Whole steps of the embedding."""
     ours = program("layer", "--features", "candle,cuda")
     rows = []
-    for other in [{}, {"v": 32_000}, {"v": 1_000_000}, {"dtype": "bf16"}, {"dtype": "bf16", "v": 1_000_000}]:
+    for other in LAYERS:
         sizes = {**REFERENCE, **other}
         flags = [
             "--vocab-size", sizes["v"], "--dim", sizes["d"], "--tokens", sizes["n"], "--rows", sizes["k"],

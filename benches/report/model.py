@@ -5,7 +5,7 @@ from processes import Failure, bench, by_turns, peft, run
 
 NUMBERS = ["step_s", "extra_mb"]
 OTHERS = ["peft", "lora", "full"]
-SHAPES = ["llama"]  # those that the decoder runs
+SHAPES = ["llama", "gemma2"]
 
 
 def model(rounds, smoke, out):
