@@ -4,9 +4,10 @@ use std::ops::RangeInclusive;
 use std::str::FromStr;
 
 use anyhow::{Result, bail};
-use trainable_tokens_trainer::Vocabulary;
+use trainable_tokens_trainer::{Context, Vocabulary};
 
 use crate::args::TokenArgs;
+use crate::output::note;
 
 /// Ids and ranges of ids, such as `12,7,300-310`, in order.
 #[derive(Clone, Debug)]
@@ -62,7 +63,7 @@ impl TokenArgs {
             None => self
                 .tokens
                 .iter()
-                .map(|token| Ok(vocabulary.single_id(token)?))
+                .map(|token| single_id(vocabulary, token))
                 .collect::<Result<_>>()?,
         };
         if let Some(id) = ids.iter().find(|id| **id as usize >= vocab_size) {
@@ -79,6 +80,23 @@ impl TokenArgs {
         }
         Ok(ids)
     }
+}
+
+/// The id of a token that is found wherever its string stands in a sentence. A normal token may be missed between letters:
+/// there a normalizer may have changed the text.
+fn single_id(vocabulary: &Vocabulary, token: &str) -> Result<u32> {
+    let id = vocabulary.single_id(token)?;
+    for missed in vocabulary.missed_contexts(id)? {
+        let what = format!(
+            "token '{token}' is not found in '{}', which encodes to {}",
+            missed.text, missed.encodes_to
+        );
+        if missed.special || missed.context != Context::BetweenLetters {
+            bail!("{what}; texts would not train it: name it by its id if that is meant");
+        }
+        note(&format!("note: {what}"));
+    }
+    Ok(id)
 }
 
 #[cfg(test)]

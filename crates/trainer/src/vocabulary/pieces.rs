@@ -84,12 +84,8 @@ impl Vocabulary {
     ///
     /// [`Error::Tokenizer`], [`Error::Read`].
     pub fn text(&self, id: u32) -> Result<Option<String>> {
-        let tokenizer = self.load()?;
-        let added = tokenizer
-            .get_added_tokens_decoder()
-            .get(&id)
-            .map(|token| token.content.clone());
-        let Some(string) = added.clone().or_else(|| tokenizer.id_to_token(id)) else {
+        let added = self.added_token(id)?;
+        let Some(string) = self.token(id)? else {
             return Ok(None);
         };
         let marker = self.space_marker()?;
