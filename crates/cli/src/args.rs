@@ -1,5 +1,6 @@
 //! The commands and their options.
 
+use std::num::NonZero;
 use std::path::PathBuf;
 
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
@@ -42,6 +43,8 @@ pub(crate) enum Command {
     Forward(ForwardArgs),
     /// Write an adapter that changes nothing yet, or whose rows start anew.
     Init(InitArgs),
+    /// Add tokens to a copy of a model: to its tokenizer, its tables and its config.
+    AddTokens(AddTokensArgs),
     /// Bake adapters into a copy of a model.
     Merge(MergeArgs),
     /// Write the adapter of the rows in which a tuned model differs from its base.
@@ -285,6 +288,34 @@ pub(crate) struct InitArgs {
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
     /// Adapter directory to write.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct AddTokensArgs {
+    /// Model directory, with tokenizer.json.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) model: PathBuf,
+    /// Strings of the new tokens, separated by commas.
+    #[arg(long, required = true, value_delimiter = ',', value_name = "STRINGS")]
+    pub(crate) tokens: Vec<String>,
+    /// Add them as normal tokens: found after the text was normalized, and not skipped with special tokens.
+    #[arg(long)]
+    pub(crate) normal: bool,
+    /// How the rows start, as in `init`; `keep` is for padded rows that are there already.
+    #[arg(long, default_value = "mean-covariance", value_name = "MODE")]
+    pub(crate) init: InitSpec,
+    /// How the row of one token starts, such as '<tok>=description:a small bird'; may be given for several tokens.
+    #[arg(long, value_name = "TOKEN=MODE")]
+    pub(crate) init_token: Vec<TokenInit>,
+    /// Seed of rows that start with random numbers.
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
+    /// Round the number of rows up to a multiple of N.
+    #[arg(long, value_name = "N")]
+    pub(crate) pad_to_multiple_of: Option<NonZero<usize>>,
+    /// Model directory to write.
     #[arg(long, value_name = "DIR")]
     pub(crate) out: PathBuf,
 }

@@ -1,5 +1,6 @@
 //! One module per command.
 
+mod add_tokens;
 mod demo;
 mod diff;
 mod eval;
@@ -28,6 +29,7 @@ pub(crate) fn run(cli: &Cli) -> Result<()> {
         Command::Eval(args) => eval::run(args, cli),
         Command::Forward(args) => forward::run(args, cli),
         Command::Init(args) => init::run(args, cli),
+        Command::AddTokens(args) => add_tokens::run(args, cli),
         Command::Merge(args) => merge::run(args, cli),
         Command::Extract(args) => extract::run(args, cli),
         Command::Diff(args) => diff::run(args, cli),

@@ -159,6 +159,11 @@ impl Initial {
         self.inits.iter().all(RowInit::keeps_base)
     }
 
+    /// How each row starts, in slot order.
+    pub(crate) fn inits(&self) -> &[RowInit] {
+        &self.inits
+    }
+
     /// How each row starts, all tokens by their ids, in slot order.
     pub(crate) fn resolved(&self) -> Vec<String> {
         self.inits.iter().map(ToString::to_string).collect()

@@ -63,7 +63,11 @@ impl TokenArgs {
             None => self
                 .tokens
                 .iter()
-                .map(|token| single_id(vocabulary, token))
+                .map(|token| {
+                    let id = vocabulary.single_id(token)?;
+                    expect_found(vocabulary, token, id)?;
+                    Ok(id)
+                })
                 .collect::<Result<_>>()?,
         };
         if let Some(id) = ids.iter().find(|id| **id as usize >= vocab_size) {
@@ -82,10 +86,9 @@ impl TokenArgs {
     }
 }
 
-/// The id of a token that is found wherever its string stands in a sentence. A normal token may be missed between letters:
+/// Refuses a token that is not found where its string stands in a sentence. A normal token may be missed between letters:
 /// there a normalizer may have changed the text.
-fn single_id(vocabulary: &Vocabulary, token: &str) -> Result<u32> {
-    let id = vocabulary.single_id(token)?;
+pub(crate) fn expect_found(vocabulary: &Vocabulary, token: &str, id: u32) -> Result<()> {
     for missed in vocabulary.missed_contexts(id)? {
         let what = format!(
             "token '{token}' is not found in '{}', which encodes to {}",
@@ -96,7 +99,7 @@ fn single_id(vocabulary: &Vocabulary, token: &str) -> Result<u32> {
         }
         note(&format!("note: {what}"));
     }
-    Ok(id)
+    Ok(())
 }
 
 #[cfg(test)]

@@ -52,9 +52,12 @@ impl RowInit {
 /// equal tables give equal bits in every backend. The table is read a block at a time, at most twice, and not at all
 /// where no statistic of it is asked for. The time of [`InitMode::MeanCovariance`] is `k * V * D`.
 ///
+/// A table that is about to grow has no rows yet for the tokens after its last: `tokens` is then made for the larger
+/// vocabulary, and means and norms are still those of the rows that are there.
+///
 /// # Errors
 ///
-/// [`Error::Shape`] unless there is one init per slot and `tokens` was made for a table of this size;
+/// [`Error::Shape`] unless there is one init per slot and `tokens` was made for a table of this size or a larger one;
 /// [`Error::TokenOutOfRange`], [`Error::Hyperparameter`] or [`Error::Init`], naming the culprit; the table's errors.
 pub fn initial_rows<S: EmbeddingSource + ?Sized>(
     source: &S,
@@ -74,7 +77,7 @@ fn initial_rows_by<S: EmbeddingSource + ?Sized>(
     block: usize,
 ) -> Result<TokenRows, S::Error> {
     let (k, dim) = (tokens.len(), source.embedding_dim());
-    if tokens.vocab_size() != source.vocab_size() {
+    if tokens.vocab_size() < source.vocab_size() {
         let (expected, got) = ([source.vocab_size()], [tokens.vocab_size()]);
         return Err(Error::shape("vocabulary of the token set", &expected, &got).into());
     }
@@ -85,14 +88,28 @@ fn initial_rows_by<S: EmbeddingSource + ?Sized>(
         init.check()?;
         source.check_ids(&init.mode.sources())?;
     }
-    let kept = source.read_rows(tokens.ids())?;
+    let is_there = |id: TokenId| id.row() < source.vocab_size();
+    let ids_and_inits = tokens.ids().iter().zip(inits);
+    for (id, _) in ids_and_inits.filter(|(_, init)| init.mode == InitMode::Keep) {
+        if !is_there(*id) {
+            return Err(Error::from(InitError::NoRow { id: *id }).into());
+        }
+    }
+    let (slots, there): (Vec<usize>, Vec<TokenId>) = (0..)
+        .zip(tokens.ids().iter().copied())
+        .filter(|(_, id)| is_there(*id))
+        .unzip();
+    let kept = source.read_rows(&there)?;
     if inits.iter().all(RowInit::keeps_base) {
         // A copy within one type keeps every bit, also of what is no number.
         return Ok(kept.to_dtype(dtype));
     }
     let statistics = Statistics::of(source, tokens, inits, block)?;
     let mut samples = covariance_samples(source, tokens, inits, &statistics, block)?.into_iter();
-    let mut rows = kept.to_f64_vec();
+    let mut rows = vec![0.0; k * dim];
+    for (slot, row) in slots.iter().zip(kept.to_f64_vec().chunks_exact(dim.max(1))) {
+        rows[slot * dim..(slot + 1) * dim].copy_from_slice(row);
+    }
     for (slot, (id, init)) in tokens.ids().iter().zip(inits).enumerate() {
         let row = &mut rows[slot * dim..(slot + 1) * dim];
         match &init.mode {

@@ -40,4 +40,4 @@ pub use options::{DecayToward, OptimizerKind, TrainOptions};
 pub use probe::{GradientCheck, check_gradient};
 pub use schedule::Schedule;
 pub use trainer::{StepMetrics, Trainer};
-pub use vocabulary::{Context, MissedContext, Pieces, Vocabulary};
+pub use vocabulary::{AddedTokens, Context, MissedContext, Pieces, TokenKind, Vocabulary};

@@ -1,11 +1,13 @@
 //! Token strings and ids of a model.
 
+mod added;
 mod context;
 mod pieces;
 
 use std::cell::OnceCell;
 use std::path::{Path, PathBuf};
 
+pub use added::{AddedTokens, TokenKind};
 pub use context::{Context, MissedContext};
 pub use pieces::Pieces;
 use tokenizers::Tokenizer;
@@ -115,15 +117,8 @@ impl Vocabulary {
         if let Some(tokenizer) = self.tokenizer.get() {
             return Ok(tokenizer);
         }
-        let tokenizer = self.plain(Tokenizer::from_bytes(self.read()?))?;
+        let tokenizer = self.plain(Tokenizer::from_bytes(read(&self.path)?))?;
         Ok(self.tokenizer.get_or_init(|| tokenizer))
-    }
-
-    fn read(&self) -> Result<Vec<u8>> {
-        std::fs::read(&self.path).map_err(|source| Error::Read {
-            path: self.path.clone(),
-            source,
-        })
     }
 
     /// Padding and truncation are the data set's business.
@@ -143,4 +138,11 @@ impl Vocabulary {
             reason,
         }
     }
+}
+
+fn read(path: &Path) -> Result<Vec<u8>> {
+    std::fs::read(path).map_err(|source| Error::Read {
+        path: path.to_owned(),
+        source,
+    })
 }
