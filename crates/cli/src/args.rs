@@ -155,9 +155,12 @@ pub(crate) struct TrainArgs {
     /// Steps to take [default: one pass over the data].
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) steps: Option<u64>,
-    /// Lines per step.
+    /// Lines at a time.
     #[arg(long, default_value_t = 8, value_parser = positive)]
     pub(crate) batch_size: usize,
+    /// Batches per step, in whose gradient all targets count alike, as if they were one batch.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = positive)]
+    pub(crate) accumulate: usize,
     /// Learning rate.
     #[arg(long, default_value_t = 1e-3)]
     pub(crate) lr: f64,

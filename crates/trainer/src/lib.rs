@@ -4,11 +4,12 @@
 //!   of some tokens; no backward pass makes a gradient of a frozen weight.
 //! - [`LoraOptions`], [`LowRank`]: weights of LoRA that train beside the rows.
 //! - [`Dataset`], [`Batch`], [`Sampler`]: JSON Lines or text, through the model's tokenizer ([`Vocabulary`]).
-//! - [`Trainer`]: steps, schedules ([`Schedule`]), clipping, evaluation, exact resumption. Before the first step,
+//! - [`Trainer`]: steps, schedules ([`Schedule`]), gradient accumulation, clipping, evaluation, exact resumption. Before the first step,
 //!   [`check_gradient`] compares the gradient with finite differences of the loss and refuses to train on a wrong
 //!   one.
 //! - [`generate`], [`causal_loss`]: what training is measured by.
 
+mod accumulate;
 mod config;
 mod data;
 mod error;

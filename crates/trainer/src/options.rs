@@ -36,8 +36,10 @@ pub enum DecayToward {
 pub struct TrainOptions {
     /// Steps to take; one pass over the data if absent.
     pub steps: Option<u64>,
-    /// Examples per step.
+    /// Examples at a time.
     pub batch_size: usize,
+    /// Batches per step: their gradients add up to that of the mean over all targets of the step.
+    pub accumulate: usize,
     /// The update rule.
     pub optimizer: OptimizerKind,
     /// Learning rate.
@@ -81,6 +83,7 @@ impl Default for TrainOptions {
         Self {
             steps: None,
             batch_size: 8,
+            accumulate: 1,
             optimizer: OptimizerKind::default(),
             lr,
             beta1,
@@ -99,8 +102,8 @@ impl Default for TrainOptions {
     }
 }
 
-/// More lines in a batch are a slip: a run of a given number of steps wraps around its data, so that nothing else
-/// bounds a batch.
+/// More lines in a step are a slip: a run of a given number of steps wraps around its data, so that nothing else
+/// bounds them.
 const LARGEST_BATCH: usize = 1 << 16;
 
 impl TrainOptions {
@@ -157,12 +160,19 @@ impl TrainOptions {
 
     /// Checks what no constructor above does.
     pub(crate) fn check(&self) -> Result<()> {
-        if self.batch_size == 0 {
-            return Err(Error::Setting("batch-size must be at least 1".to_owned()));
-        }
-        if self.batch_size > LARGEST_BATCH {
+        let at_least_one = |name: &str, value: usize| match value {
+            0 => Err(Error::Setting(format!("{name} must be at least 1"))),
+            _ => Ok(()),
+        };
+        at_least_one("batch-size", self.batch_size)?;
+        at_least_one("accumulate", self.accumulate)?;
+        if self.batch_size.saturating_mul(self.accumulate) > LARGEST_BATCH {
+            let batches = match self.accumulate {
+                1 => String::new(),
+                batches => format!(" of {batches} batches"),
+            };
             return Err(Error::Setting(format!(
-                "batch-size is {}, but it must be at most {LARGEST_BATCH}",
+                "batch-size{batches} is {}, but it must be at most {LARGEST_BATCH} in a step",
                 self.batch_size
             )));
         }

@@ -91,15 +91,18 @@ pub(crate) fn parts(model: &Decoder, options: &TrainOptions) -> Result<Vec<Part>
     parts.collect()
 }
 
+/// The gradient of each part after a backward pass.
+pub(crate) fn gradients(parts: &[Part], store: &GradStore) -> Result<Vec<TokenRows>> {
+    parts.iter().map(|part| part.gradient(store)).collect()
+}
+
 /// One step of all parts with a learning rate; the L2 norm of all gradients together, before they are clipped.
 pub(crate) fn step(
     parts: &mut [Part],
-    gradients: &GradStore,
+    mut gradients: Vec<TokenRows>,
     clip: Option<&ClipGradNorm>,
     learning_rate: f64,
 ) -> Result<f64> {
-    let gradients = parts.iter().map(|part| part.gradient(gradients));
-    let mut gradients = gradients.collect::<Result<Vec<_>>>()?;
     let norm = joint_norm(&gradients);
     if let Some(clip) = clip {
         clip.clip(&mut gradients.iter_mut().collect::<Vec<_>>());

@@ -81,6 +81,7 @@ fn options(args: &TrainArgs) -> TrainOptions {
     TrainOptions {
         steps: args.steps,
         batch_size: args.batch_size,
+        accumulate: args.accumulate,
         optimizer: match args.optimizer {
             args::Optimizer::Adamw => trainer::OptimizerKind::AdamW,
             args::Optimizer::Adam => trainer::OptimizerKind::Adam,

@@ -1,6 +1,7 @@
 //! PEFT's cases on whole models.
 #![allow(missing_docs, clippy::unwrap_used, clippy::panic)]
 
+mod accumulation;
 mod case;
 mod lora;
 mod training;
