@@ -37,7 +37,7 @@ pub use lora::{ALL_LINEAR, LoraOptions};
 pub use loss::{Graph, causal_loss};
 pub use memory::peak_rss_bytes;
 pub use model::{Decoder, EMBEDDING_MODULE, EMBEDDING_TENSOR, HEAD_MODULE, LowRank};
-pub use options::{DecayToward, OptimizerKind, TrainOptions};
+pub use options::{DecayToward, NormTarget, OptimizerKind, TrainOptions};
 pub use probe::{GradientCheck, check_gradient};
 pub use schedule::Schedule;
 pub use trainer::{StepMetrics, Trainer};

@@ -113,6 +113,11 @@ impl Trainer {
         &self.model
     }
 
+    /// What it trains on.
+    pub fn data(&self) -> &Dataset {
+        &self.data
+    }
+
     /// Steps taken, those of a resumed run included.
     pub fn steps_taken(&self) -> u64 {
         self.step
@@ -229,7 +234,7 @@ impl Trainer {
             .schedule
             .factor(self.step, self.options.warmup_steps, self.total_steps);
         let lr = self.options.lr * factor;
-        let grad_norm = part::step(&mut self.parts, gradients, self.clip.as_ref(), lr)?;
+        let grad_norm = part::step(&mut self.parts, gradients, self.clip.as_ref(), factor)?;
         self.step += 1;
         Ok(StepMetrics {
             step: self.step,
@@ -303,7 +308,7 @@ impl Trainer {
         let extra =
             serde_json::to_value(self.identity()).map_err(|error| Error::Setting(error.to_string()))?;
         Ok(TrainingState {
-            optimizer: part::state(&self.parts),
+            optimizer: part::state(&self.parts)?,
             extra,
         })
     }

@@ -2,16 +2,11 @@
 
 use std::path::Path;
 
-use candle_core::{DType, Device};
 use serde_json::{Value, json};
-use trainable_tokens_core::PaddingRule;
-use trainable_tokens_format::Checkpoint;
 use trainable_tokens_testkit::peft::fixtures;
-use trainable_tokens_trainer::{
-    Dataset, Decoder, Error, ModelConfig, Schedule, TrainOptions, Trainer, Vocabulary,
-};
+use trainable_tokens_trainer::{Error, Schedule, TrainOptions};
 
-use crate::case::check;
+use crate::case::{check, trainer};
 
 /// What `tests/fixtures/transformers/trainer.py` wrote.
 fn reference() -> Value {
@@ -25,22 +20,6 @@ fn floats(value: &Value) -> Vec<f32> {
         #[allow(clippy::cast_possible_truncation)]
         number => vec![number.as_f64().unwrap() as f32],
     }
-}
-
-fn trainer(name: &str, tokens: &[u32], lines: &[Value], options: TrainOptions) -> Trainer {
-    let base = Checkpoint::open(fixtures().join(name).join("base")).unwrap();
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("data.jsonl");
-    std::fs::write(
-        &path,
-        lines.iter().map(|line| format!("{line}\n")).collect::<String>(),
-    )
-    .unwrap();
-    let config = ModelConfig::read(&base.config_path()).unwrap();
-    let data = Dataset::read(&path, &Vocabulary::of_model(base.dir()), &config, None).unwrap();
-    let padding = PaddingRule::NoLookupGradient;
-    let model = Decoder::load(&base, tokens, None, padding, DType::F32, &Device::Cpu).unwrap();
-    Trainer::new(model, data, options).unwrap()
 }
 
 #[test]

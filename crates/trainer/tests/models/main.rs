@@ -3,6 +3,7 @@
 
 mod accumulation;
 mod case;
+mod groups;
 mod lora;
 mod training;
 mod whole_models;
