@@ -7,7 +7,7 @@ use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use trainable_tokens_trainer::LoraOptions;
 
 use crate::initial::{InitSpec, TokenInit};
-use crate::tokens::IdRanges;
+use crate::tokens::{IdRanges, TokenLr};
 
 /// Fine-tune a few token rows of a frozen embedding table, in the file format of PEFT's Trainable Tokens.
 #[derive(Debug, Parser)]
@@ -158,9 +158,12 @@ pub(crate) struct TrainArgs {
     /// Steps to take [default: one pass over the data].
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) steps: Option<u64>,
-    /// Lines per step.
+    /// Lines at a time.
     #[arg(long, default_value_t = 8, value_parser = positive)]
     pub(crate) batch_size: usize,
+    /// Batches per step, in whose gradient all targets count alike, as if they were one batch.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = positive)]
+    pub(crate) accumulate: usize,
     /// Learning rate.
     #[arg(long, default_value_t = 1e-3)]
     pub(crate) lr: f64,
@@ -194,6 +197,16 @@ pub(crate) struct TrainArgs {
     /// Clip the gradient of all that trains together to this L2 norm.
     #[arg(long)]
     pub(crate) max_grad_norm: Option<f64>,
+    /// Learning rates of single tokens, such as '<a>=1e-3,12=0'; the schedule applies to them too. The row of a token with 0 is
+    /// frozen: nothing changes it, not even decay.
+    #[arg(long, value_delimiter = ',', value_name = "TOKEN=LR")]
+    pub(crate) token_lr: Vec<TokenLr>,
+    /// After each step, scale the rows to the mean norm of the table's rows, or each to the norm it started with.
+    #[arg(long, value_enum)]
+    pub(crate) match_norm: Option<NormChoice>,
+    /// After each step, scale down rows that are longer than this L2 norm.
+    #[arg(long, value_name = "NORM")]
+    pub(crate) max_row_norm: Option<f64>,
     /// Seed of the shuffle, and of rows and weights of LoRA that start with random numbers.
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
@@ -443,6 +456,15 @@ pub(crate) enum Schedule {
 pub(crate) enum WeightType {
     F32,
     Bf16,
+}
+
+/// Which norm rows keep.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum NormChoice {
+    /// The mean norm of all rows of the table.
+    Mean,
+    /// The norm that the row started with.
+    Original,
 }
 
 /// What becomes of the lookup's gradient at the padding token.

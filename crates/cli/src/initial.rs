@@ -11,6 +11,7 @@ use trainable_tokens_trainer::Vocabulary;
 
 use crate::args::RowInitArgs;
 use crate::output::note;
+use crate::tokens::{is_id, token_id};
 
 /// One `--init`: what core knows, and what takes the model's tokenizer.
 #[derive(Clone, Debug)]
@@ -132,10 +133,6 @@ impl FromStr for TokenInit {
         Err(first
             .unwrap_or_else(|| "expected TOKEN=MODE, such as '<tok>=description:a small bird'".to_owned()))
     }
-}
-
-fn is_id(text: &str) -> bool {
-    text.bytes().all(|byte| byte.is_ascii_digit()) && text.parse::<u32>().is_ok()
 }
 
 /// How the rows of all tokens of a run start.
@@ -270,10 +267,7 @@ impl Resolver<'_> {
 
     /// A token by its id or its string.
     fn token(&self, name: &str) -> Result<TokenId> {
-        if is_id(name) {
-            return Ok(TokenId(name.parse()?));
-        }
-        Ok(TokenId(self.vocabulary.single_id(name)?))
+        Ok(TokenId(token_id(name, self.vocabulary)?))
     }
 
     fn sub_tokens(&mut self, id: u32) -> Result<Vec<TokenId>> {

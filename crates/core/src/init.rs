@@ -45,6 +45,17 @@ impl RowInit {
     }
 }
 
+/// The mean of the L2 norms of all rows of a table, which is read a block at a time.
+///
+/// # Errors
+///
+/// [`InitError`] for a row that is not finite; those of the source.
+pub fn mean_row_norm<S: EmbeddingSource + ?Sized>(source: &S) -> Result<f64, S::Error> {
+    let none = TokenSet::new([], source.vocab_size())?;
+    let asks = RowInit::default().with(InitModifier::NormMatch { target: None });
+    Ok(Statistics::of(source, &none, &[asks], BLOCK)?.mean_norm)
+}
+
 /// The starting rows of `tokens`, `[k, D]` in slot order and of type `dtype`; `inits` says for each slot how its row
 /// is made.
 ///

@@ -13,7 +13,8 @@
 //! - [`TrainableTokens`]: the layer, written once over them, with exact merge and unmerge, and any number of
 //!   [`TokenAdapter`]s by name: one or several active at once, or one per example of a mixed batch.
 //! - [`CrossEntropyPlan`]: the loss of a head without a matrix of all logits, chunk by chunk.
-//! - [`RowOptimizer`] ([`Sgd`], [`Adam`]) and [`OptimizerHook`] ([`ClipGradNorm`], [`DecayTowardOriginal`]).
+//! - [`RowOptimizer`] ([`Sgd`], [`Adam`]) and [`OptimizerHook`] ([`ClipGradNorm`], [`DecayTowardOriginal`],
+//!   [`ClampRowNorm`], [`MatchRowNorm`]).
 //!
 //! It does no file I/O and knows no framework.
 #![forbid(unsafe_code)]
@@ -47,10 +48,13 @@ pub use delta::DeltaStore;
 pub use dtype::{DType, Element};
 pub use error::{BackendError, Error, ErrorKind, Result};
 pub use gather::{Gather, fill_rows};
-pub use hook::{ClipGradNorm, DecayTowardOriginal, OptimizerHook, StepContext, joint_norm};
+pub use hook::{
+    ClampRowNorm, ClipGradNorm, DecayTowardOriginal, MatchRowNorm, OptimizerHook, StepContext, joint_norm,
+};
 pub use host::{HostRows, RowGradients};
 pub use init::{
     InitError, InitMode, InitModifier, InitText, ParseInitError, Population, RowInit, initial_rows,
+    mean_row_norm,
 };
 pub use journal::UndoJournal;
 pub use layer::{ActiveRows, KnownActive, LayerParts, MergeCheck, MergeParts, MixedPart, TrainableTokens};

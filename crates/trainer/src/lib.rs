@@ -4,11 +4,12 @@
 //!   of some tokens; no backward pass makes a gradient of a frozen weight.
 //! - [`LoraOptions`], [`LowRank`]: weights of LoRA that train beside the rows.
 //! - [`Dataset`], [`Batch`], [`Sampler`]: JSON Lines or text, through the model's tokenizer ([`Vocabulary`]).
-//! - [`Trainer`]: steps, schedules ([`Schedule`]), clipping, evaluation, exact resumption. Before the first step,
+//! - [`Trainer`]: steps, schedules ([`Schedule`]), gradient accumulation, clipping, evaluation, exact resumption. Before the first step,
 //!   [`check_gradient`] compares the gradient with finite differences of the loss and refuses to train on a wrong
 //!   one.
 //! - [`generate`], [`causal_loss`]: what training is measured by.
 
+mod accumulate;
 mod config;
 mod data;
 mod error;
@@ -36,7 +37,7 @@ pub use lora::{ALL_LINEAR, LoraOptions};
 pub use loss::{Graph, causal_loss};
 pub use memory::peak_rss_bytes;
 pub use model::{Decoder, EMBEDDING_MODULE, EMBEDDING_TENSOR, HEAD_MODULE, LowRank};
-pub use options::{DecayToward, OptimizerKind, TrainOptions};
+pub use options::{DecayToward, NormTarget, OptimizerKind, TrainOptions};
 pub use probe::{GradientCheck, check_gradient};
 pub use schedule::Schedule;
 pub use trainer::{StepMetrics, Trainer};

@@ -6,9 +6,12 @@ use std::time::Instant;
 use candle_core::DType;
 use candle_core::backprop::GradStore;
 use serde::{Deserialize, Serialize};
-use trainable_tokens_core::{ClipGradNorm, EmbeddingSource, PaddingRule, Slot, TokenId, TokenRows};
+use trainable_tokens_core::{
+    ClipGradNorm, EmbeddingSource, PaddingRule, Slot, TokenId, TokenRows, joint_norm,
+};
 use trainable_tokens_format::{Adapter, Checkpoint, TrainingState};
 
+use crate::accumulate::Accumulated;
 use crate::loss::scalar;
 use crate::part::{self, Matrix, Part};
 use crate::probe::{SHORTEST_FACTOR, SHORTEST_ROW};
@@ -22,13 +25,13 @@ use crate::{
 pub struct StepMetrics {
     /// Steps taken, this one included.
     pub step: u64,
-    /// Mean cross-entropy of the batch before the update, in nats.
+    /// Mean cross-entropy of all targets of the step before the update, in nats.
     pub loss: f64,
     /// Learning rate of the step.
     pub lr: f64,
     /// L2 norm of the gradient of all rows, before clipping.
     pub grad_norm: f64,
-    /// Tokens of the batch, without padding.
+    /// Tokens of the step, without padding.
     pub tokens: u64,
     /// Wall-clock time of the step.
     pub seconds: f64,
@@ -46,11 +49,17 @@ struct RunIdentity {
     token_indices: Vec<u32>,
     num_examples: usize,
     batch_size: usize,
+    #[serde(default = "one")]
+    accumulate: usize,
     seed: u64,
     shuffle: bool,
     /// What trains beside the rows of these tokens.
     #[serde(default)]
     others: Vec<String>,
+}
+
+fn one() -> usize {
+    1
 }
 
 /// Trains the rows of a [`Decoder`], and its weights of LoRA where it has some, on a [`Dataset`].
@@ -81,7 +90,7 @@ impl Trainer {
         let shuffle = options.shuffle.then_some(options.seed);
         let sampler = Sampler::new(
             data.examples().len(),
-            options.batch_size,
+            options.batch_size * options.accumulate,
             shuffle,
             options.steps.is_some(),
         );
@@ -102,6 +111,11 @@ impl Trainer {
     /// The model, its rows as they are now.
     pub fn model(&self) -> &Decoder {
         &self.model
+    }
+
+    /// What it trains on.
+    pub fn data(&self) -> &Dataset {
+        &self.data
     }
 
     /// Steps taken, those of a resumed run included.
@@ -209,39 +223,71 @@ impl Trainer {
     ///
     /// # Errors
     ///
-    /// [`Error::Diverged`] if the loss is not finite (the rows are as before then); [`Error::Dataset`] if the batch
-    /// has no target; those of the model, the hooks and the optimizer.
+    /// [`Error::Diverged`] if the loss or its gradient is not finite (the rows are as before then); [`Error::Dataset`]
+    /// if no batch of the step has a target; those of the model, the hooks and the optimizer.
     pub fn step(&mut self) -> Result<StepMetrics> {
         let started = Instant::now();
-        let indices = self.sampler.indices(self.step);
-        let batch = self.data.batch(&indices)?;
-        let loss = causal_loss(&self.model, &batch, Graph::Keep)?;
-        let value = scalar(&loss)?;
-        if !value.is_finite() {
-            return Err(Error::Diverged {
-                step: self.step + 1,
-                loss: value,
-                lines: self.data.lines_of(&indices),
-            });
-        }
-        let gradients = loss.backward()?;
+        let (sum, tokens) = self.accumulate()?;
+        let (loss, gradients) = (sum.loss(), sum.into_gradients()?);
         let factor = self
             .options
             .schedule
             .factor(self.step, self.options.warmup_steps, self.total_steps);
         let lr = self.options.lr * factor;
-        let grad_norm = part::step(&mut self.parts, &gradients, self.clip.as_ref(), lr)?;
+        let grad_norm = part::step(&mut self.parts, gradients, self.clip.as_ref(), factor)?;
         self.step += 1;
         Ok(StepMetrics {
             step: self.step,
-            loss: value,
+            loss,
             lr,
             grad_norm,
-            tokens: batch.num_tokens() as u64,
+            tokens,
             seconds: started.elapsed().as_secs_f64(),
             peak_rss_bytes: peak_rss_bytes(),
             eval_loss: None,
         })
+    }
+
+    /// Loss and gradient over all batches of the step, and their tokens.
+    fn accumulate(&mut self) -> Result<(Accumulated, u64)> {
+        let batches = self.batches()?;
+        let all = batches.iter().map(|(_, batch)| batch.targets().len()).sum();
+        let (mut sum, mut tokens) = (Accumulated::over(all), 0);
+        for (indices, batch) in batches {
+            let loss = causal_loss(&self.model, &batch, Graph::Keep)?;
+            let value = scalar(&loss)?;
+            let diverged = |what| Error::Diverged {
+                what,
+                step: self.step + 1,
+                loss: value,
+                lines: self.data.lines_of(&indices),
+            };
+            if !value.is_finite() {
+                return Err(diverged("loss"));
+            }
+            let gradients = part::gradients(&self.parts, &loss.backward()?)?;
+            if !joint_norm(&gradients).is_finite() {
+                return Err(diverged("gradient"));
+            }
+            sum.add(value, gradients, batch.targets().len());
+            tokens += batch.num_tokens() as u64;
+        }
+        Ok((sum, tokens))
+    }
+
+    /// The batches of the next step and the examples of each. One without a target adds nothing, unless all are.
+    fn batches(&mut self) -> Result<Vec<(Vec<usize>, Batch)>> {
+        let (mut found, mut last_error) = (Vec::new(), None);
+        for indices in self.sampler.indices(self.step).chunks(self.options.batch_size) {
+            match self.data.batch(indices) {
+                Ok(batch) => found.push((indices.to_vec(), batch)),
+                Err(error) => last_error = Some(error),
+            }
+        }
+        match last_error.filter(|_| found.is_empty()) {
+            None => Ok(found),
+            Some(error) => Err(error),
+        }
     }
 
     /// The loss over other data.
@@ -262,7 +308,7 @@ impl Trainer {
         let extra =
             serde_json::to_value(self.identity()).map_err(|error| Error::Setting(error.to_string()))?;
         Ok(TrainingState {
-            optimizer: part::state(&self.parts),
+            optimizer: part::state(&self.parts)?,
             extra,
         })
     }
@@ -307,6 +353,7 @@ impl Trainer {
             token_indices: self.model.embedding().tokens().to_vec(),
             num_examples: self.data.examples().len(),
             batch_size: self.options.batch_size,
+            accumulate: self.options.accumulate,
             seed: self.options.seed,
             shuffle: self.options.shuffle,
             others: self.others(),
@@ -399,6 +446,11 @@ impl RunIdentity {
                 "batch size",
                 self.batch_size.to_string(),
                 current.batch_size.to_string(),
+            ),
+            (
+                "number of accumulated batches",
+                self.accumulate.to_string(),
+                current.accumulate.to_string(),
             ),
             ("seed", self.seed.to_string(), current.seed.to_string()),
             ("shuffle", self.shuffle.to_string(), current.shuffle.to_string()),

@@ -53,7 +53,13 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
             model.load_adapter(&start, padding, args.compute)?
         }
     };
-    let mut trainer = Trainer::new(decoder, data, options(args))?;
+    let token_lr = args.token_lr.iter();
+    let token_lr = token_lr.map(|own| own.resolve(&model.vocabulary));
+    let options = TrainOptions {
+        token_lr: token_lr.collect::<Result<_>>()?,
+        ..options(args)
+    };
+    let mut trainer = Trainer::new(decoder, data, options)?;
     if let Some(dir) = &args.resume {
         resume(&mut trainer, dir, &initial)?;
     }
@@ -81,6 +87,7 @@ fn options(args: &TrainArgs) -> TrainOptions {
     TrainOptions {
         steps: args.steps,
         batch_size: args.batch_size,
+        accumulate: args.accumulate,
         optimizer: match args.optimizer {
             args::Optimizer::Adamw => trainer::OptimizerKind::AdamW,
             args::Optimizer::Adam => trainer::OptimizerKind::Adam,
@@ -103,6 +110,12 @@ fn options(args: &TrainArgs) -> TrainOptions {
         },
         warmup_steps: args.warmup_steps,
         max_grad_norm: args.max_grad_norm,
+        token_lr: Vec::new(),
+        match_norm: args.match_norm.map(|choice| match choice {
+            args::NormChoice::Mean => trainer::NormTarget::Mean,
+            args::NormChoice::Original => trainer::NormTarget::Original,
+        }),
+        max_row_norm: args.max_row_norm,
         seed: args.seed,
         shuffle: args.shuffle,
         recompute: args.recompute,
