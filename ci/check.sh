@@ -104,6 +104,9 @@ step the demo
 rm -rf target/ci-demo
 $DEMO_COMMAND --out target/ci-demo
 
+step the report, in a browser
+bash ci/report.sh
+
 step real PEFT
 bash ci/interop.sh
 

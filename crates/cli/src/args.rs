@@ -1,10 +1,15 @@
 //! The commands and their options.
 
+mod shell;
+mod watch;
+
 use std::num::NonZero;
 use std::path::PathBuf;
 
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
+pub(crate) use shell::{CompletionsArgs, ManArgs};
 use trainable_tokens_trainer::LoraOptions;
+pub(crate) use watch::{PlotArgs, WatchArgs, options_in_force};
 
 use crate::initial::{InitSpec, TokenInit};
 use crate::tokens::{IdRanges, TokenLr};
@@ -57,6 +62,12 @@ pub(crate) enum Command {
     Inspect(InspectArgs),
     /// Check that an adapter fits a model.
     Verify(VerifyArgs),
+    /// Draw the curves of a run from its metrics file.
+    Plot(PlotArgs),
+    /// Write a script of completions for a shell.
+    Completions(CompletionsArgs),
+    /// Write the manual page.
+    Man(ManArgs),
 }
 
 #[derive(Debug, Args)]
@@ -232,9 +243,8 @@ pub(crate) struct TrainArgs {
     /// What the gradient of a chosen token does that is the model's padding token.
     #[arg(long, value_enum)]
     pub(crate) padding_idx: Option<PaddingChoice>,
-    /// Write one JSON object per step to this file.
-    #[arg(long, value_name = "FILE")]
-    pub(crate) metrics: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) watch: WatchArgs,
     /// Write the adapter, with the state to resume from, every N steps.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) save_every: Option<u64>,

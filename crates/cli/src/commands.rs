@@ -9,8 +9,10 @@ mod forward;
 mod init;
 mod inspect;
 mod merge;
+mod plot;
+mod shell;
 mod split;
-mod train;
+pub(crate) mod train;
 mod verify;
 
 use std::fs;
@@ -36,6 +38,9 @@ pub(crate) fn run(cli: &Cli) -> Result<()> {
         Command::Split(args) => split::run(args, cli),
         Command::Inspect(args) => inspect::run(args, cli),
         Command::Verify(args) => verify::run(args, cli),
+        Command::Plot(args) => plot::run(args, cli),
+        Command::Completions(args) => shell::completions(args, cli),
+        Command::Man(args) => shell::man(args, cli),
     }
 }
 

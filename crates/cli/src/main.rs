@@ -7,10 +7,13 @@
 
 mod args;
 mod commands;
+mod history;
 mod initial;
 mod model;
 mod output;
 mod plot;
+mod report;
+mod rows;
 mod summary;
 mod tokens;
 

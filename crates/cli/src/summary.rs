@@ -4,7 +4,9 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
+use crate::commands::train::DeadToken;
 use crate::output::bytes;
+use crate::rows::{RowReport, rows_table};
 
 /// What a training run cost and did.
 #[derive(Debug, Default, Serialize)]
@@ -32,11 +34,30 @@ pub(crate) struct Summary {
     pub(crate) gradient_check_error: f64,
     /// How much of it rounding and curvature can explain; above 0.1 the check cannot tell.
     pub(crate) gradient_check_uncertainty: f64,
+    /// Where each row came from and went to, in slot order.
+    pub(crate) tokens: Vec<RowReport>,
+    /// Tokens whose rows no step has reached.
+    pub(crate) dead_tokens: Vec<DeadToken>,
 }
 
 impl Summary {
-    /// The table.
+    /// The table, and those of the rows.
     pub(crate) fn to_text(&self) -> String {
+        let lines = self.lines().into_iter();
+        let mut text: String = lines
+            .map(|(name, value)| format!("{name:<25} {value}\n"))
+            .collect();
+        for dead in &self.dead_tokens {
+            text += &format!("{:<25} {}: {}\n", "row not reached", dead.name(), dead.reason);
+        }
+        if self.tokens.is_empty() {
+            return text;
+        }
+        text + "\n" + &rows_table(&self.tokens)
+    }
+
+    /// The table by its lines.
+    pub(crate) fn lines(&self) -> Vec<(&'static str, String)> {
         let share = 100.0 * self.parameters_trained as f64 / self.parameters_total.max(1) as f64;
         let peak = self.peak_rss_bytes.map_or_else(|| "unknown".to_owned(), bytes);
         let rows = [
@@ -80,11 +101,7 @@ impl Summary {
         ];
         let started = (self.init != "keep").then(|| ("rows started as", self.init.clone()));
         let lora = (self.lora_modules > 0).then(|| ("layers with LoRA", self.lora_modules.to_string()));
-        let rows = started.into_iter().chain(lora).chain(rows);
-        let lines: Vec<String> = rows
-            .map(|(name, value)| format!("{name:<25} {value}\n"))
-            .collect();
-        lines.concat()
+        started.into_iter().chain(lora).chain(rows).collect()
     }
 
     fn gradient_check(&self) -> String {

@@ -33,6 +33,7 @@ mod journal;
 mod layer;
 mod loss;
 mod mix;
+mod nearest;
 mod optim;
 mod options;
 mod plan;
@@ -60,6 +61,7 @@ pub use journal::UndoJournal;
 pub use layer::{ActiveRows, KnownActive, LayerParts, MergeCheck, MergeParts, MixedPart, TrainableTokens};
 pub use loss::{CrossEntropyOptions, CrossEntropyPlan, IGNORED_LABEL, LogitsChunk, Reduction, Softcap};
 pub use mix::{MixRound, RowMix};
+pub use nearest::{Neighbour, nearest_rows};
 pub use optim::{
     Adam, AdamConfig, Decay, OptimizerState, RowOptimizer, Sgd, SgdConfig, StepReport, step_delta, step_rows,
 };

@@ -10,6 +10,7 @@
 //! - [`generate`], [`causal_loss`]: what training is measured by.
 
 mod accumulate;
+mod activity;
 mod config;
 mod data;
 mod error;
@@ -28,6 +29,7 @@ mod schedule;
 mod trainer;
 mod vocabulary;
 
+pub use activity::TokenActivity;
 pub use config::{ModelConfig, RopeScaling};
 pub use data::{Batch, Dataset, Example, IGNORED, Sampler};
 pub use error::{Error, Result};

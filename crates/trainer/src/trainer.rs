@@ -12,6 +12,7 @@ use trainable_tokens_core::{
 use trainable_tokens_format::{Adapter, Checkpoint, TrainingState};
 
 use crate::accumulate::Accumulated;
+use crate::activity::{Activity, TokenActivity};
 use crate::loss::scalar;
 use crate::part::{self, Matrix, Part};
 use crate::probe::{SHORTEST_FACTOR, SHORTEST_ROW};
@@ -70,6 +71,7 @@ pub struct Trainer {
     sampler: Sampler,
     parts: Vec<Part>,
     clip: Option<ClipGradNorm>,
+    activity: Activity,
     step: u64,
     total_steps: u64,
 }
@@ -96,7 +98,15 @@ impl Trainer {
         );
         let total_steps = options.steps.unwrap_or_else(|| sampler.steps_per_epoch());
         let clip = options.build_clip()?;
+        let frozen = |id: TokenId| {
+            options
+                .token_lr
+                .iter()
+                .any(|(other, lr)| *other == id.0 && *lr == 0.0)
+        };
+        let activity = Activity::new(model.embedding().tokens().clone(), frozen);
         Ok(Self {
+            activity,
             model: model.with_recomputation(options.recompute),
             data,
             options,
@@ -126,6 +136,11 @@ impl Trainer {
     /// Steps of the whole run.
     pub fn total_steps(&self) -> u64 {
         self.total_steps
+    }
+
+    /// What the steps have done to each row of the input embedding, in slot order.
+    pub fn activity(&self) -> &[TokenActivity] {
+        self.activity.counts()
     }
 
     /// Compares the gradient of the first example with finite differences of its loss, once for the rows and once for
@@ -229,6 +244,10 @@ impl Trainer {
         let started = Instant::now();
         let (sum, tokens) = self.accumulate()?;
         let (loss, gradients) = (sum.loss(), sum.into_gradients()?);
+        let is_rows = |part: &Part| *part.matrix() == Matrix::Rows(EMBEDDING_MODULE);
+        if let Some(at) = self.parts.iter().position(is_rows) {
+            self.activity.end_step(&gradients[at]);
+        }
         let factor = self
             .options
             .schedule
@@ -269,6 +288,10 @@ impl Trainer {
             if !joint_norm(&gradients).is_finite() {
                 return Err(diverged("gradient"));
             }
+            let examples = indices
+                .iter()
+                .filter_map(|index| self.data.examples().get(*index));
+            examples.for_each(|example| self.activity.see(example));
             sum.add(value, gradients, batch.targets().len());
             tokens += batch.num_tokens() as u64;
         }

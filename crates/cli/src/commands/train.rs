@@ -1,7 +1,9 @@
 //! `train`: rows of some tokens, and weights of LoRA if asked, on a data set, into an adapter.
 
+mod dead;
 mod run;
 
+pub(crate) use dead::DeadToken;
 pub(super) use run::{Outputs, Run};
 
 use std::path::{Path, PathBuf};
@@ -27,10 +29,14 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
         cli.overwrite()
     };
     check_free(&args.out, overwrite)?;
-    if let (Some(metrics), None) = (&args.metrics, &args.resume) {
+    if let (Some(metrics), None) = (&args.watch.metrics, &args.resume) {
         check_free(metrics, cli.overwrite())?;
     }
-    let others = [&args.eval_data, &args.metrics].into_iter().flatten();
+    if let (Some(report), None) = (&args.watch.report, &args.resume) {
+        check_free(report, cli.overwrite())?;
+    }
+    let others = [&args.eval_data, &args.watch.metrics, &args.watch.report];
+    let others = others.into_iter().flatten();
     let others = others.chain([&args.model, &args.data]).map(PathBuf::as_path);
     check_apart(&args.out, others)?;
     check_target(&args.target_modules)?;
@@ -72,12 +78,14 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
         outputs: Outputs {
             adapter: &args.out,
             overwrite,
-            metrics: args.metrics.as_deref(),
+            metrics: args.watch.metrics.as_deref(),
+            report: args.watch.report.as_deref(),
             append_metrics: args.resume.is_some(),
             save_every: args.save_every,
         },
         eval_data,
         eval_every: args.eval_every,
+        warn_dead_after: args.watch.warn_dead_after,
     };
     let report = run.execute(&mut trainer)?;
     print(cli.json, &report.summary, Summary::to_text)

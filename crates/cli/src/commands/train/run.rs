@@ -7,15 +7,20 @@ use std::path::Path;
 use anyhow::{Context, Result, anyhow, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
-use trainable_tokens_core::EmbeddingSource;
-use trainable_tokens_format::{Overwrite, write_dir_atomically};
+use trainable_tokens_core::{EmbeddingSource, TokenRows, TokenSet};
+use trainable_tokens_format::{Overwrite, write_dir_atomically, write_file_atomically};
 use trainable_tokens_trainer::{
     Dataset, GradientCheck, LoraOptions, LowRank, StepMetrics, Trainer, peak_rss_bytes,
 };
 
+use super::dead::{dead_tokens, warnings};
+use crate::args::options_in_force;
+use crate::history::{HELD_OUT, History, StepLine, as_f64};
 use crate::initial::Initial;
 use crate::model::Model;
 use crate::output::note;
+use crate::report::page;
+use crate::rows::{RowReport, norms_and_drifts, row_reports, token_name};
 use crate::summary::Summary;
 
 /// What a run needs besides its trainer.
@@ -30,6 +35,8 @@ pub(crate) struct Run<'a> {
     pub(crate) outputs: Outputs<'a>,
     pub(crate) eval_data: Option<Dataset>,
     pub(crate) eval_every: Option<u64>,
+    /// Steps without a gradient after which a row is warned of; 0 for never.
+    pub(crate) warn_dead_after: u64,
 }
 
 /// Where a run writes.
@@ -37,6 +44,7 @@ pub(crate) struct Outputs<'a> {
     pub(crate) adapter: &'a Path,
     pub(crate) overwrite: Overwrite,
     pub(crate) metrics: Option<&'a Path>,
+    pub(crate) report: Option<&'a Path>,
     pub(crate) append_metrics: bool,
     pub(crate) save_every: Option<u64>,
 }
@@ -44,10 +52,22 @@ pub(crate) struct Outputs<'a> {
 /// What a run leaves besides its files.
 pub(crate) struct RunReport {
     pub(crate) summary: Summary,
-    /// (step, loss) of every training batch.
-    pub(crate) training: Vec<(f64, f64)>,
-    /// (step, loss) of every evaluation.
-    pub(crate) held_out: Vec<(f64, f64)>,
+    pub(crate) history: History,
+}
+
+/// Tokens whose rows are measured at each step, at most: with more, none are.
+const MOST_MEASURED: usize = 64;
+
+/// A line of the metrics file.
+#[derive(Serialize)]
+struct MetricsLine<'a> {
+    #[serde(flatten)]
+    step: &'a StepMetrics,
+    /// The L2 norm of each row after the step, and its distance from where it started, in slot order.
+    #[serde(skip_serializing_if = "<[f64]>::is_empty")]
+    row_norms: &'a [f64],
+    #[serde(skip_serializing_if = "<[f64]>::is_empty")]
+    row_drifts: &'a [f64],
 }
 
 #[derive(Serialize)]
@@ -59,11 +79,11 @@ impl Run<'_> {
     /// Checks the gradient, takes all steps, saves.
     pub(crate) fn execute(&self, trainer: &mut Trainer) -> Result<RunReport> {
         let check = trainer.check_gradient()?;
-        let mut held_out = Vec::new();
-        self.evaluate(trainer, &mut held_out)?;
+        let start = self.start(trainer)?;
+        let mut history = History::default();
+        self.evaluate(trainer, &mut history)?;
         let mut metrics = self.open_metrics()?;
         let mut saved = false;
-        let mut training = Vec::new();
         let mut seconds = 0.0;
         let bar = progress(trainer);
         while trainer.steps_taken() < trainer.total_steps() {
@@ -71,42 +91,99 @@ impl Run<'_> {
             let due = |every: Option<u64>| every.is_some_and(|every| step.step.is_multiple_of(every));
             let (save, evaluate) = (due(self.outputs.save_every), due(self.eval_every));
             if evaluate {
-                step.eval_loss = self.evaluate(trainer, &mut held_out)?;
+                step.eval_loss = self.evaluate(trainer, &mut history)?;
             }
-            training.push((as_f64(step.step), step.loss));
             seconds += step.seconds;
             show(&bar, &step);
-            write_line(&mut metrics, &step)?;
+            for warning in warnings(trainer, &self.model.vocabulary, self.warn_dead_after)? {
+                bar.suspend(|| note(&warning));
+            }
+            let line = self.measure(trainer, &start, &step)?;
+            write_line(
+                &mut metrics,
+                &MetricsLine {
+                    step: &step,
+                    row_norms: &line.row_norms,
+                    row_drifts: &line.row_drifts,
+                },
+            )?;
+            history.steps.push(line);
             if save && step.step < trainer.total_steps() {
                 self.save(trainer, saved)?;
                 saved = true;
             }
         }
         bar.finish_and_clear();
-        if held_out
-            .last()
-            .is_none_or(|(step, _)| *step < as_f64(trainer.steps_taken()))
-        {
-            self.evaluate(trainer, &mut held_out)?;
+        let last = history.held_out.last().map(|(step, _)| *step);
+        if last.is_none_or(|step| step < as_f64(trainer.steps_taken())) {
+            self.evaluate(trainer, &mut history)?;
         }
         self.save(trainer, saved)?;
-        let taken = as_f64(training.len() as u64).max(1.0);
-        let summary = self.summary(trainer, check, seconds / taken, &training, &held_out)?;
+        let taken = as_f64(history.steps.len() as u64).max(1.0);
+        let mut summary = self.summary(trainer, check, seconds / taken, &history)?;
+        summary.dead_tokens = dead_tokens(trainer, &self.model.vocabulary)?;
+        summary.tokens = self.row_reports(trainer, &start)?;
+        let names = summary.tokens.iter();
+        let names = names.map(|row| token_name(row.token_id, row.token.as_deref()));
+        history.tokens = names.collect();
         write_line(&mut metrics, &SummaryLine { summary: &summary })?;
-        Ok(RunReport {
-            summary,
-            training,
-            held_out,
+        if let Some(path) = self.outputs.report {
+            let page = page(&summary, &history, &options_in_force())?;
+            write_file_atomically(path, Overwrite::Replace, |file| -> Result<()> {
+                file.write_all(page.as_bytes())
+                    .with_context(|| format!("cannot write {}", path.display()))
+            })?;
+        }
+        Ok(RunReport { summary, history })
+    }
+
+    /// The rows that the run started from, those of a resumed run too.
+    fn start(&self, trainer: &Trainer) -> Result<TokenRows> {
+        let table = self.model.table()?;
+        let tokens = TokenSet::new(trainer.model().embedding().tokens().to_vec(), table.vocab_size())?;
+        self.initial.rows(&table, &tokens)
+    }
+
+    /// What a step did, and where the rows are after it.
+    fn measure(&self, trainer: &Trainer, start: &TokenRows, step: &StepMetrics) -> Result<StepLine> {
+        let watched = self.outputs.metrics.is_some() || self.outputs.report.is_some();
+        let (row_norms, row_drifts) = if watched && start.num_rows() <= MOST_MEASURED {
+            norms_and_drifts(start, &trainer.model().embedding().rows()?)
+        } else {
+            (Vec::new(), Vec::new())
+        };
+        Ok(StepLine {
+            step: step.step,
+            loss: step.loss,
+            lr: step.lr,
+            grad_norm: step.grad_norm,
+            eval_loss: step.eval_loss,
+            row_norms,
+            row_drifts,
         })
     }
 
+    /// Where each row came from and went to.
+    fn row_reports(&self, trainer: &Trainer, start: &TokenRows) -> Result<Vec<RowReport>> {
+        let (table, layer) = (self.model.table()?, trainer.model().embedding());
+        let vocabulary = &self.model.vocabulary;
+        let string = |id| {
+            if vocabulary.exists() {
+                Ok(vocabulary.token(id)?)
+            } else {
+                Ok(None)
+            }
+        };
+        row_reports(&table, layer.tokens().ids(), start, &layer.rows()?, string)
+    }
+
     /// The held-out loss now, remembered.
-    fn evaluate(&self, trainer: &Trainer, held_out: &mut Vec<(f64, f64)>) -> Result<Option<f64>> {
+    fn evaluate(&self, trainer: &Trainer, history: &mut History) -> Result<Option<f64>> {
         let Some(data) = &self.eval_data else {
             return Ok(None);
         };
         let loss = trainer.evaluate(data)?.loss;
-        held_out.push((as_f64(trainer.steps_taken()), loss));
+        history.held_out.push((as_f64(trainer.steps_taken()), loss));
         Ok(Some(loss))
     }
 
@@ -180,16 +257,15 @@ impl Run<'_> {
         trainer: &Trainer,
         check: GradientCheck,
         seconds_per_step: f64,
-        training: &[(f64, f64)],
-        held_out: &[(f64, f64)],
+        history: &History,
     ) -> Result<Summary> {
         let table = self.model.table()?;
         let rows = trainer.model().embedding().tokens().len();
         let lora = trainer.model().low_rank();
-        let (loss_of, losses) = if held_out.is_empty() {
-            ("first and last training batch", training)
+        let (loss_of, losses) = if history.held_out.is_empty() {
+            ("first and last training batch", history.training())
         } else {
-            ("held-out data", held_out)
+            (HELD_OUT, history.held_out.clone())
         };
         let loss = |at: Option<&(f64, f64)>| at.map_or(f64::NAN, |(_, loss)| *loss);
         let file = self.outputs.adapter.join("adapter_model.safetensors");
@@ -215,6 +291,8 @@ impl Run<'_> {
             peak_rss_bytes: peak_rss_bytes(),
             gradient_check_error: check.relative_error,
             gradient_check_uncertainty: check.uncertainty,
+            tokens: Vec::new(),
+            dead_tokens: Vec::new(),
         })
     }
 }
@@ -248,7 +326,4 @@ fn show(bar: &ProgressBar, step: &StepMetrics) {
         as_f64(step.tokens) / step.seconds.max(1e-9)
     ));
     bar.set_position(step.step);
-}
-fn as_f64(count: u64) -> f64 {
-    count as f64
 }
