@@ -121,9 +121,10 @@ fn a_tied_head_hides_no_dead_row() {
     let workspace = Workspace::new();
     fs::remove_dir_all(workspace.model()).unwrap();
     support::copy_dir(&fixture("llama_tied/base"), &workspace.model());
+    fs::write(workspace.data(), json!({"input_ids": [1, 12, 7, 60]}).to_string()).unwrap();
     let report = run(&train(
         &workspace,
-        "299,44",
+        "12,44",
         &["--steps", "3", "--batch-size", "2"],
     ))
     .ok()
