@@ -14,6 +14,12 @@ for part in train heldout; do
     sed 's/<dax>/<zib>/g; s/<wug>/<quo>/g' "demo/$part.jsonl" > "$part.jsonl"
 done
 
+add() { # INIT [OPTIONS]
+    local init=$1
+    shift
+    "$program" add-tokens --force --model demo/model --tokens '<zib>,<quo>' --lstrip --init "$init" --out model "$@" > /dev/null
+}
+
 losses() { # MODEL OPTIONS: before, after 30 steps, after 120 steps
     local model=$1
     shift
@@ -30,10 +36,10 @@ PYTHON
 printf '| start | learning rate | loss before | after 30 steps | after 120 steps |\n|---|---|---|---|---|\n'
 for init in zeros random:0.05 mean mean+noise:0.01 mean+norm-match mean-covariance:1 subtokens 'copy: a' \
     'description: a small brown thing'; do
-    "$program" add-tokens --force --model demo/model --tokens '<zib>,<quo>' --init "$init" --out model > /dev/null
+    add "$init"
     printf '| `%s` | 0.02 | %s\n' "$init" "$(losses model --lr 0.02)"
 done
-"$program" add-tokens --force --model demo/model --tokens '<zib>,<quo>' --init mean+noise:0.01 --out model > /dev/null
+add mean+noise:0.01
 for lr in 0.001 0.005 0.05 0.2; do
     printf '| `mean+noise:0.01` | %s | %s\n' "$lr" "$(losses model --lr "$lr")"
 done

@@ -316,6 +316,7 @@ pub(crate) struct InitArgs {
 }
 
 #[derive(Debug, Args)]
+#[allow(clippy::struct_excessive_bools)] // flags of the command line
 pub(crate) struct AddTokensArgs {
     /// Model directory, with tokenizer.json.
     #[arg(long, value_name = "DIR")]
@@ -326,6 +327,15 @@ pub(crate) struct AddTokensArgs {
     /// Add them as normal tokens: found after the text was normalized, and not skipped with special tokens.
     #[arg(long)]
     pub(crate) normal: bool,
+    /// Have each token take in the spaces before it, as words of most models do.
+    #[arg(long)]
+    pub(crate) lstrip: bool,
+    /// Have each token take in the spaces after it.
+    #[arg(long)]
+    pub(crate) rstrip: bool,
+    /// Find the tokens only where no letter or digit is next to them.
+    #[arg(long)]
+    pub(crate) single_word: bool,
     /// How the rows start, as in `init`; `keep` is for padded rows that are there already.
     #[arg(long, default_value = "mean-covariance", value_name = "MODE")]
     pub(crate) init: InitSpec,

@@ -75,7 +75,7 @@ impl History {
         {
             match serde_json::from_str(line) {
                 Ok(Line::Step(step)) => history.add(step),
-                Ok(Line::Summary { summary }) => history.close(summary),
+                Ok(Line::Summary { summary }) => history.close(&summary),
                 Err(_) => bail!(
                     "{}, line {number}: is neither a step nor the summary of a metrics file",
                     path.display()
@@ -99,7 +99,7 @@ impl History {
         self.steps.push(step);
     }
 
-    fn close(&mut self, summary: SummaryLine) {
+    fn close(&mut self, summary: &SummaryLine) {
         self.tokens = summary
             .tokens
             .iter()

@@ -43,10 +43,10 @@ pub(crate) struct Summary {
 impl Summary {
     /// The table, and those of the rows.
     pub(crate) fn to_text(&self) -> String {
-        let lines = self.lines().into_iter();
-        let mut text: String = lines
-            .map(|(name, value)| format!("{name:<25} {value}\n"))
-            .collect();
+        let mut text = String::new();
+        for (name, value) in self.lines() {
+            text += &format!("{name:<25} {value}\n");
+        }
         for dead in &self.dead_tokens {
             text += &format!("{:<25} {}: {}\n", "row not reached", dead.name(), dead.reason);
         }

@@ -99,18 +99,7 @@ fn initial_rows_by<S: EmbeddingSource + ?Sized>(
         init.check()?;
         source.check_ids(&init.mode.sources())?;
     }
-    let is_there = |id: TokenId| id.row() < source.vocab_size();
-    let ids_and_inits = tokens.ids().iter().zip(inits);
-    for (id, _) in ids_and_inits.filter(|(_, init)| init.mode == InitMode::Keep) {
-        if !is_there(*id) {
-            return Err(Error::from(InitError::NoRow { id: *id }).into());
-        }
-    }
-    let (slots, there): (Vec<usize>, Vec<TokenId>) = (0..)
-        .zip(tokens.ids().iter().copied())
-        .filter(|(_, id)| is_there(*id))
-        .unzip();
-    let kept = source.read_rows(&there)?;
+    let (slots, kept) = kept_rows(source, tokens, inits)?;
     if inits.iter().all(RowInit::keeps_base) {
         // A copy within one type keeps every bit, also of what is no number.
         return Ok(kept.to_dtype(dtype));
@@ -190,6 +179,24 @@ fn initial_rows_by<S: EmbeddingSource + ?Sized>(
         }
     }
     Ok(rows)
+}
+
+/// The slots whose tokens have a row in the table, and these rows.
+fn kept_rows<S: EmbeddingSource + ?Sized>(
+    source: &S,
+    tokens: &TokenSet,
+    inits: &[RowInit],
+) -> Result<(Vec<usize>, TokenRows), S::Error> {
+    let (mut slots, mut ids) = (Vec::new(), Vec::new());
+    for (slot, (id, init)) in tokens.ids().iter().zip(inits).enumerate() {
+        if id.row() < source.vocab_size() {
+            slots.push(slot);
+            ids.push(*id);
+        } else if init.mode == InitMode::Keep {
+            return Err(Error::from(InitError::NoRow { id: *id }).into());
+        }
+    }
+    Ok((slots, source.read_rows(&ids)?))
 }
 
 /// Rows of the table, row-major, all of their elements numbers.

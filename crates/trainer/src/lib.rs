@@ -43,4 +43,4 @@ pub use options::{DecayToward, NormTarget, OptimizerKind, TrainOptions};
 pub use probe::{GradientCheck, check_gradient};
 pub use schedule::Schedule;
 pub use trainer::{StepMetrics, Trainer};
-pub use vocabulary::{AddedTokens, Context, MissedContext, Pieces, TokenKind, Vocabulary};
+pub use vocabulary::{AddedTokens, Context, MissedContext, Pieces, TokenFlags, TokenKind, Vocabulary};

@@ -7,7 +7,7 @@ mod pieces;
 use std::cell::OnceCell;
 use std::path::{Path, PathBuf};
 
-pub use added::{AddedTokens, TokenKind};
+pub use added::{AddedTokens, TokenFlags, TokenKind};
 pub use context::{Context, MissedContext};
 pub use pieces::Pieces;
 use tokenizers::Tokenizer;

@@ -6,7 +6,7 @@ use anyhow::Result;
 use serde::Serialize;
 use trainable_tokens_core::TokenId;
 use trainable_tokens_format::{Checkpoint, Resize};
-use trainable_tokens_trainer::{TokenKind, Vocabulary};
+use trainable_tokens_trainer::{TokenFlags, TokenKind, Vocabulary};
 
 use super::check_free;
 use crate::args::{AddTokensArgs, Cli, RowInitArgs};
@@ -46,12 +46,17 @@ pub(super) fn run(args: &AddTokensArgs, cli: &Cli) -> Result<()> {
     check_free(&args.out, cli.overwrite())?;
     let base = Checkpoint::open(&args.model)?;
     let mut resize = Resize::new(&base)?;
-    let kind = if args.normal {
-        TokenKind::Normal
-    } else {
-        TokenKind::Special
+    let flags = TokenFlags {
+        kind: if args.normal {
+            TokenKind::Normal
+        } else {
+            TokenKind::Special
+        },
+        lstrip: args.lstrip,
+        rstrip: args.rstrip,
+        single_word: args.single_word,
     };
-    let added = Vocabulary::of_model(&args.model).add(&args.tokens, kind)?;
+    let added = Vocabulary::of_model(&args.model).add(&args.tokens, flags)?;
     for (token, id) in args.tokens.iter().zip(&added.ids) {
         expect_found(&added.vocabulary, token, *id)?;
     }

@@ -9,10 +9,24 @@ use tokenizers::{AddedToken, NormalizedString, Normalizer as _, Tokenizer};
 use super::{Vocabulary, read};
 use crate::{Error, Result};
 
+/// How a tokenizer finds an added token: the flags of `AddedToken` in Hugging Face's tokenizers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TokenFlags {
+    /// Special or normal.
+    pub kind: TokenKind,
+    /// Takes in the spaces before it.
+    pub lstrip: bool,
+    /// Takes in the spaces after it.
+    pub rstrip: bool,
+    /// Is not found next to a letter or a digit.
+    pub single_word: bool,
+}
+
 /// What an added token is to the tokenizer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum TokenKind {
     /// Found in the text as it stands, left out when decoding skips special tokens.
+    #[default]
     Special,
     /// Part of the text, found after the tokenizer has normalized it.
     Normal,
@@ -43,19 +57,23 @@ impl Vocabulary {
     /// [`Error::NotOneToken`] for a token that is empty, given twice, or in the vocabulary already;
     /// [`Error::Tokenizer`] if a file is not what it should be, or if the ids after the last are not free;
     /// [`Error::Read`].
-    pub fn add(&self, tokens: &[String], kind: TokenKind) -> Result<AddedTokens> {
+    pub fn add(&self, tokens: &[String], flags: TokenFlags) -> Result<AddedTokens> {
         for (at, token) in tokens.iter().enumerate() {
-            self.expect_new(token, &tokens[..at], kind)?;
+            self.expect_new(token, &tokens[..at], flags.kind)?;
         }
         let mut tokenizer = Tokenizer::from_bytes(read(&self.path)?).map_err(|error| self.error(&error))?;
-        let special = kind == TokenKind::Special;
-        let added: Vec<_> = tokens
-            .iter()
-            .map(|token| AddedToken::from(token, special))
-            .collect();
-        let outcome = match kind {
-            TokenKind::Special => tokenizer.add_special_tokens(added.clone()),
-            TokenKind::Normal => tokenizer.add_tokens(added.clone()),
+        let special = flags.kind == TokenKind::Special;
+        let added = tokens.iter().map(|token| {
+            AddedToken::from(token, special)
+                .lstrip(flags.lstrip)
+                .rstrip(flags.rstrip)
+                .single_word(flags.single_word)
+        });
+        let added: Vec<_> = added.collect();
+        let outcome = if special {
+            tokenizer.add_special_tokens(added.clone())
+        } else {
+            tokenizer.add_tokens(added.clone())
         };
         outcome.map_err(|error| self.error(&error))?;
         let mut ids = Vec::new();
@@ -106,16 +124,16 @@ impl Vocabulary {
         let Some(normalizer) = tokenizer.get_normalizer().filter(|_| kind == TokenKind::Normal) else {
             return Ok(());
         };
-        let mut normalized = NormalizedString::from(token);
+        let mut text = NormalizedString::from(token);
         normalizer
-            .normalize(&mut normalized)
+            .normalize(&mut text)
             .map_err(|error| self.error(&error))?;
-        match tokenizer.token_to_id(normalized.get()) {
+        match tokenizer.token_to_id(text.get()) {
             None => Ok(()),
             Some(id) => refuse(format!(
                 "becomes '{}' by the tokenizer's normalizer, which is in the vocabulary already, with token id {id}; \
                  add it as a special token",
-                normalized.get()
+                text.get()
             )),
         }
     }
@@ -233,6 +251,13 @@ mod tests {
         Vocabulary::of_model(dir)
     }
 
+    fn of(kind: TokenKind) -> TokenFlags {
+        TokenFlags {
+            kind,
+            ..TokenFlags::default()
+        }
+    }
+
     fn strings(tokens: &[&str]) -> Vec<String> {
         tokens.iter().map(ToString::to_string).collect()
     }
@@ -243,7 +268,7 @@ mod tests {
             for kind in [TokenKind::Special, TokenKind::Normal] {
                 let home = tempfile::tempdir().unwrap();
                 let before = written(home.path(), model, &json!({"type": "Lowercase"}));
-                let added = before.add(&strings(&["<X>", "new word"]), kind).unwrap();
+                let added = before.add(&strings(&["<X>", "new word"]), of(kind)).unwrap();
                 assert_eq!(added.ids, [6, 7], "{model}");
                 let [(name, bytes)] = &added.files[..] else {
                     panic!("{:?}", added.files)
@@ -277,6 +302,37 @@ mod tests {
     }
 
     #[test]
+    fn flags_say_where_a_token_is_found() {
+        let home = tempfile::tempdir().unwrap();
+        let vocabulary = written(home.path(), "BPE", &Value::Null);
+        let encoded = |flags: TokenFlags, text: &str| {
+            let added = vocabulary.add(&strings(&["<n>"]), flags).unwrap();
+            assert_eq!(added.vocabulary.missed_contexts(6).unwrap(), [], "{flags:?}");
+            added.vocabulary.encode(text).unwrap()
+        };
+        let single = TokenFlags {
+            single_word: true,
+            ..TokenFlags::default()
+        };
+        assert_eq!(encoded(TokenFlags::default(), "a<n>b"), [1, 6, 2]);
+        assert!(!encoded(single, "a<n>b").contains(&6));
+        assert_eq!(encoded(single, "a <n> b"), [1, 6, 2]);
+        // The spaces belong to the token, so that no other token stands for them.
+        for (lstrip, rstrip) in [(true, false), (false, true), (true, true)] {
+            let flags = TokenFlags {
+                lstrip,
+                rstrip,
+                ..TokenFlags::default()
+            };
+            let added = vocabulary.add(&strings(&["<n>"]), flags).unwrap();
+            let file: Value = serde_json::from_slice(&added.files[0].1).unwrap();
+            let entry = &file["added_tokens"][1];
+            assert_eq!([&entry["lstrip"], &entry["rstrip"]], [lstrip, rstrip]);
+            assert_eq!(encoded(flags, "a <n> b"), [1, 6, 2]);
+        }
+    }
+
+    #[test]
     fn lists_that_are_there_get_the_tokens() {
         let home = tempfile::tempdir().unwrap();
         let vocabulary = written(home.path(), "BPE", &Value::Null);
@@ -291,7 +347,7 @@ mod tests {
         );
         write("added_tokens.json", &json!({"<old>": 5}));
         let files = |kind| {
-            let files = vocabulary.add(&strings(&["<n>"]), kind).unwrap().files;
+            let files = vocabulary.add(&strings(&["<n>"]), of(kind)).unwrap().files;
             files
                 .into_iter()
                 .map(|(name, bytes)| (name, serde_json::from_slice(&bytes).unwrap()))
@@ -324,12 +380,15 @@ mod tests {
             // Found after the text was normalized, it would be found in place of the word.
             (&["THE"], TokenKind::Normal, ["'THE'", "'the'"]),
         ] {
-            let error = vocabulary.add(&strings(tokens), kind).unwrap_err().to_string();
+            let error = vocabulary
+                .add(&strings(tokens), of(kind))
+                .unwrap_err()
+                .to_string();
             assert!(parts.iter().all(|part| error.contains(part)), "{error}");
         }
         assert_eq!(
             vocabulary
-                .add(&strings(&["THE"]), TokenKind::Special)
+                .add(&strings(&["THE"]), TokenFlags::default())
                 .unwrap()
                 .ids,
             [6]
@@ -339,7 +398,7 @@ mod tests {
         gaps["model"]["vocab"]["far"] = json!(6);
         gaps["added_tokens"] = json!([]);
         fs::write(home.path().join("tokenizer.json"), gaps.to_string()).unwrap();
-        let error = Vocabulary::of_model(home.path()).add(&strings(&["<n>"]), TokenKind::Special);
+        let error = Vocabulary::of_model(home.path()).add(&strings(&["<n>"]), TokenFlags::default());
         let error = error.unwrap_err().to_string();
         assert!(error.contains("'far'") && error.contains("gaps"), "{error}");
     }
