@@ -35,6 +35,10 @@ pub(crate) enum Command {
     /// Train two tokens of the small model inside this program, and show what changed.
     Demo(DemoArgs),
     /// Train token rows of a model and write a PEFT adapter.
+    ///
+    /// Ctrl-C (or SIGTERM) ends a run after the step that it is at: the adapter is saved with the state to resume from, the
+    /// metrics end with their summary, and the exit status is 130. A second one ends it at once; then there is what --save-every
+    /// has saved.
     Train(Box<TrainArgs>),
     /// Measure the loss of a model, with or without an adapter.
     Eval(EvalArgs),
@@ -244,6 +248,21 @@ pub(crate) struct TrainArgs {
     /// Evaluate every N steps too.
     #[arg(long, value_name = "N", requires = "eval_data", value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) eval_every: Option<u64>,
+    /// End the run after this many evaluations in a row without an improvement.
+    #[arg(long, value_name = "N", requires = "eval_every", value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) early_stopping_patience: Option<u64>,
+    /// An improvement is a held-out loss that is lower than the best by more than this.
+    #[arg(
+        long,
+        value_name = "LOSS",
+        default_value_t = 0.0,
+        requires = "early_stopping_patience"
+    )]
+    pub(crate) early_stopping_min_delta: f64,
+    /// In the end, keep the adapter of the evaluation with the lowest held-out loss, and not that of the last step. Until then
+    /// it is in the directory `best` inside the adapter's. A run that has ended this way cannot be resumed.
+    #[arg(long, requires = "eval_data")]
+    pub(crate) keep_best: bool,
 }
 
 #[derive(Debug, Args)]

@@ -2,12 +2,13 @@
 //!
 //! Every command prints its result on standard output, as text or, with `--json`, as one JSON object; messages and
 //! progress go to standard error. The exit status is 0 on success, 1 when the work failed or the input is bad, 2 for
-//! wrong usage.
+//! wrong usage, 130 for a training run that was interrupted and saved.
 #![forbid(unsafe_code)]
 
 mod args;
 mod commands;
 mod initial;
+mod interrupt;
 mod model;
 mod output;
 mod plot;
@@ -19,6 +20,7 @@ use std::process::ExitCode;
 use clap::Parser;
 
 use crate::args::Cli;
+use crate::interrupt::Interrupted;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -26,6 +28,9 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             output::report(&error, cli.verbose);
+            if error.is::<Interrupted>() {
+                return ExitCode::from(interrupt::EXIT_STATUS);
+            }
             ExitCode::FAILURE
         }
     }

@@ -141,11 +141,13 @@ fn train(mut output: Output, out: &Path) -> Result<Output> {
             adapter: &adapter,
             overwrite: Overwrite::Replace,
             metrics: Some(&output.metrics),
-            append_metrics: false,
+            resumes: false,
             save_every: None,
+            config: None,
         },
         eval_data: Some(data("heldout.jsonl")?),
         eval_every: Some(EVAL_EVERY),
+        keep_best: false,
     };
     let report = run.execute(&mut trainer)?;
     let after = continue_all(trainer.model(), &model.vocabulary, &prompts)?;
