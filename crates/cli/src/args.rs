@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
+use clap::{ArgAction, ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use trainable_tokens_trainer::LoraOptions;
 
 use crate::initial::{InitSpec, TokenInit};
@@ -111,7 +111,7 @@ pub(crate) struct LoraArgs {
     #[arg(long, default_value_t = 8.0, requires = "lora_rank")]
     lora_alpha: f64,
     /// Multiply by alpha / sqrt(rank) instead.
-    #[arg(long, requires = "lora_rank")]
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value_t = false, action = ArgAction::Set, value_name = "BOOL", hide_default_value = true, hide_possible_values = true, requires = "lora_rank")]
     use_rslora: bool,
 }
 
@@ -141,6 +141,13 @@ pub(crate) struct ComputeArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct TrainArgs {
+    /// TOML file with any of these options; those on the command line win. Its keys are their names, as in `batch-size = 4` or
+    /// `batch_size = 4`. The options of a run are written beside its adapter, as train_config.toml.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+    /// All options as such a file.
+    #[arg(skip)]
+    pub(crate) resolved: String,
     /// Model directory: config.json, model.safetensors or shards, tokenizer.json where text is used.
     #[arg(long)]
     pub(crate) model: PathBuf,
@@ -212,13 +219,13 @@ pub(crate) struct TrainArgs {
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
     /// Take the lines in a new order at each pass.
-    #[arg(long)]
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value_t = false, action = ArgAction::Set, value_name = "BOOL", hide_default_value = true, hide_possible_values = true)]
     pub(crate) shuffle: bool,
     /// Cut longer lines, and plain text, at this many tokens.
     #[arg(long, value_parser = positive)]
     pub(crate) max_length: Option<usize>,
     /// Compute the activations of layers again in the backward pass instead of keeping them: less memory, more time.
-    #[arg(long)]
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value_t = false, action = ArgAction::Set, value_name = "BOOL", hide_default_value = true, hide_possible_values = true)]
     pub(crate) recompute: bool,
     #[command(flatten)]
     pub(crate) compute: ComputeArgs,
@@ -261,7 +268,7 @@ pub(crate) struct TrainArgs {
     pub(crate) early_stopping_min_delta: f64,
     /// In the end, keep the adapter of the evaluation with the lowest held-out loss, and not that of the last step. Until then
     /// it is in the directory `best` inside the adapter's. A run that has ended this way cannot be resumed.
-    #[arg(long, requires = "eval_data")]
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value_t = false, action = ArgAction::Set, value_name = "BOOL", hide_default_value = true, hide_possible_values = true, requires = "eval_data")]
     pub(crate) keep_best: bool,
 }
 

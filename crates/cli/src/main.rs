@@ -7,6 +7,7 @@
 
 mod args;
 mod commands;
+mod config_file;
 mod initial;
 mod interrupt;
 mod model;
@@ -17,13 +18,16 @@ mod tokens;
 
 use std::process::ExitCode;
 
-use clap::Parser;
-
-use crate::args::Cli;
 use crate::interrupt::Interrupted;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match config_file::parse(std::env::args_os().collect()) {
+        Ok(cli) => cli,
+        Err(error) => {
+            output::report(&error, false);
+            return ExitCode::FAILURE;
+        }
+    };
     match commands::run(&cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -36,7 +36,13 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
         check_free(metrics, cli.overwrite())?;
     }
     let others = [&args.eval_data, &args.metrics].into_iter().flatten();
-    let others = others.chain([&args.model, &args.data]).map(PathBuf::as_path);
+    // The options of an earlier run in the same place are not lost: those of this run are like them.
+    let config = args.config.as_ref();
+    let config = config.filter(|path| !same_path(path, &args.out.join(save::CONFIG_FILE)));
+    let others = others
+        .chain(config)
+        .chain([&args.model, &args.data])
+        .map(PathBuf::as_path);
     check_apart(&args.out, others)?;
     check_target(&args.target_modules)?;
 
@@ -80,7 +86,7 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
             metrics: args.metrics.as_deref(),
             resumes: args.resume.is_some(),
             save_every: args.save_every,
-            config: None,
+            config: Some(&args.resolved),
         },
         eval_data,
         eval_every: args.eval_every,
