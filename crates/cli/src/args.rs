@@ -6,10 +6,10 @@ mod watch;
 use std::num::NonZero;
 use std::path::PathBuf;
 
-use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
+use clap::{ArgAction, ArgGroup, Args, Parser, Subcommand, ValueEnum};
 pub(crate) use shell::{CompletionsArgs, ManArgs};
 use trainable_tokens_trainer::LoraOptions;
-pub(crate) use watch::{PlotArgs, WatchArgs, options_in_force};
+pub(crate) use watch::{PlotArgs, WatchArgs};
 
 use crate::initial::{InitSpec, TokenInit};
 use crate::tokens::{IdRanges, TokenLr};
@@ -41,6 +41,10 @@ pub(crate) enum Command {
     /// Train two tokens of the small model inside this program, and show what changed.
     Demo(DemoArgs),
     /// Train token rows of a model and write a PEFT adapter.
+    ///
+    /// Ctrl-C (or SIGTERM) ends a run after the step that it is at: the adapter is saved with the state to resume from, the
+    /// metrics end with their summary, and the exit status is 130. A second one ends it at once; then there is what --save-every
+    /// has saved.
     Train(Box<TrainArgs>),
     /// Measure the loss of a model, with or without an adapter.
     Eval(EvalArgs),
@@ -121,7 +125,7 @@ pub(crate) struct LoraArgs {
     #[arg(long, default_value_t = 8.0, requires = "lora_rank")]
     lora_alpha: f64,
     /// Multiply by alpha / sqrt(rank) instead.
-    #[arg(long, requires = "lora_rank")]
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value_t = false, action = ArgAction::Set, value_name = "BOOL", hide_default_value = true, hide_possible_values = true, requires = "lora_rank")]
     use_rslora: bool,
 }
 
@@ -151,6 +155,13 @@ pub(crate) struct ComputeArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct TrainArgs {
+    /// TOML file with any of these options; those on the command line win. Its keys are their names, as in `batch-size = 4` or
+    /// `batch_size = 4`. The options of a run are written beside its adapter, as train_config.toml.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+    /// All options as such a file.
+    #[arg(skip)]
+    pub(crate) resolved: String,
     /// Model directory: config.json, model.safetensors or shards, tokenizer.json where text is used.
     #[arg(long)]
     pub(crate) model: PathBuf,
@@ -222,13 +233,13 @@ pub(crate) struct TrainArgs {
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
     /// Take the lines in a new order at each pass.
-    #[arg(long)]
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value_t = false, action = ArgAction::Set, value_name = "BOOL", hide_default_value = true, hide_possible_values = true)]
     pub(crate) shuffle: bool,
     /// Cut longer lines, and plain text, at this many tokens.
     #[arg(long, value_parser = positive)]
     pub(crate) max_length: Option<usize>,
     /// Compute the activations of layers again in the backward pass instead of keeping them: less memory, more time.
-    #[arg(long)]
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value_t = false, action = ArgAction::Set, value_name = "BOOL", hide_default_value = true, hide_possible_values = true)]
     pub(crate) recompute: bool,
     #[command(flatten)]
     pub(crate) compute: ComputeArgs,
@@ -257,6 +268,21 @@ pub(crate) struct TrainArgs {
     /// Evaluate every N steps too.
     #[arg(long, value_name = "N", requires = "eval_data", value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) eval_every: Option<u64>,
+    /// End the run after this many evaluations in a row without an improvement.
+    #[arg(long, value_name = "N", requires = "eval_every", value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) early_stopping_patience: Option<u64>,
+    /// An improvement is a held-out loss that is lower than the best by more than this.
+    #[arg(
+        long,
+        value_name = "LOSS",
+        default_value_t = 0.0,
+        requires = "early_stopping_patience"
+    )]
+    pub(crate) early_stopping_min_delta: f64,
+    /// In the end, keep the adapter of the evaluation with the lowest held-out loss, and not that of the last step. Until then
+    /// it is in the directory `best` inside the adapter's. A run that has ended this way cannot be resumed.
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value_t = false, action = ArgAction::Set, value_name = "BOOL", hide_default_value = true, hide_possible_values = true, requires = "eval_data")]
+    pub(crate) keep_best: bool,
 }
 
 #[derive(Debug, Args)]

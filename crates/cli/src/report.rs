@@ -11,8 +11,8 @@ const STYLE: &str = include_str!("report.css");
 /// Tokens that the page has a row for.
 const MOST_ROWS: usize = 1000;
 
-/// An option of the command, its value, and whether it is the default.
-pub(crate) type OptionLine = (String, String, bool);
+/// An option of the command and its value.
+pub(crate) type OptionLine = (String, String);
 
 /// The page of a training run. Every string is escaped; nothing is loaded from elsewhere.
 pub(crate) fn page(summary: &Summary, history: &History, options: &[OptionLine]) -> Result<String> {
@@ -49,7 +49,7 @@ pub(crate) fn page(summary: &Summary, history: &History, options: &[OptionLine])
                     } }
                     (tokens(&summary.tokens, summary))
                     section { h2 { "Summary" } (pairs("summary", &summary.lines())) }
-                    (options_table(options))
+                    @if !options.is_empty() { (options_table(options)) }
                 }
                 footer { "trainable-tokens " (env!("CARGO_PKG_VERSION")) }
             }
@@ -174,11 +174,8 @@ fn options_table(options: &[OptionLine]) -> Markup {
             h2 { "Options" }
             div.scroll { table #options {
                 tbody {
-                    @for (name, value, default) in options {
-                        tr.default[*default] {
-                            th scope="row" { code { "--" (name) } }
-                            td { (value) @if *default { small { " default" } } }
-                        }
+                    @for (name, value) in options {
+                        tr { th scope="row" { code { "--" (name) } } td { (value) } }
                     }
                 }
             } }

@@ -8,6 +8,16 @@ use crate::commands::train::DeadToken;
 use crate::output::bytes;
 use crate::rows::{RowReport, rows_table};
 
+/// Why a run took no further step.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum End {
+    #[default]
+    LastStep,
+    EarlyStopping,
+    Interrupted,
+}
+
 /// What a training run cost and did.
 #[derive(Debug, Default, Serialize)]
 pub(crate) struct Summary {
@@ -15,6 +25,12 @@ pub(crate) struct Summary {
     /// How the rows started, as it is recorded in the adapter.
     pub(crate) init: String,
     pub(crate) steps: u64,
+    pub(crate) end: End,
+    /// The steps after which the rows were what the adapter holds.
+    pub(crate) kept_step: u64,
+    /// The evaluation with the lowest loss.
+    pub(crate) best_step: Option<u64>,
+    pub(crate) best_eval_loss: Option<f64>,
     pub(crate) rows_trained: usize,
     /// Linear layers with weights of LoRA.
     pub(crate) lora_modules: usize,
@@ -99,9 +115,22 @@ impl Summary {
             ("peak memory", peak),
             ("adapter", self.adapter.display().to_string()),
         ];
+        let end = match self.end {
+            End::LastStep => None,
+            End::EarlyStopping => Some(("ended", format!("early, after step {}", self.steps))),
+            End::Interrupted => Some(("ended", format!("interrupted, after step {}", self.steps))),
+        };
+        let kept = (self.kept_step < self.steps).then(|| {
+            let loss = self.best_eval_loss.unwrap_or(f64::NAN);
+            (
+                "adapter kept",
+                format!("of step {}, held-out loss {loss:.4}", self.kept_step),
+            )
+        });
         let started = (self.init != "keep").then(|| ("rows started as", self.init.clone()));
         let lora = (self.lora_modules > 0).then(|| ("layers with LoRA", self.lora_modules.to_string()));
-        started.into_iter().chain(lora).chain(rows).collect()
+        let rows = started.into_iter().chain(lora).chain(rows);
+        rows.chain(end).chain(kept).collect()
     }
 
     fn gradient_check(&self) -> String {

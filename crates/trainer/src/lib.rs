@@ -4,7 +4,8 @@
 //!   of some tokens; no backward pass makes a gradient of a frozen weight.
 //! - [`LoraOptions`], [`LowRank`]: weights of LoRA that train beside the rows.
 //! - [`Dataset`], [`Batch`], [`Sampler`]: JSON Lines or text, through the model's tokenizer ([`Vocabulary`]).
-//! - [`Trainer`]: steps, schedules ([`Schedule`]), gradient accumulation, clipping, evaluation, exact resumption. Before the first step,
+//! - [`Trainer`]: steps, schedules ([`Schedule`]), gradient accumulation, clipping, evaluation, early
+//!   stopping, exact resumption. Before the first step,
 //!   [`check_gradient`] compares the gradient with finite differences of the loss and refuses to train on a wrong
 //!   one.
 //! - [`generate`], [`causal_loss`]: what training is measured by.
@@ -13,6 +14,7 @@ mod accumulate;
 mod activity;
 mod config;
 mod data;
+mod early_stopping;
 mod error;
 mod evaluate;
 mod generate;
@@ -32,6 +34,7 @@ mod vocabulary;
 pub use activity::TokenActivity;
 pub use config::{ModelConfig, RopeScaling};
 pub use data::{Batch, Dataset, Example, IGNORED, Sampler};
+pub use early_stopping::{BestEvaluation, EarlyStopping};
 pub use error::{Error, Result};
 pub use evaluate::{Evaluation, evaluate};
 pub use generate::generate;

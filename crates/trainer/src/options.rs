@@ -5,7 +5,7 @@ use trainable_tokens_core::{
     Adam, AdamConfig, ClipGradNorm, Decay, DecayTowardOriginal, RowOptimizer, Sgd, SgdConfig, TokenRows,
 };
 
-use crate::{Error, Result, Schedule};
+use crate::{EarlyStopping, Error, Result, Schedule};
 
 /// The update rule.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -78,6 +78,10 @@ pub struct TrainOptions {
     pub match_norm: Option<NormTarget>,
     /// Largest L2 norm of the row of a token after each step.
     pub max_row_norm: Option<f64>,
+    /// When evaluations end the run before its last step.
+    pub early_stopping: Option<EarlyStopping>,
+    /// Whether the values of the best evaluation are remembered.
+    pub keep_best: bool,
     /// Seed of the shuffle and of the gradient check.
     pub seed: u64,
     /// Whether each pass takes the examples in a new order.
@@ -114,6 +118,8 @@ impl Default for TrainOptions {
             token_lr: Vec::new(),
             match_norm: None,
             max_row_norm: None,
+            early_stopping: None,
+            keep_best: false,
             seed: 0,
             shuffle: false,
             recompute: false,
@@ -205,6 +211,9 @@ impl TrainOptions {
                 let message = format!("token id {id} is given two learning rates");
                 return Err(Error::Setting(message));
             }
+        }
+        if let Some(stopping) = self.early_stopping {
+            stopping.check()?;
         }
         if self.steps == Some(0) {
             return Err(Error::Setting("steps must be at least 1".to_owned()));

@@ -153,9 +153,7 @@ pub(crate) fn state(parts: &[Part]) -> Result<OptimizerState> {
 /// Gives each optimizer its memory again, and each matrix its values. A state or an adapter that does not fit changes no
 /// value.
 pub(crate) fn load(parts: &mut [Part], mut state: OptimizerState, adapter: &Adapter) -> Result<()> {
-    let lora = adapter.lora_weights()?;
-    let values = parts.iter().map(|part| part.values(adapter, &lora));
-    let values = values.collect::<Result<Vec<_>>>()?;
+    let values = values(parts, adapter)?;
     // A longer name first: the embedding's is no prefix at all.
     for part in parts.iter_mut().rev() {
         let name = part.matrix.name();
@@ -182,10 +180,24 @@ pub(crate) fn load(parts: &mut [Part], mut state: OptimizerState, adapter: &Adap
         let reason = "nothing that trains here has such a tensor".to_owned();
         return Err(CoreError::OptimizerState { name, reason }.into());
     }
-    for (part, values) in parts.iter_mut().zip(values) {
-        part.write(&values)?;
-    }
-    Ok(())
+    write_all(parts, &values)
+}
+
+/// Gives each matrix its values in an adapter.
+pub(crate) fn load_values(parts: &mut [Part], adapter: &Adapter) -> Result<()> {
+    let values = values(parts, adapter)?;
+    write_all(parts, &values)
+}
+
+/// Gives each matrix its values.
+pub(crate) fn write_all(parts: &mut [Part], values: &[TokenRows]) -> Result<()> {
+    let mut pairs = parts.iter_mut().zip(values);
+    pairs.try_for_each(|(part, values)| part.write(values))
+}
+
+fn values(parts: &[Part], adapter: &Adapter) -> Result<Vec<TokenRows>> {
+    let lora = adapter.lora_weights()?;
+    parts.iter().map(|part| part.values(adapter, &lora)).collect()
 }
 
 impl Part {

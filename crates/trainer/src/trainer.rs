@@ -1,5 +1,7 @@
 //! The training loop.
 
+mod best;
+
 use std::path::Path;
 use std::time::Instant;
 
@@ -13,6 +15,7 @@ use trainable_tokens_format::{Adapter, Checkpoint, TrainingState};
 
 use crate::accumulate::Accumulated;
 use crate::activity::{Activity, TokenActivity};
+use crate::early_stopping::Evaluations;
 use crate::loss::scalar;
 use crate::part::{self, Matrix, Part};
 use crate::probe::{SHORTEST_FACTOR, SHORTEST_ROW};
@@ -57,6 +60,17 @@ struct RunIdentity {
     /// What trains beside the rows of these tokens.
     #[serde(default)]
     others: Vec<String>,
+    #[serde(default)]
+    keep_best: bool,
+}
+
+/// What a training state holds besides the optimizer's memory.
+#[derive(Debug, Serialize, Deserialize)]
+struct Saved {
+    #[serde(flatten)]
+    run: RunIdentity,
+    #[serde(default)]
+    evaluations: Evaluations,
 }
 
 fn one() -> usize {
@@ -74,6 +88,9 @@ pub struct Trainer {
     activity: Activity,
     step: u64,
     total_steps: u64,
+    evaluations: Evaluations,
+    /// The values of all parts at the best evaluation.
+    best: Option<Vec<TokenRows>>,
 }
 
 impl Trainer {
@@ -115,6 +132,8 @@ impl Trainer {
             clip,
             step: 0,
             total_steps,
+            evaluations: Evaluations::default(),
+            best: None,
         })
     }
 
@@ -328,8 +347,11 @@ impl Trainer {
     ///
     /// [`Error::Setting`] if the state cannot be written as JSON.
     pub fn training_state(&self) -> Result<TrainingState> {
-        let extra =
-            serde_json::to_value(self.identity()).map_err(|error| Error::Setting(error.to_string()))?;
+        let saved = Saved {
+            run: self.identity(),
+            evaluations: self.evaluations,
+        };
+        let extra = serde_json::to_value(saved).map_err(|error| Error::Setting(error.to_string()))?;
         Ok(TrainingState {
             optimizer: part::state(&self.parts)?,
             extra,
@@ -349,7 +371,10 @@ impl Trainer {
             path: path.to_owned(),
             reason,
         };
-        let saved: RunIdentity = serde_json::from_value(state.extra)
+        let Saved {
+            run: saved,
+            evaluations,
+        } = serde_json::from_value(state.extra)
             .map_err(|error| refuse(format!("is not the state of a training run: {error}")))?;
         let current = self.identity();
         if saved != current {
@@ -367,6 +392,7 @@ impl Trainer {
         }
         part::load(&mut self.parts, state.optimizer, adapter)?;
         self.step = step;
+        self.evaluations = evaluations;
         Ok(())
     }
 
@@ -380,6 +406,7 @@ impl Trainer {
             seed: self.options.seed,
             shuffle: self.options.shuffle,
             others: self.others(),
+            keep_best: self.options.keep_best,
         }
     }
 
@@ -481,6 +508,11 @@ impl RunIdentity {
                 "list of other trained weights",
                 format!("{:?}", self.others),
                 format!("{:?}", current.others),
+            ),
+            (
+                "choice to keep the best",
+                self.keep_best.to_string(),
+                current.keep_best.to_string(),
             ),
         ];
         let differs = pairs.into_iter().find(|(_, saved, current)| saved != current);

@@ -144,12 +144,14 @@ fn train(mut output: Output, out: &Path) -> Result<Output> {
             overwrite: Overwrite::Replace,
             metrics: Some(&output.metrics),
             report: Some(&output.report),
-            append_metrics: false,
+            resumes: false,
             save_every: None,
+            config: None,
         },
         eval_data: Some(data("heldout.jsonl")?),
         eval_every: Some(EVAL_EVERY),
         warn_dead_after: STEPS,
+        keep_best: false,
     };
     let report = run.execute(&mut trainer)?;
     let after = continue_all(trainer.model(), &model.vocabulary, &prompts)?;

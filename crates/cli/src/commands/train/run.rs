@@ -1,27 +1,24 @@
 //! One training run: steps, metrics, saves, evaluations, and the closing table.
 
-use std::fs::{File, OpenOptions};
-use std::io::{BufWriter, Write};
 use std::path::Path;
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result};
 use indicatif::{ProgressBar, ProgressStyle};
-use serde::Serialize;
-use trainable_tokens_core::{EmbeddingSource, TokenRows, TokenSet};
-use trainable_tokens_format::{Overwrite, write_dir_atomically, write_file_atomically};
+use trainable_tokens_core::EmbeddingSource;
+use trainable_tokens_format::Overwrite;
 use trainable_tokens_trainer::{
-    Dataset, GradientCheck, LoraOptions, LowRank, StepMetrics, Trainer, peak_rss_bytes,
+    self as trainer, Dataset, GradientCheck, LoraOptions, LowRank, StepMetrics, Trainer, peak_rss_bytes,
 };
 
-use super::dead::{dead_tokens, warnings};
-use crate::args::options_in_force;
-use crate::history::{HELD_OUT, History, StepLine, as_f64};
+use super::dead::warnings;
+use super::metrics::Metrics;
+use super::save::Stage;
+use crate::history::{HELD_OUT, History, as_f64};
 use crate::initial::Initial;
+use crate::interrupt;
 use crate::model::Model;
 use crate::output::note;
-use crate::report::page;
-use crate::rows::{RowReport, norms_and_drifts, row_reports, token_name};
-use crate::summary::Summary;
+use crate::summary::{End, Summary};
 
 /// What a run needs besides its trainer.
 pub(crate) struct Run<'a> {
@@ -35,6 +32,8 @@ pub(crate) struct Run<'a> {
     pub(crate) outputs: Outputs<'a>,
     pub(crate) eval_data: Option<Dataset>,
     pub(crate) eval_every: Option<u64>,
+    /// Whether the best adapter is what stays in the end.
+    pub(crate) keep_best: bool,
     /// Steps without a gradient after which a row is warned of; 0 for never.
     pub(crate) warn_dead_after: u64,
 }
@@ -45,8 +44,11 @@ pub(crate) struct Outputs<'a> {
     pub(crate) overwrite: Overwrite,
     pub(crate) metrics: Option<&'a Path>,
     pub(crate) report: Option<&'a Path>,
-    pub(crate) append_metrics: bool,
+    /// Whether the run continues another, whose metrics it goes on with.
+    pub(crate) resumes: bool,
     pub(crate) save_every: Option<u64>,
+    /// The options of the run, to be written beside the adapter.
+    pub(crate) config: Option<&'a str>,
 }
 
 /// What a run leaves besides its files.
@@ -55,201 +57,89 @@ pub(crate) struct RunReport {
     pub(crate) history: History,
 }
 
-/// Tokens whose rows are measured at each step, at most: with more, none are.
-const MOST_MEASURED: usize = 64;
-
-/// A line of the metrics file.
-#[derive(Serialize)]
-struct MetricsLine<'a> {
-    #[serde(flatten)]
-    step: &'a StepMetrics,
-    /// The L2 norm of each row after the step, and its distance from where it started, in slot order.
-    #[serde(skip_serializing_if = "<[f64]>::is_empty")]
-    row_norms: &'a [f64],
-    #[serde(skip_serializing_if = "<[f64]>::is_empty")]
-    row_drifts: &'a [f64],
-}
-
-#[derive(Serialize)]
-struct SummaryLine<'a> {
-    summary: &'a Summary,
-}
-
 impl Run<'_> {
     /// Checks the gradient, takes all steps, saves.
     pub(crate) fn execute(&self, trainer: &mut Trainer) -> Result<RunReport> {
         let check = trainer.check_gradient()?;
         let start = self.start(trainer)?;
         let mut history = History::default();
-        self.evaluate(trainer, &mut history)?;
-        let mut metrics = self.open_metrics()?;
-        let mut saved = false;
+        // A resumed run has taken note of this evaluation before.
+        self.evaluate(trainer, &mut history, !self.outputs.resumes)?;
+        let resumed_at = self.outputs.resumes.then(|| trainer.steps_taken());
+        let mut metrics = Metrics::open(self.outputs.metrics, resumed_at)?;
+        let mut saved = None;
         let mut seconds = 0.0;
         let bar = progress(trainer);
-        while trainer.steps_taken() < trainer.total_steps() {
-            let mut step = trainer.step()?;
+        let end = loop {
+            if let Some(end) = why_end(trainer) {
+                break end;
+            }
+            let mut step = trainer.step().map_err(|error| self.with_saved(error, saved))?;
             let due = |every: Option<u64>| every.is_some_and(|every| step.step.is_multiple_of(every));
             let (save, evaluate) = (due(self.outputs.save_every), due(self.eval_every));
             if evaluate {
-                step.eval_loss = self.evaluate(trainer, &mut history)?;
+                step.eval_loss = self.evaluate(trainer, &mut history, true)?;
             }
             seconds += step.seconds;
             show(&bar, &step);
             for warning in warnings(trainer, &self.model.vocabulary, self.warn_dead_after)? {
                 bar.suspend(|| note(&warning));
             }
-            let line = self.measure(trainer, &start, &step)?;
-            write_line(
-                &mut metrics,
-                &MetricsLine {
-                    step: &step,
-                    row_norms: &line.row_norms,
-                    row_drifts: &line.row_drifts,
-                },
-            )?;
-            history.steps.push(line);
-            if save && step.step < trainer.total_steps() {
-                self.save(trainer, saved)?;
-                saved = true;
+            self.measure(trainer, &start, &step, &mut metrics, &mut history)?;
+            if save && why_end(trainer).is_none() {
+                self.save(trainer, self.overwrite(saved), Stage::UnderWay)?;
+                saved = Some(step.step);
             }
-        }
+        };
         bar.finish_and_clear();
-        let last = history.held_out.last().map(|(step, _)| *step);
-        if last.is_none_or(|step| step < as_f64(trainer.steps_taken())) {
-            self.evaluate(trainer, &mut history)?;
+        let last_step = trainer.steps_taken();
+        if end == End::Interrupted {
+            self.save(trainer, self.overwrite(saved), Stage::UnderWay)?;
+        } else {
+            let is_new = |(step, _): &(f64, f64)| *step < as_f64(last_step);
+            if history.held_out.last().is_none_or(is_new) {
+                self.evaluate(trainer, &mut history, self.keep_best)?;
+            }
+            trainer.restore_best()?;
+            self.save(trainer, self.overwrite(saved), Stage::Ended)?;
         }
-        self.save(trainer, saved)?;
         let taken = as_f64(history.steps.len() as u64).max(1.0);
-        let mut summary = self.summary(trainer, check, seconds / taken, &history)?;
-        summary.dead_tokens = dead_tokens(trainer, &self.model.vocabulary)?;
-        summary.tokens = self.row_reports(trainer, &start)?;
-        let names = summary.tokens.iter();
-        let names = names.map(|row| token_name(row.token_id, row.token.as_deref()));
-        history.tokens = names.collect();
-        write_line(&mut metrics, &SummaryLine { summary: &summary })?;
-        if let Some(path) = self.outputs.report {
-            let page = page(&summary, &history, &options_in_force())?;
-            write_file_atomically(path, Overwrite::Replace, |file| -> Result<()> {
-                file.write_all(page.as_bytes())
-                    .with_context(|| format!("cannot write {}", path.display()))
-            })?;
-        }
+        let mut summary = self.summary(trainer, check, seconds / taken, &history, end)?;
+        self.close(trainer, &start, &mut summary, &mut metrics, &mut history)?;
         Ok(RunReport { summary, history })
     }
 
-    /// The rows that the run started from, those of a resumed run too.
-    fn start(&self, trainer: &Trainer) -> Result<TokenRows> {
-        let table = self.model.table()?;
-        let tokens = TokenSet::new(trainer.model().embedding().tokens().to_vec(), table.vocab_size())?;
-        self.initial.rows(&table, &tokens)
+    /// What this run wrote itself, it replaces.
+    fn overwrite(&self, saved: Option<u64>) -> Overwrite {
+        match saved {
+            Some(_) => Overwrite::Replace,
+            None => self.outputs.overwrite,
+        }
     }
 
-    /// What a step did, and where the rows are after it.
-    fn measure(&self, trainer: &Trainer, start: &TokenRows, step: &StepMetrics) -> Result<StepLine> {
-        let watched = self.outputs.metrics.is_some() || self.outputs.report.is_some();
-        let (row_norms, row_drifts) = if watched && start.num_rows() <= MOST_MEASURED {
-            norms_and_drifts(start, &trainer.model().embedding().rows()?)
-        } else {
-            (Vec::new(), Vec::new())
-        };
-        Ok(StepLine {
-            step: step.step,
-            loss: step.loss,
-            lr: step.lr,
-            grad_norm: step.grad_norm,
-            eval_loss: step.eval_loss,
-            row_norms,
-            row_drifts,
-        })
-    }
-
-    /// Where each row came from and went to.
-    fn row_reports(&self, trainer: &Trainer, start: &TokenRows) -> Result<Vec<RowReport>> {
-        let (table, layer) = (self.model.table()?, trainer.model().embedding());
-        let vocabulary = &self.model.vocabulary;
-        let string = |id| {
-            if vocabulary.exists() {
-                Ok(vocabulary.token(id)?)
-            } else {
-                Ok(None)
+    /// An error that ends the run, with where the last save is.
+    fn with_saved(&self, error: trainer::Error, saved: Option<u64>) -> anyhow::Error {
+        match saved {
+            None => error.into(),
+            Some(step) => {
+                let dir = self.outputs.adapter.display();
+                let message = format!("{error}; the adapter as it was after step {step} is in {dir}");
+                anyhow::Error::new(error).context(message)
             }
-        };
-        row_reports(&table, layer.tokens().ids(), start, &layer.rows()?, string)
+        }
     }
 
-    /// The held-out loss now, remembered.
-    fn evaluate(&self, trainer: &Trainer, history: &mut History) -> Result<Option<f64>> {
+    /// The held-out loss now, remembered, and taken note of where the run decides by it.
+    fn evaluate(&self, trainer: &mut Trainer, history: &mut History, decides: bool) -> Result<Option<f64>> {
         let Some(data) = &self.eval_data else {
             return Ok(None);
         };
         let loss = trainer.evaluate(data)?.loss;
         history.held_out.push((as_f64(trainer.steps_taken()), loss));
+        if decides {
+            trainer.record_evaluation(loss)?;
+        }
         Ok(Some(loss))
-    }
-
-    fn open_metrics(&self) -> Result<Option<(BufWriter<File>, String)>> {
-        let Some(path) = self.outputs.metrics else {
-            return Ok(None);
-        };
-        let mut options = OpenOptions::new();
-        options.create(true).write(true);
-        if self.outputs.append_metrics {
-            options.append(true)
-        } else {
-            options.truncate(true)
-        };
-        let name = path.display().to_string();
-        let file = options
-            .open(path)
-            .map_err(|error| anyhow!("cannot write metrics to {name}: {error}"))?;
-        Ok(Some((BufWriter::new(file), name)))
-    }
-
-    /// Writes the adapter; a run that saves on the way keeps the state to resume from beside it.
-    fn save(&self, trainer: &Trainer, replace: bool) -> Result<()> {
-        let layer = trainer.model().embedding();
-        let (tokens, rows) = (layer.tokens().to_vec(), layer.rows()?);
-        // The loss tells only of the rows before the last step.
-        if let Some((slot, column)) = rows.first_non_finite() {
-            bail!(
-                "the row of token id {} is not finite at column {column} after step {}: lower the learning rate",
-                tokens.get(slot).copied().unwrap_or_default(),
-                trainer.steps_taken()
-            );
-        }
-        for low_rank in trainer.model().low_rank() {
-            if !low_rank
-                .read()?
-                .iter()
-                .all(|factor| factor.first_non_finite().is_none())
-            {
-                bail!(
-                    "the weights of LoRA for {} are not finite after step {}: lower the learning rate",
-                    low_rank.path(),
-                    trainer.steps_taken()
-                );
-            }
-        }
-        let builder = self
-            .model
-            .adapter_builder(self.model_dir, &tokens, rows, self.initial)?;
-        let builder = match self.lora {
-            None => builder.target_modules(self.target_modules.to_vec()),
-            Some(lora) => trainer.model().add_low_rank(builder.lora(lora.config()?))?,
-        };
-        let adapter = builder.build()?;
-        let overwrite = if replace {
-            Overwrite::Replace
-        } else {
-            self.outputs.overwrite
-        };
-        write_dir_atomically(self.outputs.adapter, overwrite, |dir| -> Result<()> {
-            adapter.write_into(dir)?;
-            if self.outputs.save_every.is_some() {
-                trainer.training_state()?.write_into(dir)?;
-            }
-            Ok(())
-        })
     }
 
     fn summary(
@@ -258,6 +148,7 @@ impl Run<'_> {
         check: GradientCheck,
         seconds_per_step: f64,
         history: &History,
+        end: End,
     ) -> Result<Summary> {
         let table = self.model.table()?;
         let rows = trainer.model().embedding().tokens().len();
@@ -268,6 +159,8 @@ impl Run<'_> {
             (HELD_OUT, history.held_out.clone())
         };
         let loss = |at: Option<&(f64, f64)>| at.map_or(f64::NAN, |(_, loss)| *loss);
+        let best = trainer.best_evaluation();
+        let kept = best.filter(|_| self.keep_best && end != End::Interrupted);
         let file = self.outputs.adapter.join("adapter_model.safetensors");
         Ok(Summary {
             adapter: self.outputs.adapter.to_owned(),
@@ -285,7 +178,11 @@ impl Run<'_> {
             table_bytes: table.bytes().len() as u64,
             loss_of,
             loss_before: loss(losses.first()),
-            loss_after: loss(losses.last()),
+            loss_after: kept.map_or_else(|| loss(losses.last()), |best| best.loss),
+            end,
+            kept_step: kept.map_or_else(|| trainer.steps_taken(), |best| best.step),
+            best_step: best.map(|best| best.step),
+            best_eval_loss: best.map(|best| best.loss),
             largest_untouched_change: trainer.largest_base_change(&self.model.checkpoint)?,
             seconds_per_step,
             peak_rss_bytes: peak_rss_bytes(),
@@ -297,15 +194,17 @@ impl Run<'_> {
     }
 }
 
-fn write_line(metrics: &mut Option<(BufWriter<File>, String)>, line: &impl Serialize) -> Result<()> {
-    let Some((file, name)) = metrics else {
-        return Ok(());
-    };
-    let text = serde_json::to_string(line)?;
-    // Flushed at each line: what a run has measured survives its end, whatever that is.
-    writeln!(file, "{text}")
-        .and_then(|()| file.flush())
-        .map_err(|error| anyhow!("cannot write metrics to {name}: {error}"))
+/// Whether the run has come to an end, and which.
+fn why_end(trainer: &Trainer) -> Option<End> {
+    if trainer.steps_taken() >= trainer.total_steps() {
+        Some(End::LastStep)
+    } else if trainer.stops_early() {
+        Some(End::EarlyStopping)
+    } else if interrupt::requested() {
+        Some(End::Interrupted)
+    } else {
+        None
+    }
 }
 
 /// A bar on standard error, if that is a terminal.
