@@ -113,6 +113,9 @@ bash ci/interop.sh
 step the comparison with PEFT, in small
 bash benches/run.sh --smoke
 
+step 'the session of the guide'
+bash ci/guide.sh
+
 step 'golden vectors, in numpy'
 "${INTEROP_PYTHON:-target/interop-venv/bin/python}" tests/vectors/check.py
 

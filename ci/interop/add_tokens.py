@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -85,6 +85,7 @@ def check_add_tokens(cli, report, work: Path):
         PreTrainedTokenizerFast(tokenizer_object=make(), additional_special_tokens=["<old>"]).save_pretrained(base)
         for kind in ("special", "normal"):
             check_kind(cli, report, f"add-tokens, {name}, {kind}", base, work / f"{seed}-{kind}", auto, kind)
+    check_flags(cli, report, work / "0", work / "flags")
     check_training(cli, report, work, work / "0", work / "0-special")
 
 
@@ -129,6 +130,18 @@ def check_kind(cli, report, what: str, base: Path, out: Path, auto, kind: str):
     report.equal(f"{what}: logits", list(logits.shape), [1, text.shape[1], said["vocab_size"]])
     # A copied row, and a copied bias, get the logit of what they were copied from.
     report.close(f"{what}: logits of the new tokens", logits[..., ids], logits[..., [3] * len(ids)], 1e-6)
+
+
+def check_flags(cli, report, base: Path, out: Path):
+    texts = [text.format(NEW[0]) for text in ("{}", "the {} cat", "the{}cat", "  {}  the", "{}{}", "a {}, b")]
+    for flags in (["lstrip"], ["rstrip"], ["lstrip", "rstrip"], ["single_word"]):
+        cli("add-tokens", model=base, tokens=NEW[0], out=out, force=True, **dict.fromkeys(flags, True))
+        ours, theirs = AutoTokenizer.from_pretrained(out), AutoTokenizer.from_pretrained(base)
+        # transformers itself takes a special token with flags only so.
+        token = AddedToken(NEW[0], special=True, normalized=False, **dict.fromkeys(flags, True))
+        theirs.add_tokens([token], special_tokens=True)
+        differ = [text for text in texts if ours(text).input_ids != theirs(text).input_ids]
+        report.none(f"add-tokens, {' '.join(flags)}: texts that transformers encodes otherwise", differ)
 
 
 def ids_of(tokenizer, text: str) -> list[int]:

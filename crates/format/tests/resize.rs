@@ -239,7 +239,7 @@ fn what_cannot_be_is_refused() {
         ("model.embed_tokens.weight", [3usize, 2]),
         ("lm_head.weight", [4, 2]),
     ]);
-    let bytes = vec![0; 32];
+    let bytes = [0; 32];
     let views = tensors.iter().map(|(name, shape)| {
         let bytes = &bytes[..shape[0] * shape[1] * 4];
         (
