@@ -14,11 +14,11 @@ use std::hint::black_box;
 use candle_core::Device;
 use half::{bf16, f16};
 use serde_json::json;
-use support::memory::Peak;
 #[cfg(feature = "burn")]
 use support::burn;
 #[cfg(feature = "dfdx")]
 use support::dfdx;
+use support::memory::Peak;
 #[cfg(feature = "ndarray")]
 use support::ndarray;
 use support::{Case, Laps, Workload, candle};

@@ -45,7 +45,12 @@ fn ndarray_lookup(criterion: &mut Criterion) {
 
 fn candle_lookup(criterion: &mut Criterion) {
     for workload in Workload::sweep() {
-        both(criterion, "candle", workload, candle::case(workload, 0f32, &Device::Cpu));
+        both(
+            criterion,
+            "candle",
+            workload,
+            candle::case(workload, 0f32, &Device::Cpu),
+        );
     }
     both(
         criterion,

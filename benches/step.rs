@@ -46,7 +46,12 @@ fn ndarray_step(criterion: &mut Criterion) {
 
 fn candle_step(criterion: &mut Criterion) {
     for workload in Workload::sweep() {
-        step(criterion, "candle", workload, candle::case(workload, 0f32, &Device::Cpu));
+        step(
+            criterion,
+            "candle",
+            workload,
+            candle::case(workload, 0f32, &Device::Cpu),
+        );
     }
     step(
         criterion,

@@ -23,6 +23,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import reference
+from add_tokens import check_add_tokens
 from cli import Cli
 from extract import check_extract
 from lora import check_lora
@@ -316,6 +317,7 @@ def main() -> int:
             (work / case.name).mkdir()
             groups[case.name] = lambda case=case: CaseChecks(case, cli, report, work / case.name).run()
         groups["tokenizer"] = lambda: check_tokenizer(cli, report, work)
+        groups["add-tokens"] = lambda: check_add_tokens(cli, report, work / "add-tokens")
         groups["extract"] = lambda: check_extract(cli, report, work / "extract")
         groups["split"] = lambda: check_split(cli, report, work / "split")
         groups[LORA] = lambda: check_lora(cli, report, work / LORA)

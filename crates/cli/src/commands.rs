@@ -1,5 +1,6 @@
 //! One module per command.
 
+mod add_tokens;
 mod demo;
 mod diff;
 mod eval;
@@ -8,8 +9,10 @@ mod forward;
 mod init;
 mod inspect;
 mod merge;
+mod plot;
+mod shell;
 mod split;
-mod train;
+pub(crate) mod train;
 mod verify;
 
 use std::fs;
@@ -28,12 +31,16 @@ pub(crate) fn run(cli: &Cli) -> Result<()> {
         Command::Eval(args) => eval::run(args, cli),
         Command::Forward(args) => forward::run(args, cli),
         Command::Init(args) => init::run(args, cli),
+        Command::AddTokens(args) => add_tokens::run(args, cli),
         Command::Merge(args) => merge::run(args, cli),
         Command::Extract(args) => extract::run(args, cli),
         Command::Diff(args) => diff::run(args, cli),
         Command::Split(args) => split::run(args, cli),
         Command::Inspect(args) => inspect::run(args, cli),
         Command::Verify(args) => verify::run(args, cli),
+        Command::Plot(args) => plot::run(args, cli),
+        Command::Completions(args) => shell::completions(args, cli),
+        Command::Man(args) => shell::man(args, cli),
     }
 }
 

@@ -220,7 +220,21 @@ fn help_and_version_succeed() {
     );
     let help = run(&args!["--help"]).ok();
     for command in [
-        "demo", "train", "eval", "forward", "init", "merge", "extract", "diff", "split", "inspect", "verify",
+        "demo",
+        "train",
+        "eval",
+        "forward",
+        "init",
+        "add-tokens",
+        "merge",
+        "extract",
+        "diff",
+        "split",
+        "inspect",
+        "verify",
+        "plot",
+        "completions",
+        "man",
     ] {
         assert!(help.stdout.contains(&format!("\n  {command} ")), "{help:#?}");
         let own = run(&args![command, "--help"]).ok();

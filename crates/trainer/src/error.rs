@@ -107,9 +107,14 @@ pub enum Error {
         /// The largest error accepted.
         tolerance: f64,
     },
-    /// The loss stopped being a number.
-    #[error("the loss is {loss} at step {step}: lower the learning rate, or check the data of {lines}")]
+    /// The loss or its gradient stopped being a number.
+    #[error(
+        "the {what} is not finite at step {step}, where the loss is {loss}: lower the learning rate, or check the data \
+         of {lines}"
+    )]
     Diverged {
+        /// `loss` or `gradient`.
+        what: &'static str,
         /// The step, from 1.
         step: u64,
         /// The loss.

@@ -4,13 +4,17 @@
 //!   of some tokens; no backward pass makes a gradient of a frozen weight.
 //! - [`LoraOptions`], [`LowRank`]: weights of LoRA that train beside the rows.
 //! - [`Dataset`], [`Batch`], [`Sampler`]: JSON Lines or text, through the model's tokenizer ([`Vocabulary`]).
-//! - [`Trainer`]: steps, schedules ([`Schedule`]), clipping, evaluation, exact resumption. Before the first step,
+//! - [`Trainer`]: steps, schedules ([`Schedule`]), gradient accumulation, clipping, evaluation, early
+//!   stopping, exact resumption. Before the first step,
 //!   [`check_gradient`] compares the gradient with finite differences of the loss and refuses to train on a wrong
 //!   one.
 //! - [`generate`], [`causal_loss`]: what training is measured by.
 
+mod accumulate;
+mod activity;
 mod config;
 mod data;
+mod early_stopping;
 mod error;
 mod evaluate;
 mod generate;
@@ -27,8 +31,10 @@ mod schedule;
 mod trainer;
 mod vocabulary;
 
+pub use activity::TokenActivity;
 pub use config::{Activation, LayerType, ModelConfig, NormKind, Positions, Rope, RopeScaling};
 pub use data::{Batch, Dataset, Example, IGNORED, Sampler};
+pub use early_stopping::{BestEvaluation, EarlyStopping};
 pub use error::{Error, Result};
 pub use evaluate::{Evaluation, evaluate};
 pub use generate::generate;
@@ -36,8 +42,8 @@ pub use lora::{ALL_LINEAR, LoraOptions};
 pub use loss::{Graph, causal_loss};
 pub use memory::peak_rss_bytes;
 pub use model::{Decoder, KeyValueCache, LowRank};
-pub use options::{DecayToward, OptimizerKind, TrainOptions};
+pub use options::{DecayToward, NormTarget, OptimizerKind, TrainOptions};
 pub use probe::{GradientCheck, check_gradient};
 pub use schedule::Schedule;
 pub use trainer::{StepMetrics, Trainer};
-pub use vocabulary::{Pieces, Vocabulary};
+pub use vocabulary::{AddedTokens, Context, MissedContext, Pieces, TokenFlags, TokenKind, Vocabulary};

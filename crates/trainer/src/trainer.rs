@@ -1,14 +1,21 @@
 //! The training loop.
 
+mod best;
+
 use std::path::Path;
 use std::time::Instant;
 
 use candle_core::DType;
 use candle_core::backprop::GradStore;
 use serde::{Deserialize, Serialize};
-use trainable_tokens_core::{ClipGradNorm, EmbeddingSource, PaddingRule, Slot, TokenId, TokenRows};
+use trainable_tokens_core::{
+    ClipGradNorm, EmbeddingSource, PaddingRule, Slot, TokenId, TokenRows, joint_norm,
+};
 use trainable_tokens_format::{Adapter, Checkpoint, TrainingState};
 
+use crate::accumulate::Accumulated;
+use crate::activity::{Activity, TokenActivity};
+use crate::early_stopping::Evaluations;
 use crate::loss::scalar;
 use crate::part::{self, Part};
 use crate::probe::{SHORTEST_FACTOR, SHORTEST_ROW};
@@ -22,13 +29,13 @@ use crate::{
 pub struct StepMetrics {
     /// Steps taken, this one included.
     pub step: u64,
-    /// Mean cross-entropy of the batch before the update, in nats.
+    /// Mean cross-entropy of all targets of the step before the update, in nats.
     pub loss: f64,
     /// Learning rate of the step.
     pub lr: f64,
     /// L2 norm of the gradient of all rows, before clipping.
     pub grad_norm: f64,
-    /// Tokens of the batch, without padding.
+    /// Tokens of the step, without padding.
     pub tokens: u64,
     /// Wall-clock time of the step.
     pub seconds: f64,
@@ -46,11 +53,28 @@ struct RunIdentity {
     token_indices: Vec<u32>,
     num_examples: usize,
     batch_size: usize,
+    #[serde(default = "one")]
+    accumulate: usize,
     seed: u64,
     shuffle: bool,
     /// What trains beside the rows of these tokens.
     #[serde(default)]
     others: Vec<String>,
+    #[serde(default)]
+    keep_best: bool,
+}
+
+/// What a training state holds besides the optimizer's memory.
+#[derive(Debug, Serialize, Deserialize)]
+struct Saved {
+    #[serde(flatten)]
+    run: RunIdentity,
+    #[serde(default)]
+    evaluations: Evaluations,
+}
+
+fn one() -> usize {
+    1
 }
 
 /// Trains the rows of a [`Decoder`], and its weights of LoRA where it has some, on a [`Dataset`].
@@ -61,8 +85,12 @@ pub struct Trainer {
     sampler: Sampler,
     parts: Vec<Part>,
     clip: Option<ClipGradNorm>,
+    activity: Activity,
     step: u64,
     total_steps: u64,
+    evaluations: Evaluations,
+    /// The values of all parts at the best evaluation.
+    best: Option<Vec<TokenRows>>,
 }
 
 impl Trainer {
@@ -81,13 +109,21 @@ impl Trainer {
         let shuffle = options.shuffle.then_some(options.seed);
         let sampler = Sampler::new(
             data.examples().len(),
-            options.batch_size,
+            options.batch_size * options.accumulate,
             shuffle,
             options.steps.is_some(),
         );
         let total_steps = options.steps.unwrap_or_else(|| sampler.steps_per_epoch());
         let clip = options.build_clip()?;
+        let frozen = |id: TokenId| {
+            options
+                .token_lr
+                .iter()
+                .any(|(other, lr)| *other == id.0 && *lr == 0.0)
+        };
+        let activity = Activity::new(model.embedding().tokens().clone(), frozen);
         Ok(Self {
+            activity,
             model: model.with_recomputation(options.recompute),
             data,
             options,
@@ -96,12 +132,19 @@ impl Trainer {
             clip,
             step: 0,
             total_steps,
+            evaluations: Evaluations::default(),
+            best: None,
         })
     }
 
     /// The model, its rows as they are now.
     pub fn model(&self) -> &Decoder {
         &self.model
+    }
+
+    /// What it trains on.
+    pub fn data(&self) -> &Dataset {
+        &self.data
     }
 
     /// Steps taken, those of a resumed run included.
@@ -112,6 +155,11 @@ impl Trainer {
     /// Steps of the whole run.
     pub fn total_steps(&self) -> u64 {
         self.total_steps
+    }
+
+    /// What the steps have done to each row of the input embedding, in slot order.
+    pub fn activity(&self) -> &[TokenActivity] {
+        self.activity.counts()
     }
 
     /// Compares the gradient of the first example with finite differences of its loss, once for the rows and once for
@@ -209,39 +257,79 @@ impl Trainer {
     ///
     /// # Errors
     ///
-    /// [`Error::Diverged`] if the loss is not finite (the rows are as before then); [`Error::Dataset`] if the batch
-    /// has no target; those of the model, the hooks and the optimizer.
+    /// [`Error::Diverged`] if the loss or its gradient is not finite (the rows are as before then); [`Error::Dataset`]
+    /// if no batch of the step has a target; those of the model, the hooks and the optimizer.
     pub fn step(&mut self) -> Result<StepMetrics> {
         let started = Instant::now();
-        let indices = self.sampler.indices(self.step);
-        let batch = self.data.batch(&indices)?;
-        let loss = causal_loss(&self.model, &batch, Graph::Keep)?;
-        let value = scalar(&loss)?;
-        if !value.is_finite() {
-            return Err(Error::Diverged {
-                step: self.step + 1,
-                loss: value,
-                lines: self.data.lines_of(&indices),
-            });
+        let (sum, tokens) = self.accumulate()?;
+        let (loss, gradients) = (sum.loss(), sum.into_gradients()?);
+        let is_rows = |part: &Part| part.matrix().is_embedding();
+        if let Some(at) = self.parts.iter().position(is_rows) {
+            self.activity.end_step(&gradients[at]);
         }
-        let gradients = loss.backward()?;
         let factor = self
             .options
             .schedule
             .factor(self.step, self.options.warmup_steps, self.total_steps);
         let lr = self.options.lr * factor;
-        let grad_norm = part::step(&mut self.parts, &gradients, self.clip.as_ref(), lr)?;
+        let grad_norm = part::step(&mut self.parts, gradients, self.clip.as_ref(), factor)?;
         self.step += 1;
         Ok(StepMetrics {
             step: self.step,
-            loss: value,
+            loss,
             lr,
             grad_norm,
-            tokens: batch.num_tokens() as u64,
+            tokens,
             seconds: started.elapsed().as_secs_f64(),
             peak_rss_bytes: peak_rss_bytes(),
             eval_loss: None,
         })
+    }
+
+    /// Loss and gradient over all batches of the step, and their tokens.
+    fn accumulate(&mut self) -> Result<(Accumulated, u64)> {
+        let batches = self.batches()?;
+        let all = batches.iter().map(|(_, batch)| batch.targets().len()).sum();
+        let (mut sum, mut tokens) = (Accumulated::over(all), 0);
+        for (indices, batch) in batches {
+            let loss = causal_loss(&self.model, &batch, Graph::Keep)?;
+            let value = scalar(&loss)?;
+            let diverged = |what| Error::Diverged {
+                what,
+                step: self.step + 1,
+                loss: value,
+                lines: self.data.lines_of(&indices),
+            };
+            if !value.is_finite() {
+                return Err(diverged("loss"));
+            }
+            let gradients = part::gradients(&self.parts, &loss.backward()?)?;
+            if !joint_norm(&gradients).is_finite() {
+                return Err(diverged("gradient"));
+            }
+            let examples = indices
+                .iter()
+                .filter_map(|index| self.data.examples().get(*index));
+            examples.for_each(|example| self.activity.see(example));
+            sum.add(value, gradients, batch.targets().len());
+            tokens += batch.num_tokens() as u64;
+        }
+        Ok((sum, tokens))
+    }
+
+    /// The batches of the next step and the examples of each. One without a target adds nothing, unless all are.
+    fn batches(&mut self) -> Result<Vec<(Vec<usize>, Batch)>> {
+        let (mut found, mut last_error) = (Vec::new(), None);
+        for indices in self.sampler.indices(self.step).chunks(self.options.batch_size) {
+            match self.data.batch(indices) {
+                Ok(batch) => found.push((indices.to_vec(), batch)),
+                Err(error) => last_error = Some(error),
+            }
+        }
+        match last_error.filter(|_| found.is_empty()) {
+            None => Ok(found),
+            Some(error) => Err(error),
+        }
     }
 
     /// The loss over other data.
@@ -259,10 +347,13 @@ impl Trainer {
     ///
     /// [`Error::Setting`] if the state cannot be written as JSON.
     pub fn training_state(&self) -> Result<TrainingState> {
-        let extra =
-            serde_json::to_value(self.identity()).map_err(|error| Error::Setting(error.to_string()))?;
+        let saved = Saved {
+            run: self.identity(),
+            evaluations: self.evaluations,
+        };
+        let extra = serde_json::to_value(saved).map_err(|error| Error::Setting(error.to_string()))?;
         Ok(TrainingState {
-            optimizer: part::state(&self.parts),
+            optimizer: part::state(&self.parts)?,
             extra,
         })
     }
@@ -280,7 +371,10 @@ impl Trainer {
             path: path.to_owned(),
             reason,
         };
-        let saved: RunIdentity = serde_json::from_value(state.extra)
+        let Saved {
+            run: saved,
+            evaluations,
+        } = serde_json::from_value(state.extra)
             .map_err(|error| refuse(format!("is not the state of a training run: {error}")))?;
         let current = self.identity();
         if saved != current {
@@ -298,6 +392,7 @@ impl Trainer {
         }
         part::load(&mut self.parts, state.optimizer, adapter)?;
         self.step = step;
+        self.evaluations = evaluations;
         Ok(())
     }
 
@@ -307,9 +402,11 @@ impl Trainer {
             token_indices: self.model.embedding().tokens().to_vec(),
             num_examples: self.data.examples().len(),
             batch_size: self.options.batch_size,
+            accumulate: self.options.accumulate,
             seed: self.options.seed,
             shuffle: self.options.shuffle,
             others: self.others(),
+            keep_best: self.options.keep_best,
         }
     }
 
@@ -397,12 +494,22 @@ impl RunIdentity {
                 self.batch_size.to_string(),
                 current.batch_size.to_string(),
             ),
+            (
+                "number of accumulated batches",
+                self.accumulate.to_string(),
+                current.accumulate.to_string(),
+            ),
             ("seed", self.seed.to_string(), current.seed.to_string()),
             ("shuffle", self.shuffle.to_string(), current.shuffle.to_string()),
             (
                 "list of other trained weights",
                 format!("{:?}", self.others),
                 format!("{:?}", current.others),
+            ),
+            (
+                "choice to keep the best",
+                self.keep_best.to_string(),
+                current.keep_best.to_string(),
             ),
         ];
         let differs = pairs.into_iter().find(|(_, saved, current)| saved != current);

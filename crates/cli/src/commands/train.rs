@@ -1,7 +1,12 @@
 //! `train`: rows of some tokens, and weights of LoRA if asked, on a data set, into an adapter.
 
+mod course;
+mod dead;
+mod metrics;
 mod run;
+mod save;
 
+pub(crate) use dead::DeadToken;
 pub(super) use run::{Outputs, Run};
 
 use std::path::{Path, PathBuf};
@@ -9,14 +14,15 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, bail};
 use trainable_tokens_core::{EmbeddingSource, PaddingRule, TokenRows, TokenSet};
 use trainable_tokens_format::{Adapter, Overwrite, TrainingState, is_path_or_suffix};
-use trainable_tokens_trainer::{self as trainer, Dataset, TrainOptions, Trainer};
+use trainable_tokens_trainer::{self as trainer, Dataset, EarlyStopping, TrainOptions, Trainer};
 
 use super::{check_apart, check_free};
 use crate::args::{self, Cli, PaddingChoice, TrainArgs};
 use crate::initial::Initial;
+use crate::interrupt::{self, Interrupted};
 use crate::model::Model;
 use crate::output::{note, print};
-use crate::summary::Summary;
+use crate::summary::{End, Summary};
 
 pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
     // An interrupted run may go on in the directory and the metrics file that it wrote itself.
@@ -27,11 +33,21 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
         cli.overwrite()
     };
     check_free(&args.out, overwrite)?;
-    if let (Some(metrics), None) = (&args.metrics, &args.resume) {
+    if let (Some(metrics), None) = (&args.watch.metrics, &args.resume) {
         check_free(metrics, cli.overwrite())?;
     }
-    let others = [&args.eval_data, &args.metrics].into_iter().flatten();
-    let others = others.chain([&args.model, &args.data]).map(PathBuf::as_path);
+    if let (Some(report), None) = (&args.watch.report, &args.resume) {
+        check_free(report, cli.overwrite())?;
+    }
+    let others = [&args.eval_data, &args.watch.metrics, &args.watch.report];
+    let others = others.into_iter().flatten();
+    // The options of an earlier run in the same place are not lost: those of this run are like them.
+    let config = args.config.as_ref();
+    let config = config.filter(|path| !same_path(path, &args.out.join(save::CONFIG_FILE)));
+    let others = others
+        .chain(config)
+        .chain([&args.model, &args.data])
+        .map(PathBuf::as_path);
     check_apart(&args.out, others)?;
 
     let model = Model::open(&args.model)?;
@@ -54,9 +70,15 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
             model.load_adapter(&start, padding, args.compute)?
         }
     };
-    let mut trainer = Trainer::new(decoder, data, options(args))?;
+    let token_lr = args.token_lr.iter();
+    let token_lr = token_lr.map(|own| own.resolve(&model.vocabulary));
+    let options = TrainOptions {
+        token_lr: token_lr.collect::<Result<_>>()?,
+        ..options(args)
+    };
+    let mut trainer = Trainer::new(decoder, data, options)?;
     if let Some(dir) = &args.resume {
-        resume(&mut trainer, dir, &initial)?;
+        resume(&mut trainer, dir, &initial, args.keep_best)?;
     }
     let run = Run {
         model: &model,
@@ -67,21 +89,35 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
         outputs: Outputs {
             adapter: &args.out,
             overwrite,
-            metrics: args.metrics.as_deref(),
-            append_metrics: args.resume.is_some(),
+            metrics: args.watch.metrics.as_deref(),
+            report: args.watch.report.as_deref(),
+            resumes: args.resume.is_some(),
             save_every: args.save_every,
+            config: Some(&args.resolved),
         },
         eval_data,
         eval_every: args.eval_every,
+        warn_dead_after: args.watch.warn_dead_after,
+        keep_best: args.keep_best,
     };
+    interrupt::watch()?;
     let report = run.execute(&mut trainer)?;
-    print(cli.json, &report.summary, Summary::to_text)
+    print(cli.json, &report.summary, Summary::to_text)?;
+    match report.summary.end {
+        End::Interrupted => Err(Interrupted {
+            step: report.summary.steps,
+            adapter: args.out.clone(),
+        }
+        .into()),
+        End::LastStep | End::EarlyStopping => Ok(()),
+    }
 }
 
 fn options(args: &TrainArgs) -> TrainOptions {
     TrainOptions {
         steps: args.steps,
         batch_size: args.batch_size,
+        accumulate: args.accumulate,
         optimizer: match args.optimizer {
             args::Optimizer::Adamw => trainer::OptimizerKind::AdamW,
             args::Optimizer::Adam => trainer::OptimizerKind::Adam,
@@ -104,6 +140,17 @@ fn options(args: &TrainArgs) -> TrainOptions {
         },
         warmup_steps: args.warmup_steps,
         max_grad_norm: args.max_grad_norm,
+        token_lr: Vec::new(),
+        match_norm: args.match_norm.map(|choice| match choice {
+            args::NormChoice::Mean => trainer::NormTarget::Mean,
+            args::NormChoice::Original => trainer::NormTarget::Original,
+        }),
+        max_row_norm: args.max_row_norm,
+        early_stopping: args.early_stopping_patience.map(|patience| EarlyStopping {
+            patience,
+            min_delta: args.early_stopping_min_delta,
+        }),
+        keep_best: args.keep_best,
         seed: args.seed,
         shuffle: args.shuffle,
         recompute: args.recompute,
@@ -153,7 +200,7 @@ fn start(model: &Model, ids: &[u32], initial: &Initial) -> Result<Option<TokenRo
     Ok(Some(initial.rows(&table, &tokens)?))
 }
 
-fn resume(trainer: &mut Trainer, dir: &Path, initial: &Initial) -> Result<()> {
+fn resume(trainer: &mut Trainer, dir: &Path, initial: &Initial, keep_best: bool) -> Result<()> {
     let adapter = Adapter::read(dir)?;
     // Decay toward the original rows needs them again, and the adapter tells how it started.
     if let Some(init) = adapter
@@ -175,6 +222,9 @@ fn resume(trainer: &mut Trainer, dir: &Path, initial: &Initial) -> Result<()> {
         bail!("adapter {} has no rows for {embedding}", dir.display());
     }
     trainer.resume(&adapter, state, &path)?;
+    if keep_best && trainer.best_evaluation().is_some() {
+        trainer.resume_best(&Adapter::read(dir.join(save::BEST_DIR))?)?;
+    }
     Ok(())
 }
 

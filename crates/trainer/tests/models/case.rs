@@ -8,7 +8,7 @@ use serde_json::Value;
 use trainable_tokens_core::{PaddingRule, TokenRows};
 use trainable_tokens_format::{Adapter, AdapterModule, Checkpoint, Merge, Overwrite};
 use trainable_tokens_testkit::peft::{Fixture, fixtures};
-use trainable_tokens_trainer::{Decoder, ModelConfig};
+use trainable_tokens_trainer::{Dataset, Decoder, ModelConfig, TrainOptions, Trainer, Vocabulary};
 
 pub(crate) struct Case {
     pub(crate) name: String,
@@ -134,6 +134,22 @@ pub(crate) fn with_adapter(base: &Checkpoint, adapter: &Adapter) -> Decoder {
 fn load_adapter(base: &Checkpoint, adapter: &Adapter, dtype: DType) -> Decoder {
     let padding = PaddingRule::NoLookupGradient;
     Decoder::load_adapter(base, adapter, padding, dtype, &Device::Cpu).unwrap()
+}
+
+/// The training of `tokens` of a fixture's model on `lines`.
+pub(crate) fn trainer(name: &str, tokens: &[u32], lines: &[Value], options: TrainOptions) -> Trainer {
+    let base = Checkpoint::open(fixtures().join(name).join("base")).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("data.jsonl");
+    std::fs::write(
+        &path,
+        lines.iter().map(|line| format!("{line}\n")).collect::<String>(),
+    )
+    .unwrap();
+    let config = ModelConfig::read(&base.config_path()).unwrap();
+    let data = Dataset::read(&path, &Vocabulary::of_model(base.dir()), &config, None).unwrap();
+    let model = load(&base, tokens, None);
+    Trainer::new(model, data, options).unwrap()
 }
 
 fn load(checkpoint: &Checkpoint, tokens: &[u32], rows: Option<&TokenRows>) -> Decoder {
