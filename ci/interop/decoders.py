@@ -137,6 +137,8 @@ def results(path: Path) -> dict[str, torch.Tensor]:
 
 
 def check_decoders(cli, report, work: Path):
+    """Logits and greedy tokens of every family."""
+    work.mkdir()
     for name in DECODERS:
         path = make_decoder(name, work / name)
         theirs = results(path)
