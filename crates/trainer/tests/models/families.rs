@@ -231,3 +231,26 @@ fn rows_and_weights_of_lora_train_in_every_family() {
         assert_eq!(trainer.largest_base_change(&checkpoint).unwrap().to_bits(), 0);
     }
 }
+
+/// The first GPT-2 was published without its head, and the names of its tensors without their first part.
+#[test]
+fn a_model_without_its_head_is_refused_with_what_to_do() {
+    let dir = decoders().into_iter().find(|dir| name(dir) == "gpt2").unwrap();
+    let bare = tempfile::tempdir().unwrap();
+    std::fs::copy(dir.join("config.json"), bare.path().join("config.json")).unwrap();
+    let tensors = candle_core::safetensors::load(dir.join("model.safetensors"), &Device::Cpu).unwrap();
+    let stripped = tensors.into_iter().map(|(name, tensor)| {
+        let name = name.strip_prefix("transformer.").unwrap_or(&name).to_owned();
+        (name, tensor)
+    });
+    let stripped: HashMap<String, Tensor> = stripped.collect();
+    candle_core::safetensors::save(&stripped, bare.path().join("model.safetensors")).unwrap();
+    let checkpoint = Checkpoint::open(bare.path()).unwrap();
+    let padding = PaddingRule::NoLookupGradient;
+    let error = Decoder::load(&checkpoint, &[], None, padding, DType::F32, &Device::Cpu).unwrap_err();
+    let message = error.to_string();
+    assert!(
+        message.contains("transformer.wte.weight is stored as wte.weight"),
+        "{message}"
+    );
+}
