@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import reference
 from add_tokens import check_add_tokens
 from cli import Cli
+from decoders import check_decoders
 from extract import check_extract
 from lora import check_lora
 from models import Case, make_cases, make_examples, random_ids, write_lines
@@ -318,6 +319,7 @@ def main() -> int:
             groups[case.name] = lambda case=case: CaseChecks(case, cli, report, work / case.name).run()
         groups["tokenizer"] = lambda: check_tokenizer(cli, report, work)
         groups["add-tokens"] = lambda: check_add_tokens(cli, report, work / "add-tokens")
+        groups["decoders"] = lambda: check_decoders(cli, report, work / "decoders")
         groups["extract"] = lambda: check_extract(cli, report, work / "extract")
         groups["split"] = lambda: check_split(cli, report, work / "split")
         groups[LORA] = lambda: check_lora(cli, report, work / LORA)

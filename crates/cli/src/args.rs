@@ -8,7 +8,7 @@ use std::path::PathBuf;
 
 use clap::{ArgAction, ArgGroup, Args, Parser, Subcommand, ValueEnum};
 pub(crate) use shell::{CompletionsArgs, ManArgs};
-use trainable_tokens_trainer::LoraOptions;
+use trainable_tokens_trainer::{GenerateOptions, LoraOptions};
 pub(crate) use watch::{PlotArgs, WatchArgs};
 
 use crate::initial::{InitSpec, TokenInit};
@@ -50,6 +50,8 @@ pub(crate) enum Command {
     Eval(EvalArgs),
     /// Write the embeddings and logits of token ids, for comparing implementations.
     Forward(ForwardArgs),
+    /// Continue a prompt with a model, with or without an adapter.
+    Generate(GenerateArgs),
     /// Write an adapter that changes nothing yet, or whose rows start anew.
     Init(InitArgs),
     /// Add tokens to a copy of a model: to its tokenizer, its tables and its config.
@@ -237,7 +239,7 @@ pub(crate) struct TrainArgs {
     pub(crate) recompute: bool,
     #[command(flatten)]
     pub(crate) compute: ComputeArgs,
-    /// Module whose rows train, as PEFT names it; only the input embedding can be [default: embed_tokens, or wte].
+    /// Module whose rows train, as PEFT names it; only the input embedding can be, and is without this option.
     #[arg(long, value_delimiter = ',', value_name = "MODULES")]
     pub(crate) target_modules: Option<Vec<String>>,
     /// What the gradient of a chosen token does that is the model's padding token.
@@ -309,6 +311,44 @@ pub(crate) struct ForwardArgs {
     /// Safetensors file to write: embeddings [B, L, D] and logits [B, L, V], both F32.
     #[arg(long, value_name = "FILE")]
     pub(crate) out: PathBuf,
+    #[command(flatten)]
+    pub(crate) compute: ComputeArgs,
+}
+
+/// What is continued.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+pub(crate) struct PromptArgs {
+    /// Text to continue, through the model's tokenizer.
+    #[arg(long = "prompt", value_name = "TEXT")]
+    pub(crate) text: Option<String>,
+    /// The ids of its tokens instead, separated by commas.
+    #[arg(long = "prompt-ids", value_delimiter = ',', value_name = "IDS")]
+    pub(crate) ids: Vec<u32>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct GenerateArgs {
+    /// Model directory.
+    #[arg(long)]
+    pub(crate) model: PathBuf,
+    /// Adapter directory.
+    #[arg(long)]
+    pub(crate) adapter: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) prompt: PromptArgs,
+    /// The most tokens to generate.
+    #[arg(long, value_name = "N", default_value_t = GenerateOptions::default().max_new_tokens)]
+    pub(crate) max_new_tokens: usize,
+    /// What logits are divided by before a token is drawn; at 0 the likeliest token is taken.
+    #[arg(long, value_name = "T", default_value_t = 0.0)]
+    pub(crate) temperature: f64,
+    /// Draw from the likeliest tokens whose probabilities sum up to P.
+    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    pub(crate) top_p: f64,
+    /// Seed of the draws.
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
     #[command(flatten)]
     pub(crate) compute: ComputeArgs,
 }

@@ -6,6 +6,7 @@ mod diff;
 mod eval;
 mod extract;
 mod forward;
+mod generate;
 mod init;
 mod inspect;
 mod merge;
@@ -30,6 +31,7 @@ pub(crate) fn run(cli: &Cli) -> Result<()> {
         Command::Train(args) => train::run(args, cli),
         Command::Eval(args) => eval::run(args, cli),
         Command::Forward(args) => forward::run(args, cli),
+        Command::Generate(args) => generate::run(args, cli),
         Command::Init(args) => init::run(args, cli),
         Command::AddTokens(args) => add_tokens::run(args, cli),
         Command::Merge(args) => merge::run(args, cli),

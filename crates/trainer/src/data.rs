@@ -125,7 +125,7 @@ fn lines(
     config: &ModelConfig,
     max_length: Option<usize>,
 ) -> Result<Vec<Example>> {
-    let limits = Limits::new(config.vocab_size, config.max_position_embeddings, max_length);
+    let limits = Limits::new(config.vocab_size, config.max_length(), max_length);
     let lines = (1..)
         .zip(text.lines())
         .filter(|(_, line)| !line.trim().is_empty());
@@ -156,8 +156,8 @@ fn windows(
     config: &ModelConfig,
     max_length: Option<usize>,
 ) -> Result<Vec<Example>> {
-    let length = max_length.unwrap_or(DEFAULT_WINDOW.min(config.max_position_embeddings));
-    let limits = Limits::new(config.vocab_size, config.max_position_embeddings, max_length);
+    let length = max_length.unwrap_or(DEFAULT_WINDOW.min(config.max_length()));
+    let limits = Limits::new(config.vocab_size, config.max_length(), max_length);
     let ids = vocabulary.encode(text)?;
     let windows = (1..)
         .zip(ids.chunks(length))

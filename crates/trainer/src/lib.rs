@@ -1,14 +1,16 @@
 //! Trains chosen token rows of Hugging Face checkpoints with differentiable decoders on candle.
 //!
-//! - [`Decoder`]: a causal language model of the Llama family ([`ModelConfig`]), every weight frozen but the rows
-//!   of some tokens; no backward pass makes a gradient of a frozen weight.
+//! - [`Decoder`]: a causal language model configured by its `config.json` ([`ModelConfig`]: Llama, Mistral, Qwen 2 and 3,
+//!   Gemma, Gemma 2 and 3, GPT-2), every weight frozen but the rows of some tokens; no backward pass makes a gradient of a
+//!   frozen weight.
 //! - [`LoraOptions`], [`LowRank`]: weights of LoRA that train beside the rows.
 //! - [`Dataset`], [`Batch`], [`Sampler`]: JSON Lines or text, through the model's tokenizer ([`Vocabulary`]).
 //! - [`Trainer`]: steps, schedules ([`Schedule`]), gradient accumulation, clipping, evaluation, early
 //!   stopping, exact resumption. Before the first step,
 //!   [`check_gradient`] compares the gradient with finite differences of the loss and refuses to train on a wrong
 //!   one.
-//! - [`generate`], [`causal_loss`]: what training is measured by.
+//! - [`generate`]: continues a prompt, greedily or by draws ([`GenerateOptions`]), with a [`KeyValueCache`].
+//! - [`evaluate`], [`causal_loss`]: what training is measured by.
 
 mod accumulate;
 mod activity;
@@ -37,7 +39,7 @@ pub use data::{Batch, Dataset, Example, IGNORED, Sampler};
 pub use early_stopping::{BestEvaluation, EarlyStopping};
 pub use error::{Error, Result};
 pub use evaluate::{Evaluation, evaluate};
-pub use generate::generate;
+pub use generate::{GenerateOptions, Generated, generate};
 pub use lora::{ALL_LINEAR, LoraOptions};
 pub use loss::{Graph, causal_loss};
 pub use memory::peak_rss_bytes;

@@ -73,10 +73,10 @@ fn read_ids(path: &Path, config: &ModelConfig) -> Result<(Vec<u32>, usize, usize
     if length == 0 {
         bail!("{name} holds no token id");
     }
-    if length > config.max_position_embeddings {
+    if length > config.max_length() {
         bail!(
             "{name}: a list of {length} ids is longer than the model's {} positions",
-            config.max_position_embeddings
+            config.max_length()
         );
     }
     let mut ids = Vec::with_capacity(lists.len() * length);

@@ -69,12 +69,11 @@ fn check_rope(rope: Rope, head_dim: usize) -> Result<(), String> {
     positive("rope_theta", rope.theta)?;
     match rope.scaling {
         RopeScaling::Default => Ok(()),
-        RopeScaling::Linear { factor } => positive("factor", factor),
         // The exponent of the base's growth is `head_dim / (head_dim - 2)`.
         RopeScaling::Dynamic { .. } if head_dim == 2 => {
             Err("head_dim is 2, which is too small for dynamic rotary embeddings".to_owned())
         }
-        RopeScaling::Dynamic { factor } => positive("factor", factor),
+        RopeScaling::Linear { factor } | RopeScaling::Dynamic { factor } => positive("factor", factor),
         RopeScaling::Llama3 {
             factor,
             low_freq_factor,

@@ -28,8 +28,6 @@ pub(super) struct Family {
     pub(super) query_pre_attn_scalar: Option<f64>,
     /// The limit of attention scores; families without one have no such field.
     pub(super) attn_logit_softcapping: Option<f64>,
-    /// Whether there is a field for the limit of logits.
-    pub(super) caps_logits: bool,
     pub(super) final_logit_softcapping: Option<f64>,
     pub(super) rope_theta: f64,
     /// The base in layers with a sliding window, where it is another.
@@ -78,7 +76,6 @@ const LLAMA_FAMILY: Family = Family {
     sliding_window: None,
     query_pre_attn_scalar: None,
     attn_logit_softcapping: None,
-    caps_logits: false,
     final_logit_softcapping: None,
     rope_theta: 10_000.0,
     local_rope_theta: None,
@@ -120,7 +117,6 @@ const GEMMA2_FAMILY: Family = Family {
     sliding_window: Some(4096),
     query_pre_attn_scalar: Some(256.0),
     attn_logit_softcapping: Some(50.0),
-    caps_logits: true,
     final_logit_softcapping: Some(30.0),
     ..GEMMA_FAMILY
 };

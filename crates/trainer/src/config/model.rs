@@ -28,7 +28,7 @@ pub enum RopeScaling {
         /// The context length before stretching.
         original_max_position_embeddings: f64,
     },
-    /// As Llama 3's, the ramp over dimensions, with longer queries and keys (YaRN, Peng et al. 2023).
+    /// As Llama 3's, the ramp over dimensions, with longer queries and keys (`YaRN`, Peng et al. 2023).
     Yarn {
         /// The factor.
         factor: f64,
@@ -100,6 +100,7 @@ pub enum Activation {
 /// What the decoder needs of a model, with transformers' defaults; fields are named as in the `config.json` of most
 /// families.
 #[derive(Clone, Debug, PartialEq)]
+#[expect(clippy::struct_excessive_bools, reason = "they are those of a config.json")]
 pub struct ModelConfig {
     /// `model_type`.
     pub model_type: String,

@@ -27,6 +27,17 @@ pub(crate) fn config(json: &[u8]) -> Result<ModelConfig, Refusal> {
     ModelConfig::from_raw(&raw.map_err(|reason| Refusal::Invalid(format!("not a model config: {reason}")))?)
 }
 
+/// The tokens that end a text, by the bytes of a `generation_config.json`.
+pub(crate) fn ends(json: &[u8]) -> Result<Option<Vec<u32>>, Refusal> {
+    #[derive(Deserialize)]
+    struct Generation {
+        eos_token_id: Option<OneOrMany>,
+    }
+    let generation: Generation = parse_object(json)
+        .map_err(|reason| Refusal::Invalid(format!("not a generation config: {reason}")))?;
+    Ok(generation.eos_token_id.map(OneOrMany::ids))
+}
+
 /// `config.json` as it is written, in both spellings of rotary settings, and in GPT-2's of sizes.
 #[derive(Deserialize)]
 pub(super) struct Raw {
@@ -195,10 +206,7 @@ impl ModelConfig {
             attn_logit_softcapping: family
                 .attn_logit_softcapping
                 .and_then(|default| raw.attn_logit_softcapping.or(Some(default))),
-            final_logit_softcapping: raw
-                .final_logit_softcapping
-                .or(family.final_logit_softcapping)
-                .filter(|_| family.caps_logits),
+            final_logit_softcapping: raw.final_logit_softcapping.or(family.final_logit_softcapping),
             qkv_bias: family.qkv_bias.resolve(asked),
             output_bias: family.output_bias.resolve(asked),
             mlp_bias: family.mlp_bias.resolve(raw.mlp_bias == Some(true)),

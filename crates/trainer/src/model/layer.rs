@@ -53,13 +53,13 @@ impl Layer {
         let attended = self
             .attention
             .forward(&self.attention_norm.forward(hidden)?, rotations, cache)?;
-        let hidden = (hidden + normed(&self.post_attention_norm, attended)?)?;
+        let hidden = (hidden + normed(self.post_attention_norm.as_ref(), attended)?)?;
         let transformed = self.mlp.forward(&self.mlp_norm.forward(&hidden)?)?;
-        Ok((&hidden + normed(&self.post_mlp_norm, transformed)?)?)
+        Ok((&hidden + normed(self.post_mlp_norm.as_ref(), transformed)?)?)
     }
 }
 
-fn normed(norm: &Option<Norm>, x: Tensor) -> Result<Tensor> {
+fn normed(norm: Option<&Norm>, x: Tensor) -> Result<Tensor> {
     Ok(match norm {
         Some(norm) => norm.forward(&x)?,
         None => x,

@@ -82,6 +82,18 @@ impl<'a> Weights<'a> {
 
     /// Refuses a tensor that does not have the shape that follows from the config.
     pub(super) fn expect_shape(&self, name: &str, shape: &[usize]) -> Result<TensorRef<'a>> {
+        if !self.checkpoint.contains(name)
+            && let Some((model, rest)) = name.split_once('.')
+            && self.checkpoint.contains(rest)
+        {
+            return Err(Error::Config {
+                path: self.checkpoint.config_path(),
+                reason: format!(
+                    "tensor {name} is stored as {rest}: this is the checkpoint of a bare {model}, without the part that \
+                     predicts tokens; load it in transformers as a causal language model, and save that"
+                ),
+            });
+        }
         let tensor = self.checkpoint.tensor(name)?;
         if tensor.shape != shape {
             return Err(Error::Config {

@@ -3,6 +3,7 @@
 
 mod accumulation;
 mod case;
+mod families;
 mod groups;
 mod lora;
 mod training;
