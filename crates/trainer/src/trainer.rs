@@ -242,7 +242,7 @@ impl Trainer {
     ///
     /// # Errors
     ///
-    /// [`Error::Diverged`] if the loss or its gradient is not finite (the rows are as before then); [`Error::Dataset`]
+    /// [`Error::Diverged`] and [`Error::DivergedGradient`] if the loss or its gradient is not finite (the rows are as before then); [`Error::Dataset`]
     /// if no batch of the step has a target; those of the model, the hooks and the optimizer.
     pub fn step(&mut self) -> Result<StepMetrics> {
         let started = Instant::now();
@@ -275,18 +275,23 @@ impl Trainer {
         for (indices, batch) in batches {
             let loss = causal_loss(&self.model, &batch, Graph::Keep)?;
             let value = scalar(&loss)?;
-            let diverged = |what| Error::Diverged {
-                what,
-                step: self.step + 1,
-                loss: value,
-                lines: self.data.lines_of(&indices),
-            };
+            let (step, lines) = (self.step + 1, || self.data.lines_of(&indices));
             if !value.is_finite() {
-                return Err(diverged("loss"));
+                let lines = lines();
+                return Err(Error::Diverged {
+                    step,
+                    loss: value,
+                    lines,
+                });
             }
             let gradients = part::gradients(&self.parts, &loss.backward()?)?;
             if !joint_norm(&gradients).is_finite() {
-                return Err(diverged("gradient"));
+                let lines = lines();
+                return Err(Error::DivergedGradient {
+                    step,
+                    loss: value,
+                    lines,
+                });
             }
             sum.add(value, gradients, batch.targets().len());
             tokens += batch.num_tokens() as u64;
