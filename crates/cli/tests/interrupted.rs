@@ -233,7 +233,7 @@ impl Moments {
 fn whatever_kills_a_run_it_goes_on_as_if_nothing_had_been() {
     const KILLS: usize = 30;
     let runs = Runs::new();
-    let more = ["--steps", "40", "--save-every", "1", "--schedule", "cosine"];
+    let more = ["--steps", "24", "--save-every", "1", "--schedule", "cosine"];
     let started = Instant::now();
     run(&runs.args("straight", &more)).ok();
     let whole = started.elapsed();
@@ -241,7 +241,7 @@ fn whatever_kills_a_run_it_goes_on_as_if_nothing_had_been() {
         adapter_files(&runs.path("straight")),
         steps(&runs.path("straight.jsonl")),
     );
-    assert_eq!(steps_of_all.len(), 40);
+    assert_eq!(steps_of_all.len(), 24);
 
     let mut moments = Moments(7);
     let (mut kills, mut with_adapter, mut most) = (0, 0, 0);

@@ -248,10 +248,13 @@ impl Trainer {
         let started = Instant::now();
         let (sum, tokens) = self.accumulate()?;
         let (loss, gradients) = (sum.loss(), sum.into_gradients()?);
-        let factor = self
-            .options
-            .schedule
-            .factor(self.step, self.options.warmup_steps, self.total_steps);
+        let TrainOptions {
+            schedule,
+            warmup_steps,
+            min_lr_ratio,
+            ..
+        } = self.options;
+        let factor = schedule.factor(self.step, warmup_steps, self.total_steps, min_lr_ratio);
         let lr = self.options.lr * factor;
         let grad_norm = part::step(&mut self.parts, gradients, self.clip.as_ref(), factor)?;
         self.step += 1;
