@@ -23,6 +23,9 @@ use crate::{
     OptimizerKind, Result, Sampler, TrainOptions, causal_loss, check_gradient, evaluate, peak_rss_bytes,
 };
 
+/// Tokens of the example that the gradient is checked on: each of many losses costs by them, and by the vocabulary.
+const PROBE_LENGTH: usize = 64;
+
 /// What one step did, as it is written to a metrics file.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct StepMetrics {
@@ -226,16 +229,21 @@ impl Trainer {
     }
 
     /// The first example of the run that meets a trainable token, or else simply the first: in a tied model, or
-    /// with no trainable token in sight, it still says whether the graph is whole.
+    /// with no trainable token in sight, it still says whether the graph is whole. Of a long one, a part around that token.
     fn probe_batch(&self) -> Result<Batch> {
         let tokens = self.model.embedding().tokens();
-        let trains = |index: &usize| {
+        let meets = |index: &usize| {
             let example = &self.data.examples()[*index];
             let seen = &example.input_ids[..example.input_ids.len() - 1];
-            seen.iter().any(|id| tokens.contains(TokenId(*id))) && self.data.batch(&[*index]).is_ok()
+            let at = seen.iter().position(|id| tokens.contains(TokenId(*id)))?;
+            self.data.batch(&[*index]).is_ok().then_some((*index, at))
         };
-        let found = (0..self.data.examples().len()).find(trains);
-        self.data.batch(&[found.unwrap_or(0)])
+        let found = (0..self.data.examples().len()).find_map(|index| meets(&index));
+        let (index, at) = found.unwrap_or((0, 0));
+        match self.data.window(index, at, PROBE_LENGTH) {
+            Some(batch) => Ok(batch),
+            None => self.data.batch(&[index]),
+        }
     }
 
     /// Takes one step.
