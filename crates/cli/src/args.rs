@@ -142,7 +142,7 @@ pub(crate) struct ComputeArgs {
 #[derive(Debug, Args)]
 pub(crate) struct TrainArgs {
     /// TOML file with any of these options; those on the command line win. Its keys are their names, as in `batch-size = 4` or
-    /// `batch_size = 4`. The options of a run are written beside its adapter, as train_config.toml.
+    /// `batch_size = 4`. The options of a run are written beside its adapter, in `train_config.toml`.
     #[arg(long, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
     /// All options as such a file.

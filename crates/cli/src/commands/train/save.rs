@@ -29,7 +29,7 @@ impl Run<'_> {
     /// keeps the best has no state: the state is that of the last step.
     pub(super) fn save(&self, trainer: &mut Trainer, overwrite: Overwrite, stage: Stage) -> Result<()> {
         let adapter = self.adapter(trainer)?;
-        let (has_state, has_best) = match stage {
+        let (resumable, has_best) = match stage {
             Stage::UnderWay => (true, trainer.remembers_best()),
             Stage::Ended => (self.outputs.save_every.is_some() && !self.keep_best, false),
         };
@@ -38,7 +38,7 @@ impl Run<'_> {
         } else {
             None
         };
-        let state = has_state.then(|| trainer.training_state()).transpose()?;
+        let state = resumable.then(|| trainer.training_state()).transpose()?;
         write_dir_atomically(self.outputs.adapter, overwrite, |dir| -> Result<()> {
             adapter.write_into(dir)?;
             if let Some(best) = &best {
