@@ -31,8 +31,8 @@ impl Runs {
         };
         let lines = |from: u32, count: u32| -> String {
             let ids = (from..from + count).map(|i| [1, 4 + i * 7 % 290, 12, 298, 5 + i * 13 % 280, 40]);
-            ids.map(|ids| format!("{}\n", json!({"input_ids": ids})))
-                .collect()
+            let lines: Vec<String> = ids.map(|ids| json!({"input_ids": ids}).to_string()).collect();
+            lines.join("\n")
         };
         fs::write(runs.path("train.jsonl"), lines(0, 22)).unwrap();
         fs::write(runs.path("eval.jsonl"), lines(100, 4)).unwrap();
