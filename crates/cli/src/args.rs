@@ -6,6 +6,7 @@ use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use trainable_tokens_trainer::LoraOptions;
 
 use crate::initial::{InitSpec, TokenInit};
+use crate::objective::ObjectiveArgs;
 use crate::tokens::IdRanges;
 
 /// Fine-tune a few token rows of a frozen embedding table, in the file format of PEFT's Trainable Tokens.
@@ -140,9 +141,12 @@ pub(crate) struct TrainArgs {
     /// Model directory: config.json, model.safetensors or shards, tokenizer.json where text is used.
     #[arg(long)]
     pub(crate) model: PathBuf,
-    /// Training data: JSON Lines with `input_ids` (and labels) or text, or a .txt file.
+    /// Training data: JSON Lines with `input_ids` (and labels) or text, or a .txt file; to teach, JSON Lines with a
+    /// sentence and a definition.
     #[arg(long, value_name = "FILE")]
     pub(crate) data: PathBuf,
+    #[command(flatten)]
+    pub(crate) objective: ObjectiveArgs,
     #[command(flatten)]
     pub(crate) tokens: TokenArgs,
     #[command(flatten)]
@@ -191,7 +195,7 @@ pub(crate) struct TrainArgs {
     /// Clip the gradient of all that trains together to this L2 norm.
     #[arg(long)]
     pub(crate) max_grad_norm: Option<f64>,
-    /// Seed of the shuffle, and of rows and weights of LoRA that start with random numbers.
+    /// Seed of the shuffle, of masks, and of rows and weights of LoRA that start with random numbers.
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
     /// Take the lines in a new order at each pass.
@@ -205,13 +209,8 @@ pub(crate) struct TrainArgs {
     pub(crate) recompute: bool,
     #[command(flatten)]
     pub(crate) compute: ComputeArgs,
-    /// Module whose rows train, as PEFT names it; only the input embedding can be.
-    #[arg(
-        long,
-        value_delimiter = ',',
-        default_value = "embed_tokens",
-        value_name = "MODULES"
-    )]
+    /// Module whose rows train, as PEFT names it; only the input embedding can be [default: its name].
+    #[arg(long, value_delimiter = ',', value_name = "MODULES")]
     pub(crate) target_modules: Vec<String>,
     /// What the gradient of a chosen token does that is the model's padding token.
     #[arg(long, value_enum)]
@@ -241,9 +240,14 @@ pub(crate) struct EvalArgs {
     /// Adapter directory.
     #[arg(long)]
     pub(crate) adapter: Option<PathBuf>,
-    /// Data: JSON Lines with `input_ids` (and labels) or text, or a .txt file.
+    /// Data, as for train.
     #[arg(long, value_name = "FILE")]
     pub(crate) data: PathBuf,
+    #[command(flatten)]
+    pub(crate) objective: ObjectiveArgs,
+    /// Seed of the masks.
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
     /// Lines at a time.
     #[arg(long, default_value_t = 8, value_parser = positive)]
     pub(crate) batch_size: usize,
@@ -265,7 +269,8 @@ pub(crate) struct ForwardArgs {
     /// JSON file: a list of equally long lists of token ids.
     #[arg(long, value_name = "FILE")]
     pub(crate) input_ids: PathBuf,
-    /// Safetensors file to write: embeddings [B, L, D] and logits [B, L, V], both F32.
+    /// Safetensors file to write: embeddings [B, L, D] and logits [B, L, V], both F32; of a model without a head, hidden
+    /// [B, L, D]; of one that embeds sentences, `sentence_embeddings` [B, D] too.
     #[arg(long, value_name = "FILE")]
     pub(crate) out: PathBuf,
     #[command(flatten)]

@@ -9,6 +9,7 @@ mod args;
 mod commands;
 mod initial;
 mod model;
+mod objective;
 mod output;
 mod plot;
 mod summary;

@@ -9,6 +9,7 @@
 //!   one.
 //! - [`generate`], [`causal_loss`]: what training is measured by.
 
+mod architecture;
 mod config;
 mod data;
 mod error;
@@ -19,6 +20,7 @@ mod lora;
 mod loss;
 mod memory;
 mod model;
+mod objective;
 mod ops;
 mod options;
 mod part;
@@ -27,15 +29,19 @@ mod schedule;
 mod trainer;
 mod vocabulary;
 
-pub use config::{ModelConfig, RopeScaling};
+pub use architecture::{Architecture, InputSpec, LanguageModel};
+pub use config::{Activation, EncoderConfig, ModelConfig, RopeScaling};
 pub use data::{Batch, Dataset, Example, IGNORED, Sampler};
 pub use error::{Error, Result};
 pub use evaluate::{Evaluation, evaluate};
 pub use generate::generate;
 pub use lora::{ALL_LINEAR, LoraOptions};
-pub use loss::{Graph, causal_loss};
+pub use loss::Graph;
 pub use memory::peak_rss_bytes;
-pub use model::{Decoder, EMBEDDING_MODULE, EMBEDDING_TENSOR, HEAD_MODULE, LowRank};
+pub use model::{
+    Decoder, EMBEDDING_MODULE, EMBEDDING_TENSOR, Encoder, HEAD_MODULE, LowRank, Pooling, PoolingMode,
+};
+pub use objective::{MaskTrainable, Masking, Objective, Retrieval, Teach, TeachLoss, token_loss};
 pub use options::{DecayToward, OptimizerKind, TrainOptions};
 pub use probe::{GradientCheck, check_gradient};
 pub use schedule::Schedule;

@@ -10,7 +10,7 @@ use trainable_tokens_format::{
     Adapter, AdapterBuilder, AdapterConfig, Checkpoint, TargetModules, TokenIndices, is_path_or_suffix,
 };
 
-use crate::{Decoder, EMBEDDING_MODULE, EMBEDDING_TENSOR, Error, HEAD_MODULE, ModelConfig, Result};
+use crate::{EMBEDDING_MODULE, EMBEDDING_TENSOR, Error, HEAD_MODULE, LanguageModel, ModelConfig, Result};
 
 /// The word for all linear layers of the decoder but the head, as in PEFT.
 pub const ALL_LINEAR: &str = "all-linear";
@@ -165,8 +165,8 @@ fn number(value: f64) -> serde_json::Value {
     }
 }
 
-impl Decoder {
-    /// Adds the decoder's weights of LoRA, as they are now, to an adapter that is being made.
+impl LanguageModel {
+    /// Adds the model's weights of LoRA, as they are now, to an adapter that is being made.
     ///
     /// # Errors
     ///

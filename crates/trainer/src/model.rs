@@ -1,6 +1,8 @@
 //! Decoders of the Llama family, differentiable everywhere, frozen but for the trainable tokens.
 
 mod attention;
+mod encoder;
+mod head;
 mod linear;
 mod mlp;
 mod rotary;
@@ -10,7 +12,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::Module;
-use trainable_tokens_candle::{FrozenLinear, TiedHead, TrainableTokens};
+use trainable_tokens_candle::{FrozenLinear, TrainableTokens};
 use trainable_tokens_core::{
     CrossEntropyOptions, EmbeddingSource, LayerOptions, LogitsChunk, Padding, PaddingRule, TokenId,
     TokenRows, TokenSet,
@@ -18,6 +20,9 @@ use trainable_tokens_core::{
 use trainable_tokens_format::{Adapter, AdapterModule, BaseCheck, Checkpoint, LoraLayer};
 
 use self::attention::Attention;
+pub(crate) use self::encoder::Names;
+pub use self::encoder::{Encoder, Pooling, PoolingMode};
+use self::head::Head;
 use self::linear::Linear;
 pub use self::linear::LowRank;
 use self::mlp::Mlp;
@@ -49,14 +54,6 @@ pub struct Decoder {
     num_parameters: usize,
     recomputes: bool,
     logits_chunk: LogitsChunk,
-}
-
-#[derive(Debug)]
-enum Head {
-    Tied(TiedHead),
-    Untied(Linear),
-    /// A table of its own, with trained rows of its own.
-    Rows(TrainableTokens),
 }
 
 #[derive(Debug)]
@@ -94,7 +91,7 @@ impl Decoder {
             Some(rows) => rows.clone(),
             None => checkpoint.table(EMBEDDING_TENSOR)?.read_rows(tokens.ids())?,
         };
-        let embedding = embedding(table, &tokens, &rows, padding, &config)?;
+        let embedding = embedding(table, &tokens, &rows, padding, config.pad_token_id)?;
         let head = |weights: &Weights<'_>| {
             let head = weights.linear(HEAD_MODULE, config.vocab_size, config.hidden_size, false)?;
             Ok(Head::Untied(head))
@@ -132,7 +129,13 @@ impl Decoder {
                 TokenRows::zeros(table.dtype(), 0, config.hidden_size),
             ),
         };
-        let embedding = embedding(weights.table(&table)?, &tokens, &rows, padding, &config)?;
+        let embedding = embedding(
+            weights.table(&table)?,
+            &tokens,
+            &rows,
+            padding,
+            config.pad_token_id,
+        )?;
         let rows_of_head = head_rows(adapter, &config)?;
         let head = |weights: &Weights<'_>| {
             weights.expect_shape(&format!("{HEAD_MODULE}.weight"), &shape)?;
@@ -213,10 +216,7 @@ impl Decoder {
 
     /// The untied head, if rows of its own train.
     pub fn head_rows(&self) -> Option<&TrainableTokens> {
-        match &self.head {
-            Head::Rows(head) => Some(head),
-            Head::Tied(_) | Head::Untied(_) => None,
-        }
+        self.head.rows()
     }
 
     /// The weights of LoRA, in the order of the layers.
@@ -280,11 +280,7 @@ impl Decoder {
     ///
     /// Candle's errors.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        Ok(match &self.head {
-            Head::Tied(head) => head.forward(hidden)?,
-            Head::Untied(head) => head.forward(hidden)?,
-            Head::Rows(head) => head.tied_head().forward(hidden)?,
-        })
+        self.head.logits(hidden)
     }
 
     /// The mean cross-entropy of the logits of hidden states `[.., D]` for the label of each, `[..]`: the id that it must
@@ -299,19 +295,7 @@ impl Decoder {
             chunk: self.logits_chunk,
             ..CrossEntropyOptions::default()
         };
-        Ok(match (&self.head, graph) {
-            (Head::Tied(head), Graph::Keep) => head.cross_entropy(hidden, labels, options)?,
-            (Head::Tied(head), Graph::Drop) => head.evaluate_cross_entropy(hidden, labels, options)?,
-            (Head::Rows(head), Graph::Keep) => head.tied_head().cross_entropy(hidden, labels, options)?,
-            (Head::Rows(head), Graph::Drop) => {
-                head.tied_head().evaluate_cross_entropy(hidden, labels, options)?
-            }
-            (Head::Untied(head), _) => match (head.frozen(), graph) {
-                (Some(head), Graph::Keep) => head.cross_entropy(hidden, labels, options)?,
-                (Some(head), Graph::Drop) => head.evaluate_cross_entropy(hidden, labels, options)?,
-                (None, _) => crate::loss::cross_entropy(&head.forward(hidden)?, labels)?,
-            },
-        })
+        self.head.cross_entropy(hidden, labels, options, graph)
     }
 }
 
@@ -321,9 +305,9 @@ fn embedding(
     tokens: &TokenSet,
     rows: &TokenRows,
     padding: PaddingRule,
-    config: &ModelConfig,
+    pad_token_id: Option<u32>,
 ) -> Result<TrainableTokens> {
-    let padding = config.pad_token_id.map(|id| Padding {
+    let padding = pad_token_id.map(|id| Padding {
         token: TokenId(id),
         rule: padding,
     });

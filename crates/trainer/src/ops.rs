@@ -15,6 +15,7 @@ mod storage;
 mod tests;
 
 pub(crate) use attention::{AttentionKind, Mask, Rotation, attention};
+pub(crate) use frozen::{add_frozen, mul_frozen};
 pub(crate) use gate::silu_gate;
 pub(crate) use norm::rms_norm;
 pub(crate) use recompute::recompute;

@@ -8,12 +8,12 @@ use trainable_tokens_core::{
 };
 use trainable_tokens_format::{Adapter, LoraWeights};
 
-use crate::{Decoder, EMBEDDING_MODULE, Error, HEAD_MODULE, Result, TrainOptions};
+use crate::{Error, HEAD_MODULE, LanguageModel, Result, TrainOptions};
 
 /// One trained matrix: rows of a table, or a factor of LoRA's.
 pub(crate) struct Part {
     matrix: Matrix,
-    /// Shares the decoder's variable.
+    /// Shares the model's variable.
     delta: CandleDelta,
     /// What hooks see as the tokens of the rows.
     tokens: TokenSet,
@@ -24,7 +24,9 @@ pub(crate) struct Part {
 /// Which matrix of the model it is.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Matrix {
-    /// The rows of a module's table.
+    /// The rows of the input embedding, a module at a path.
+    Embedding(String),
+    /// The rows of the table of another module.
     Rows(&'static str),
     /// One of LoRA's factors of the layer at a path, with its scaling.
     Factor {
@@ -42,10 +44,14 @@ impl Matrix {
     /// Its name in a saved state; the input embedding's rows, which were there first, have none.
     fn name(&self) -> String {
         match self {
-            Self::Rows(EMBEDDING_MODULE) => String::new(),
+            Self::Embedding(_) => String::new(),
             Self::Rows(module) => format!("{module}."),
             Self::Factor { path, name, .. } => format!("{path}.{name}."),
         }
+    }
+
+    pub(crate) fn is_embedding(&self) -> bool {
+        matches!(self, Self::Embedding(_))
     }
 
     pub(crate) fn is_factor(&self) -> bool {
@@ -54,18 +60,21 @@ impl Matrix {
 }
 
 /// All that trains in a model: the rows of the embedding, those of an untied head, and LoRA's factors.
-pub(crate) fn parts(model: &Decoder, options: &TrainOptions) -> Result<Vec<Part>> {
+pub(crate) fn parts(model: &LanguageModel, options: &TrainOptions) -> Result<Vec<Part>> {
     let mut found = Vec::new();
     let tables = [
-        (EMBEDDING_MODULE, Some(model.embedding())),
-        (HEAD_MODULE, model.head_rows()),
+        (
+            Matrix::Embedding(model.embedding_module()),
+            Some(model.embedding()),
+        ),
+        (Matrix::Rows(HEAD_MODULE), model.head_rows()),
     ];
-    for (module, layer) in tables {
+    for (matrix, layer) in tables {
         let Some(layer) = layer.filter(|layer| !layer.tokens().is_empty()) else {
             continue;
         };
         let delta = layer.layer().delta()?.clone();
-        found.push((Matrix::Rows(module), delta, layer.tokens().clone()));
+        found.push((matrix, delta, layer.tokens().clone()));
     }
     for low_rank in model.low_rank() {
         for (name, delta) in [LORA_A, LORA_B].into_iter().zip(low_rank.factors()) {
@@ -201,11 +210,13 @@ impl Part {
     /// Its values in an adapter.
     fn values(&self, adapter: &Adapter, lora: &[LoraWeights]) -> Result<TokenRows> {
         let refuse = |what: String| Err(Error::Setting(what));
+        let rows = |module: &str| match adapter.rows(module) {
+            Some(rows) => Ok(rows.clone()),
+            None => refuse(format!("the adapter has no rows for {module}")),
+        };
         match &self.matrix {
-            Matrix::Rows(module) => match adapter.rows(module) {
-                Some(rows) => Ok(rows.clone()),
-                None => refuse(format!("the adapter has no rows for {module}")),
-            },
+            Matrix::Embedding(module) => rows(module),
+            Matrix::Rows(module) => rows(module),
             Matrix::Factor { path, name, scaling } => {
                 let Some(weights) = lora.iter().find(|weights| weights.path() == path) else {
                     return refuse(format!("the adapter has no weights of LoRA for {path}"));

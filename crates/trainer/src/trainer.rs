@@ -10,11 +10,12 @@ use trainable_tokens_core::{ClipGradNorm, EmbeddingSource, PaddingRule, Slot, To
 use trainable_tokens_format::{Adapter, Checkpoint, TrainingState};
 
 use crate::loss::scalar;
-use crate::part::{self, Matrix, Part};
+use crate::objective::Task;
+use crate::part::{self, Part};
 use crate::probe::{SHORTEST_FACTOR, SHORTEST_ROW};
 use crate::{
-    Batch, Dataset, Decoder, EMBEDDING_MODULE, EMBEDDING_TENSOR, Error, Evaluation, GradientCheck, Graph,
-    OptimizerKind, Result, Sampler, TrainOptions, causal_loss, check_gradient, evaluate, peak_rss_bytes,
+    Batch, Dataset, Error, Evaluation, GradientCheck, Graph, LanguageModel, Objective, OptimizerKind, Result,
+    Sampler, TrainOptions, check_gradient, evaluate, peak_rss_bytes,
 };
 
 /// What one step did, as it is written to a metrics file.
@@ -22,7 +23,7 @@ use crate::{
 pub struct StepMetrics {
     /// Steps taken, this one included.
     pub step: u64,
-    /// Mean cross-entropy of the batch before the update, in nats.
+    /// Mean loss of the batch before the update; that of tokens is a cross-entropy, in nats.
     pub loss: f64,
     /// Learning rate of the step.
     pub lr: f64,
@@ -51,12 +52,20 @@ struct RunIdentity {
     /// What trains beside the rows of these tokens.
     #[serde(default)]
     others: Vec<String>,
+    #[serde(default = "causal")]
+    objective: String,
 }
 
-/// Trains the rows of a [`Decoder`], and its weights of LoRA where it has some, on a [`Dataset`].
+/// The only objective that there was before its name was saved.
+fn causal() -> String {
+    Objective::Causal.to_string()
+}
+
+/// Trains the rows of a model, and its weights of LoRA where it has some, on a [`Dataset`].
 pub struct Trainer {
-    model: Decoder,
+    model: LanguageModel,
     data: Dataset,
+    task: Task,
     options: TrainOptions,
     sampler: Sampler,
     parts: Vec<Part>,
@@ -71,13 +80,17 @@ impl Trainer {
     /// # Errors
     ///
     /// [`Error::Setting`] and core's error for a hyper-parameter out of its range; [`Error::Setting`] if no token
-    /// trains.
-    pub fn new(model: Decoder, data: Dataset, options: TrainOptions) -> Result<Self> {
+    /// trains, and if the objective is not for the model; [`Error::Data`] if it is not for the data.
+    pub fn new(model: impl Into<LanguageModel>, data: Dataset, options: TrainOptions) -> Result<Self> {
         options.check()?;
+        let model = model.into();
         let parts = part::parts(&model, &options)?;
         if parts.is_empty() {
             return Err(Error::Setting("no token trains: name at least one".to_owned()));
         }
+        let objective = options.objective.clone();
+        let objective = objective.unwrap_or_else(|| Objective::of_model(&model));
+        let task = Task::new(objective, &model, &data)?;
         let shuffle = options.shuffle.then_some(options.seed);
         let sampler = Sampler::new(
             data.examples().len(),
@@ -90,6 +103,7 @@ impl Trainer {
         Ok(Self {
             model: model.with_recomputation(options.recompute),
             data,
+            task,
             options,
             sampler,
             parts,
@@ -100,7 +114,7 @@ impl Trainer {
     }
 
     /// The model, its rows as they are now.
-    pub fn model(&self) -> &Decoder {
+    pub fn model(&self) -> &LanguageModel {
         &self.model
     }
 
@@ -124,7 +138,7 @@ impl Trainer {
     /// reaches the rows; candle's errors.
     pub fn check_gradient(&mut self) -> Result<GradientCheck> {
         let batch = self.probe_batch()?;
-        let gradients = causal_loss(&self.model, &batch, Graph::Keep)?.backward()?;
+        let gradients = self.task.loss(&self.model, &batch, Graph::Keep)?.backward()?;
         let mut worst = GradientCheck::default();
         for factors in [false, true] {
             let parts = 0..self.parts.len();
@@ -154,7 +168,7 @@ impl Trainer {
             _ => f64::from(f32::EPSILON),
         };
         let held = self.row_without_lookup_gradient();
-        let held_of = |part: &Part| held.filter(|_| *part.matrix() == Matrix::Rows(EMBEDDING_MODULE));
+        let held_of = |part: &Part| held.filter(|_| part.matrix().is_embedding());
         let (mut start, mut slopes) = (Vec::new(), Vec::new());
         for part in chosen.iter().map(|at| &self.parts[*at]) {
             let (values, slope) = (part.read()?, part.gradient(gradients)?);
@@ -162,7 +176,7 @@ impl Trainer {
             slopes.push(with_row(&slope, held_of(part), &nothing)?);
             start.push(values);
         }
-        let (model, parts) = (&self.model, &mut self.parts);
+        let (model, task, parts) = (&self.model, &self.task, &mut self.parts);
         // A loss is a mean of many rounded terms: a few units in the last place.
         let outcome = check_gradient(
             &start,
@@ -175,7 +189,7 @@ impl Trainer {
                     let part = &mut parts[*at];
                     part.write(&with_row(nudged, held_of(part), start)?)?;
                 }
-                Ok(scalar(&causal_loss(model, batch, Graph::Drop)?)?)
+                Ok(scalar(&task.loss(model, batch, Graph::Drop)?)?)
             },
         );
         for (at, start) in chosen.iter().zip(&start) {
@@ -196,13 +210,17 @@ impl Trainer {
     /// with no trainable token in sight, it still says whether the graph is whole.
     fn probe_batch(&self) -> Result<Batch> {
         let tokens = self.model.embedding().tokens();
-        let trains = |index: &usize| {
-            let example = &self.data.examples()[*index];
-            let seen = &example.input_ids[..example.input_ids.len() - 1];
-            seen.iter().any(|id| tokens.contains(TokenId(*id))) && self.data.batch(&[*index]).is_ok()
-        };
-        let found = (0..self.data.examples().len()).find(trains);
-        self.data.batch(&[found.unwrap_or(0)])
+        let batch = |index: usize| self.task.batch(&self.model, &self.data, &[index], 0);
+        // The last token of an example predicts nothing in a causal model.
+        let unseen = usize::from(*self.task.objective() == Objective::Causal);
+        let found = (0..self.data.examples().len()).find_map(|index| {
+            let batch = batch(index).ok()?;
+            let seen = &batch.input_ids()[..batch.length() - unseen];
+            seen.iter()
+                .any(|id| tokens.contains(TokenId(*id)))
+                .then_some(batch)
+        });
+        found.map_or_else(|| batch(0), Ok)
     }
 
     /// Takes one step.
@@ -214,8 +232,9 @@ impl Trainer {
     pub fn step(&mut self) -> Result<StepMetrics> {
         let started = Instant::now();
         let indices = self.sampler.indices(self.step);
-        let batch = self.data.batch(&indices)?;
-        let loss = causal_loss(&self.model, &batch, Graph::Keep)?;
+        let first = self.step.saturating_mul(self.options.batch_size as u64);
+        let batch = self.task.batch(&self.model, &self.data, &indices, first)?;
+        let loss = self.task.loss(&self.model, &batch, Graph::Keep)?;
         let value = scalar(&loss)?;
         if !value.is_finite() {
             return Err(Error::Diverged {
@@ -244,13 +263,23 @@ impl Trainer {
         })
     }
 
+    /// What is minimised.
+    pub fn objective(&self) -> &Objective {
+        self.task.objective()
+    }
+
+    /// The data that it trains on.
+    pub fn data(&self) -> &Dataset {
+        &self.data
+    }
+
     /// The loss over other data.
     ///
     /// # Errors
     ///
     /// Those of [`evaluate`].
     pub fn evaluate(&self, data: &Dataset) -> Result<Evaluation> {
-        evaluate(&self.model, data, self.options.batch_size)
+        evaluate(&self.model, data, self.task.objective(), self.options.batch_size)
     }
 
     /// All that is needed, besides the rows, to continue the run.
@@ -272,8 +301,8 @@ impl Trainer {
     ///
     /// # Errors
     ///
-    /// [`Error::Resume`] if the state belongs to a run with another optimizer, other tokens, data, batch size, seed
-    /// or order, or if other matrices train; [`Error::Setting`] if the adapter lacks one of them; core's errors if tensors
+    /// [`Error::Resume`] if the state belongs to a run with another optimizer, objective, other tokens, data, batch size,
+    /// seed or order, or if other matrices train; [`Error::Setting`] if the adapter lacks one of them; core's errors if tensors
     /// do not fit.
     pub fn resume(&mut self, adapter: &Adapter, state: TrainingState, path: &Path) -> Result<()> {
         let refuse = |reason: String| Error::Resume {
@@ -310,15 +339,13 @@ impl Trainer {
             seed: self.options.seed,
             shuffle: self.options.shuffle,
             others: self.others(),
+            objective: self.task.objective().to_string(),
         }
     }
 
     /// What trains beside the rows of the input embedding.
     fn others(&self) -> Vec<String> {
-        let others = self
-            .parts
-            .iter()
-            .filter(|part| *part.matrix() != Matrix::Rows(EMBEDDING_MODULE));
+        let others = self.parts.iter().filter(|part| !part.matrix().is_embedding());
         others.map(Part::describe).collect()
     }
 
@@ -332,7 +359,7 @@ impl Trainer {
         const ROWS_AT_A_TIME: u32 = 4096;
         let (table, origin) = (
             self.model.embedding().table(),
-            checkpoint.table(EMBEDDING_TENSOR)?,
+            checkpoint.table(&format!("{}.weight", self.model.embedding_module()))?,
         );
         let vocab_size = u32::try_from(table.vocab_size()).unwrap_or(u32::MAX);
         let mut largest: f64 = 0.0;
@@ -407,6 +434,7 @@ impl RunIdentity {
                 format!("{:?}", self.others),
                 format!("{:?}", current.others),
             ),
+            ("objective", self.objective.clone(), current.objective.clone()),
         ];
         let differs = pairs.into_iter().find(|(_, saved, current)| saved != current);
         differs.map_or_else(String::new, |(name, saved, current)| {

@@ -1,6 +1,7 @@
 //! Token strings and ids of a model.
 
 mod pieces;
+mod special;
 
 use std::cell::OnceCell;
 use std::path::{Path, PathBuf};

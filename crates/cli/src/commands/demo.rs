@@ -11,7 +11,7 @@ use trainable_tokens_core::PaddingRule;
 use trainable_tokens_format::{
     Adapter, Overwrite, merge_checkpoint, write_dir_atomically, write_file_atomically,
 };
-use trainable_tokens_trainer::{Dataset, Decoder, TrainOptions, Trainer, Vocabulary, generate};
+use trainable_tokens_trainer::{Dataset, LanguageModel, TrainOptions, Trainer, Vocabulary, generate};
 
 use super::train::{Outputs, Run};
 use crate::args::{Cli, ComputeArgs, DemoArgs, DeviceArg, WeightType};
@@ -170,7 +170,8 @@ fn train(mut output: Output, out: &Path) -> Result<Output> {
 }
 
 /// The model's greedy continuation of each prompt.
-fn continue_all(model: &Decoder, vocabulary: &Vocabulary, prompts: &[String]) -> Result<Vec<String>> {
+fn continue_all(model: &LanguageModel, vocabulary: &Vocabulary, prompts: &[String]) -> Result<Vec<String>> {
+    let model = model.as_decoder().context("the demo's model is no decoder")?;
     let continuation = |prompt: &String| -> Result<String> {
         let ids = generate(model, &vocabulary.encode(prompt)?, NEW_TOKENS)?;
         Ok(vocabulary.decode(&ids)?.trim().to_owned())

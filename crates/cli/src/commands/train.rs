@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, bail};
 use trainable_tokens_core::{EmbeddingSource, PaddingRule, TokenRows, TokenSet};
 use trainable_tokens_format::{Adapter, Overwrite, TrainingState, is_path_or_suffix};
-use trainable_tokens_trainer::{self as trainer, Dataset, EMBEDDING_MODULE, TrainOptions, Trainer};
+use trainable_tokens_trainer::{self as trainer, Dataset, InputSpec, Objective, TrainOptions, Trainer};
 
 use super::{check_apart, check_free};
 use crate::args::{self, Cli, PaddingChoice, TrainArgs};
@@ -33,11 +33,17 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
     let others = [&args.eval_data, &args.metrics].into_iter().flatten();
     let others = others.chain([&args.model, &args.data]).map(PathBuf::as_path);
     check_apart(&args.out, others)?;
-    check_target(&args.target_modules)?;
 
     let model = Model::open(&args.model)?;
-    let ids = args.tokens.resolve(&model.vocabulary, model.config.vocab_size)?;
-    let padding = padding_rule(args.padding_idx, &ids, model.config.pad_token_id)?;
+    let target_modules = target_modules(&args.target_modules, &model.embedding_module)?;
+    let InputSpec {
+        vocab_size,
+        pad_token_id,
+        ..
+    } = model.config.input_spec();
+    let ids = args.tokens.resolve(&model.vocabulary, vocab_size)?;
+    let padding = padding_rule(args.padding_idx, &ids, pad_token_id)?;
+    let objective = args.objective.resolve(&model, args.seed)?;
     let data = Dataset::read(&args.data, &model.vocabulary, &model.config, args.max_length)?;
     let eval_data = args.eval_data.as_ref();
     let eval_data = eval_data
@@ -46,21 +52,21 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
     let initial = args.init.resolve(&model.vocabulary, &ids, args.seed)?;
     let rows = start(&model, &ids, &initial)?;
     let lora = args.lora.options(args.seed);
-    let decoder = match &lora {
+    let loaded = match &lora {
         None => model.load_rows(&ids, rows.as_ref(), padding, args.compute)?,
         Some(lora) => {
             let start = lora.start(&model.checkpoint, &ids, rows.as_ref())?;
             model.load_adapter(&start, padding, args.compute)?
         }
     };
-    let mut trainer = Trainer::new(decoder, data, options(args))?;
+    let mut trainer = Trainer::new(loaded, data, options(args, objective))?;
     if let Some(dir) = &args.resume {
-        resume(&mut trainer, dir, &initial)?;
+        resume(&mut trainer, dir, &initial, &model.embedding_module)?;
     }
     let run = Run {
         model: &model,
         model_dir: &args.model,
-        target_modules: &args.target_modules,
+        target_modules: &target_modules,
         lora: lora.as_ref(),
         initial: &initial,
         outputs: Outputs {
@@ -77,8 +83,9 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
     print(cli.json, &report.summary, Summary::to_text)
 }
 
-fn options(args: &TrainArgs) -> TrainOptions {
+fn options(args: &TrainArgs, objective: Objective) -> TrainOptions {
     TrainOptions {
+        objective: Some(objective),
         steps: args.steps,
         batch_size: args.batch_size,
         optimizer: match args.optimizer {
@@ -109,16 +116,17 @@ fn options(args: &TrainArgs) -> TrainOptions {
     }
 }
 
-/// The rows of these models' input embedding train, and no others; PEFT matches a path or a suffix after a dot.
-fn check_target(modules: &[String]) -> Result<()> {
-    match modules
-        .iter()
-        .find(|name| !is_path_or_suffix(name, EMBEDDING_MODULE))
-    {
-        None => Ok(()),
+/// The rows of the input embedding train, and no others; PEFT matches a path or a suffix after a dot. Without modules,
+/// that is the last part of its path.
+fn target_modules(modules: &[String], embedding: &str) -> Result<Vec<String>> {
+    if modules.is_empty() {
+        return Ok(embedding.rsplit('.').take(1).map(str::to_owned).collect());
+    }
+    match modules.iter().find(|name| !is_path_or_suffix(name, embedding)) {
+        None => Ok(modules.to_vec()),
         Some(name) => {
             bail!(
-                "target module '{name}' is not the input embedding {EMBEDDING_MODULE}, the only module that can train"
+                "target module '{name}' is not the input embedding {embedding}, the only module that can train"
             )
         }
     }
@@ -152,7 +160,7 @@ fn start(model: &Model, ids: &[u32], initial: &Initial) -> Result<Option<TokenRo
     Ok(Some(initial.rows(&table, &tokens)?))
 }
 
-fn resume(trainer: &mut Trainer, dir: &Path, initial: &Initial) -> Result<()> {
+fn resume(trainer: &mut Trainer, dir: &Path, initial: &Initial, embedding: &str) -> Result<()> {
     let adapter = Adapter::read(dir)?;
     // Decay toward the original rows needs them again, and the adapter tells how it started.
     if let Some(init) = adapter
@@ -169,8 +177,8 @@ fn resume(trainer: &mut Trainer, dir: &Path, initial: &Initial) -> Result<()> {
     }
     let path = dir.join(TrainingState::FILE_NAME);
     let state = TrainingState::read(&path)?;
-    if adapter.rows(EMBEDDING_MODULE).is_none() {
-        bail!("adapter {} has no rows for {EMBEDDING_MODULE}", dir.display());
+    if adapter.rows(embedding).is_none() {
+        bail!("adapter {} has no rows for {embedding}", dir.display());
     }
     trainer.resume(&adapter, state, &path)?;
     Ok(())

@@ -23,7 +23,6 @@ const MODEL: &[&str] = &[LOGITS[0], LOGITS[1], LOGITS[2], LOGITS[3], "train"];
 /// `trainable-tokens-trainer`.
 pub const NOT_RUN: &[(&str, &[&str], &str)] = &[
     ("bart_tied", MODEL, "needs a bart decoder"),
-    ("bert_mlm", MODEL, "needs a bert encoder"),
     ("gemma2_tied", MODEL, "needs a gemma2 decoder"),
     ("gpt2_tied", MODEL, "needs a gpt2 decoder"),
     ("qwen2_sharded", MODEL, "needs a qwen2 decoder"),

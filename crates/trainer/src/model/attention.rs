@@ -53,6 +53,7 @@ impl Attention {
             scale: 1.0 / (self.head_dim as f64).sqrt(),
             softcap: None,
             mask: self.mask,
+            lengths: None,
             rotation: Some(rotation.clone()),
         };
         let mixed = attention(&query, &key, &value, &kind)?;

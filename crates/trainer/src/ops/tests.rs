@@ -106,6 +106,7 @@ fn kind(mask: Mask, softcap: Option<f64>, rotates: bool, [length, head_dim]: [us
         scale: 0.7,
         softcap,
         mask,
+        lengths: None,
         rotation: rotates.then(|| Rotation {
             cos: angles.cos().unwrap(),
             sin: angles.sin().unwrap(),
@@ -115,15 +116,11 @@ fn kind(mask: Mask, softcap: Option<f64>, rotates: bool, [length, head_dim]: [us
 
 /// Kinds of attention, and queries, keys and values of 2 examples for each.
 fn attentions([length, head_dim]: [usize; 2]) -> Vec<(AttentionKind, Vec<Tensor>)> {
-    let everything = Mask {
-        behind: usize::MAX,
-        ahead: usize::MAX,
-    };
     let kinds = [
         (Mask::causal(None), None, true),
         (Mask::causal(Some(3)), Some(1.5), true),
         (Mask::causal(Some(1)), None, false),
-        (everything, None, false),
+        (Mask::ALL, None, false),
     ];
     let kinds = kinds.map(|(mask, cap, rotates)| kind(mask, cap, rotates, [length, head_dim]));
     let operands = || {
@@ -135,7 +132,13 @@ fn attentions([length, head_dim]: [usize; 2]) -> Vec<(AttentionKind, Vec<Tensor>
             .map(|(shape, seed)| noise(shape, seed))
             .collect()
     };
-    kinds.into_iter().map(|kind| (kind, operands())).collect()
+    // Padding behind the second example.
+    let padded = [&kinds[0], &kinds[3]].map(|kind| AttentionKind {
+        lengths: Some([length, length - 2].into()),
+        ..kind.clone()
+    });
+    let kinds = kinds.into_iter().chain(padded);
+    kinds.map(|kind| (kind, operands())).collect()
 }
 
 /// A kind with angles of the element type of its operand.
@@ -232,6 +235,14 @@ fn what_does_not_fit_is_refused() {
     );
     let error = attention(&query.narrow(2, 0, 15).unwrap(), key, value, &kind).unwrap_err();
     assert!(error.to_string().contains("width 15"), "{error}");
+    for lengths in [&[5][..], &[5, 6], &[5, 0]] {
+        let kind = AttentionKind {
+            lengths: Some(lengths.into()),
+            ..kind.clone()
+        };
+        let error = attention(query, key, value, &kind).unwrap_err();
+        assert!(error.to_string().contains("2 examples of 5 positions"), "{error}");
+    }
     let error = attention(query, &key.to_dtype(DType::F32).unwrap(), value, &kind).unwrap_err();
     assert!(error.to_string().contains("F32"), "{error}");
     let error = silu_gate(query, key).unwrap_err();

@@ -6,9 +6,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 use trainable_tokens_candle::TrainableTokens;
 use trainable_tokens_format::{Adapter, PeftType};
-use trainable_tokens_trainer::{
-    Dataset, EMBEDDING_MODULE, HEAD_MODULE, ModelConfig, TrainOptions, Trainer, Vocabulary,
-};
+use trainable_tokens_trainer::{Architecture, Dataset, HEAD_MODULE, TrainOptions, Trainer, Vocabulary};
 
 use crate::case::{Case, check, with_adapter};
 
@@ -51,7 +49,7 @@ fn trainer(case: &Case, data: &Path, recompute: bool) -> Trainer {
         ..TrainOptions::default()
     };
     let base = case.base(&Value::Null);
-    let config = ModelConfig::read(&base.config_path()).unwrap();
+    let config = Architecture::read(&base.config_path()).unwrap();
     let data = Dataset::read(data, &Vocabulary::of_model(base.dir()), &config, None).unwrap();
     let model = match case.adapter(&Value::Null).config().peft_type() {
         PeftType::TrainableTokens => case.model(&json!({ "state": "noop" })),
@@ -65,7 +63,7 @@ fn saved(case: &Case, trainer: &Trainer) -> Adapter {
     let model = trainer.model();
     let rows = |layer: &TrainableTokens| (layer.tokens().clone(), layer.rows().unwrap());
     let (tokens, values) = rows(model.embedding());
-    let mut builder = Adapter::builder(EMBEDDING_MODULE, &tokens, values);
+    let mut builder = Adapter::builder(case.embedding_module(), &tokens, values);
     if case.adapter(&Value::Null).config().peft_type() == PeftType::Lora {
         builder = builder.lora(case.adapter(&Value::Null).config().clone());
         if let Some(head) = model.head_rows() {
@@ -109,7 +107,8 @@ fn train(name: &str) {
     let losses = case.flat("losses");
     let steps = losses.len();
     assert_eq!(trainer.total_steps(), steps as u64);
-    let mut modules = vec![EMBEDDING_MODULE];
+    let embedding = case.embedding_module();
+    let mut modules = vec![embedding.as_str()];
     modules.extend(trainer.model().head_rows().map(|_| HEAD_MODULE));
     for step in 0..steps {
         let metrics = trainer.step().unwrap();
@@ -166,6 +165,11 @@ fn expect_same(what: &str, one: &Adapter, other: &Adapter) {
         let bytes = |adapter: &Adapter| adapter.extra_tensor(tensor).unwrap().bytes.to_vec();
         assert_eq!(bytes(one), bytes(other), "{what}: {tensor}");
     }
+}
+
+#[test]
+fn bert_mlm_train() {
+    train("bert_mlm");
 }
 
 #[test]

@@ -10,7 +10,7 @@ use serde::Serialize;
 use trainable_tokens_core::EmbeddingSource;
 use trainable_tokens_format::{Overwrite, write_dir_atomically};
 use trainable_tokens_trainer::{
-    Dataset, GradientCheck, LoraOptions, LowRank, StepMetrics, Trainer, peak_rss_bytes,
+    Dataset, GradientCheck, LoraOptions, LowRank, Objective, Retrieval, StepMetrics, Trainer, peak_rss_bytes,
 };
 
 use crate::initial::Initial;
@@ -59,6 +59,7 @@ impl Run<'_> {
     /// Checks the gradient, takes all steps, saves.
     pub(crate) fn execute(&self, trainer: &mut Trainer) -> Result<RunReport> {
         let check = trainer.check_gradient()?;
+        let retrieval_before = self.retrieval(trainer)?;
         let mut held_out = Vec::new();
         self.evaluate(trainer, &mut held_out)?;
         let mut metrics = self.open_metrics()?;
@@ -91,7 +92,11 @@ impl Run<'_> {
         }
         self.save(trainer, saved)?;
         let taken = as_f64(training.len() as u64).max(1.0);
-        let summary = self.summary(trainer, check, seconds / taken, &training, &held_out)?;
+        let summary = Summary {
+            retrieval_before,
+            retrieval_after: self.retrieval(trainer)?,
+            ..self.summary(trainer, check, seconds / taken, &training, &held_out)?
+        };
         write_line(&mut metrics, &SummaryLine { summary: &summary })?;
         Ok(RunReport {
             summary,
@@ -108,6 +113,18 @@ impl Run<'_> {
         let loss = trainer.evaluate(data)?.loss;
         held_out.push((as_f64(trainer.steps_taken()), loss));
         Ok(Some(loss))
+    }
+
+    /// How well sentences find their definitions now, where those are taught: in the held-out data, or else in the
+    /// training data.
+    fn retrieval(&self, trainer: &Trainer) -> Result<Option<Retrieval>> {
+        match trainer.objective() {
+            Objective::Teach(_) => {
+                let data = self.eval_data.as_ref().unwrap_or(trainer.data());
+                Ok(trainer.evaluate(data)?.retrieval)
+            }
+            Objective::Causal | Objective::Masked(_) => Ok(None),
+        }
     }
 
     fn open_metrics(&self) -> Result<Option<(BufWriter<File>, String)>> {
@@ -215,6 +232,9 @@ impl Run<'_> {
             peak_rss_bytes: peak_rss_bytes(),
             gradient_check_error: check.relative_error,
             gradient_check_uncertainty: check.uncertainty,
+            objective: trainer.objective().name(),
+            retrieval_before: None,
+            retrieval_after: None,
         })
     }
 }

@@ -35,6 +35,12 @@ pub(crate) fn composed(query: &Tensor, key: &Tensor, value: &Tensor, kind: &Atte
     };
     let scores = scores.reshape((batch, kind.query_heads, length, length))?;
     let mask = mask(kind.mask, length, scores.dtype(), scores.device())?;
+    let mask = match &kind.lengths {
+        Some(lengths) => {
+            mask.broadcast_minimum(&padding(lengths, length, scores.dtype(), scores.device())?)?
+        }
+        None => mask,
+    };
     let weights = softmax(&add_frozen(&scores, &mask)?)?;
     let mixed = weights
         .reshape((batch, kind.key_heads, group, length))?
@@ -47,11 +53,7 @@ pub(crate) fn composed(query: &Tensor, key: &Tensor, value: &Tensor, kind: &Atte
 
 /// `[L, L]`, 0 where a query sees a key and the type's lowest number where not.
 fn mask(mask: Mask, length: usize, dtype: DType, device: &Device) -> Result<Tensor> {
-    let lowest = if dtype == DType::F16 {
-        f32::from(half::f16::MIN)
-    } else {
-        f32::MIN
-    };
+    let lowest = lowest(dtype);
     // Positions are far below 2^24, so they are exact in `f32`.
     let position = Tensor::arange(0f32, length as f32, device)?;
     let offset = position.unsqueeze(0)?.broadcast_sub(&position.unsqueeze(1)?)?;
@@ -63,6 +65,25 @@ fn mask(mask: Mask, length: usize, dtype: DType, device: &Device) -> Result<Tens
         .le(mask.ahead as f64)?
         .where_cond(&seen, &hidden)?
         .to_dtype(dtype)
+}
+
+/// `[B, 1, 1, L]`, 0 where an example holds something and the type's lowest number behind that.
+fn padding(lengths: &[usize], length: usize, dtype: DType, device: &Device) -> Result<Tensor> {
+    let hidden = lowest(dtype);
+    let row = |held: &usize| {
+        let held = *held;
+        (0..length).map(move |position| if position < held { 0.0 } else { hidden })
+    };
+    let values: Vec<f32> = lengths.iter().flat_map(row).collect();
+    Tensor::from_vec(values, (lengths.len(), 1, 1, length), device)?.to_dtype(dtype)
+}
+
+fn lowest(dtype: DType) -> f32 {
+    if dtype == DType::F16 {
+        f32::from(half::f16::MIN)
+    } else {
+        f32::MIN
+    }
 }
 
 /// Softmax over the last dimension.

@@ -24,6 +24,8 @@ pub(super) struct Group<'a, C> {
     heads: usize,
     head_dim: usize,
     length: usize,
+    /// How many of its positions hold something.
+    held: usize,
     threads: usize,
 }
 
@@ -46,6 +48,7 @@ impl<'a, C: Real> Group<'a, C> {
         angles: Option<&'a Angles<C>>,
         [mut query, mut key, value]: [Vec<C>; 3],
         head_dim: usize,
+        held: Option<usize>,
         threads: usize,
     ) -> Self {
         let heads = kind.query_heads / kind.key_heads;
@@ -63,6 +66,7 @@ impl<'a, C: Real> Group<'a, C> {
             heads,
             head_dim,
             length,
+            held: held.unwrap_or(length),
             threads,
         }
     }
@@ -140,10 +144,10 @@ impl<'a, C: Real> Group<'a, C> {
     }
 
     fn blocks(&self) -> impl Iterator<Item = Block> + use<C> {
-        let (mask, length) = (self.kind.mask, self.length);
+        let (mask, length, held) = (self.kind.mask, self.length, self.held);
         (0..length).step_by(BLOCK).map(move |start| {
             let queries = start..length.min(start + BLOCK);
-            let (first, last) = (mask.visible(start, length), mask.visible(queries.end - 1, length));
+            let (first, last) = (mask.visible(start, held), mask.visible(queries.end - 1, held));
             let keys = first.start..last.end;
             Block { queries, keys }
         })
@@ -185,7 +189,7 @@ impl<'a, C: Real> Group<'a, C> {
         }
         for (row, weights) in weights.chunks_exact_mut(width).enumerate() {
             let query = block.queries.start + row / self.heads;
-            let visible = self.kind.mask.visible(query, self.length);
+            let visible = self.kind.mask.visible(query, self.held);
             softmax(
                 weights,
                 visible.start - block.keys.start..visible.end - block.keys.start,

@@ -161,7 +161,16 @@ impl<'a> Sequences<'a> {
             self.gather(key, group, 1),
             self.gather(value, group, 1),
         );
-        Group::new(self.kind, angles, [query, key, value], self.head_dim, threads)
+        let lengths = self.kind.lengths.as_ref();
+        let held = lengths.and_then(|lengths| lengths.get(group / self.kind.key_heads).copied());
+        Group::new(
+            self.kind,
+            angles,
+            [query, key, value],
+            self.head_dim,
+            held,
+            threads,
+        )
     }
 
     /// Where the rows of a group of `heads` heads lie in `[B, L, all heads * head_dim]`.
