@@ -52,6 +52,9 @@ impl Objective {
         if let Self::Masked(Some(masking)) = self {
             masking.check(model.input_spec().vocab_size)?;
         }
+        if let Self::Teach(teach) = self {
+            teach.check(data)?;
+        }
         for example in data.examples() {
             let reason = match self {
                 Self::Teach(_) if example.definition.is_none() => {
@@ -130,6 +133,17 @@ impl Task {
             Objective::Teach(teach) => Some((teach, self.definitions.as_ref()?)),
             Objective::Causal | Objective::Masked(_) => None,
         }
+    }
+
+    /// The examples, with the one at `index`, whose loss has a slope: a ranking needs two definitions.
+    pub(crate) fn probe(&self, data: &Dataset, index: usize) -> Vec<usize> {
+        let own = |index: usize| data.examples().get(index).and_then(|it| it.definition);
+        let other = (0..data.examples().len()).find(|at| own(*at) != own(index));
+        let is_ranking = self
+            .taught()
+            .is_some_and(|(teach, _)| teach.loss != TeachLoss::Cosine);
+        let other = other.filter(|_| is_ranking);
+        std::iter::once(index).chain(other).collect()
     }
 
     /// The examples at `indices` as one batch; the first of them is the `first`th that the run takes, from 0. Masks are a

@@ -210,7 +210,10 @@ impl Trainer {
     /// with no trainable token in sight, it still says whether the graph is whole.
     fn probe_batch(&self) -> Result<Batch> {
         let tokens = self.model.embedding().tokens();
-        let batch = |index: usize| self.task.batch(&self.model, &self.data, &[index], 0);
+        let batch = |index| {
+            let indices = self.task.probe(&self.data, index);
+            self.task.batch(&self.model, &self.data, &indices, 0)
+        };
         // The last token of an example predicts nothing in a causal model.
         let unseen = usize::from(*self.task.objective() == Objective::Causal);
         let found = (0..self.data.examples().len()).find_map(|index| {

@@ -44,14 +44,26 @@ pub struct Teach {
 pub(crate) struct Definitions(Tensor);
 
 impl Teach {
+    /// Refuses a ranking that ranks nothing.
+    pub(super) fn check(&self, data: &Dataset) -> Result<()> {
+        let TeachLoss::Ranking { scale } = self.loss else {
+            return Ok(());
+        };
+        if !(scale > 0.0 && scale.is_finite()) {
+            let message = format!("the ranking scale is {scale}, but it must be a positive number");
+            return Err(Error::Setting(message));
+        }
+        if data.definitions().len() == 1 {
+            return Err(Error::Dataset {
+                path: data.path().to_owned(),
+                reason: "has one definition, but a ranking needs another".to_owned(),
+            });
+        }
+        Ok(())
+    }
+
     /// The embeddings of a data set's definitions now.
     pub(super) fn definitions(&self, encoder: &Encoder, data: &Dataset) -> Result<Definitions> {
-        if let TeachLoss::Ranking { scale } = self.loss {
-            if !(scale > 0.0 && scale.is_finite()) {
-                let message = format!("the ranking scale is {scale}, but it must be a positive number");
-                return Err(Error::Setting(message));
-            }
-        }
         let sequences: Vec<&[u32]> = data.definitions().iter().map(Vec::as_slice).collect();
         self.embed_all(encoder, &sequences, data.pad_id())
             .map(Definitions)
