@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import reference
 from cli import Cli
+from encoders import ENCODERS, check_encoders
 from extract import check_extract
 from lora import check_lora
 from models import Case, make_cases, make_examples, random_ids, write_lines
@@ -317,6 +318,7 @@ def main() -> int:
             groups[case.name] = lambda case=case: CaseChecks(case, cli, report, work / case.name).run()
         groups["tokenizer"] = lambda: check_tokenizer(cli, report, work)
         groups["extract"] = lambda: check_extract(cli, report, work / "extract")
+        groups[ENCODERS] = lambda: check_encoders(cli, report, work / ENCODERS)
         groups["split"] = lambda: check_split(cli, report, work / "split")
         groups[LORA] = lambda: check_lora(cli, report, work / LORA)
         groups["round-trips"] = lambda: check_round_trips(options.adapters.resolve(), report, work / "trips", guarded)

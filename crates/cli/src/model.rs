@@ -108,6 +108,10 @@ impl Model {
             .base(*self.digest.get_or_init(|| table.digest()), table.dtype())
             .init_weights(initial.keeps_base())
             .init(initial.text.as_str());
+        // PEFT would take an encoder for a model that generates.
+        if let Architecture::Encoder(_) = self.config {
+            builder = builder.task_type(None);
+        }
         if let Some(head) = self.config.tied_head(&self.checkpoint) {
             builder = builder.tied(head);
         }

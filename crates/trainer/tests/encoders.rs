@@ -338,7 +338,7 @@ fn taught_sentences_find_their_definitions() {
         (0..60).for_each(|_| assert!(trainer.step().unwrap().loss.is_finite()));
         let after = measure(&trainer);
         let [old, new] = [before, after].map(|it| it.retrieval.unwrap());
-        assert!(after.loss < 0.9 * before.loss, "{before:?} {after:?}");
+        assert!(after.loss < 0.95 * before.loss, "{before:?} {after:?}");
         assert!(new.mrr > old.mrr, "{old:?} {new:?}");
         assert_eq!((new.sentences, new.definitions), (4, 3));
         assert_eq!(after.perplexity, None);
