@@ -83,8 +83,8 @@ def check_model(cli: Cli, report, work: Path, path: Path, model):
     loss = model(**reference.collate(lines, pad)).loss.item()
     evaluated = cli("eval", model=path, data=data, batch_size=11)
     report.within(f"{name}: masked loss of a padded batch, {loss:.4f}", abs(evaluated["loss"] - loss), LOSS)
-    perplexity = cli("eval", model=path, data=data, batch_size=3)
-    report.within(f"{name}: the same in other batches", abs(perplexity["loss"] - loss), LOSS)
+    again = cli("eval", model=path, data=data, batch_size=3)
+    report.within(f"{name}: the same in other batches", abs(again["loss"] - loss), LOSS)
 
 
 def check_training(cli: Cli, report, work: Path, cls, model):
@@ -101,7 +101,9 @@ def check_training(cli: Cli, report, work: Path, cls, model):
     ids = ",".join(map(str, TOKENS))
     cli("train", model=path, data=data, token_ids=ids, out=ours, metrics=metrics, **options)
     config = TrainableTokensConfig(token_indices=TOKENS, target_modules=["word_embeddings"])
-    load = lambda: cls.from_pretrained(path, attn_implementation="eager").eval()
+    def load():
+        return cls.from_pretrained(path, attn_implementation="eager").eval()
+
     peft = get_peft_model(load(), config).eval()
     losses = train(peft, lines, pad, **options)
     peft.save_pretrained(theirs)
@@ -117,7 +119,8 @@ def check_training(cli: Cli, report, work: Path, cls, model):
     tokens = torch.tensor([lines[0]["input_ids"]])
     with torch.no_grad():
         logits = loaded(input_ids=tokens).logits
-    relative(report, f"{name}: logits in PEFT (relative)", cli.forward(work, path, tokens, adapter=ours)["logits"], logits)
+    own = cli.forward(work, path, tokens, adapter=ours)["logits"]
+    relative(report, f"{name}: logits in PEFT (relative)", own, logits)
 
 
 def train(model, lines, pad, *, steps, batch_size, lr, weight_decay):

@@ -100,8 +100,15 @@ fn a_masked_language_model_goes_all_the_way() {
     assert!((loss(&beside) - loss(&baked)).abs() < 1e-6, "{beside} {baked}");
     let inspected = run(&args!["inspect", "--json", merged]).ok().json();
     assert_eq!(inspected["model_type"], "bert");
+}
 
-    // PEFT's numbers for the base and for its own adapter, merged: there it has the bias.
+/// PEFT's numbers for the base and for its own adapter, merged: there it has the bias.
+#[test]
+fn logits_have_the_bias() {
+    let case = Case::open("bert_mlm");
+    let home = TempDir::new().unwrap();
+    let place = |name: &str| home.path().join(name);
+    let base = case.dir.join("base");
     let ids = place("ids.json");
     fs::write(&ids, json!(case.integers("probe.input_ids")).to_string()).unwrap();
     let forward = |model: &Path, adapter: Option<PathBuf>| {
@@ -139,10 +146,10 @@ fn a_masked_language_model_goes_all_the_way() {
         2e-5,
         1e-4,
     );
-    let adapted = forward(&base, Some(case.dir.join("adapter")));
+    let trained = forward(&base, Some(case.dir.join("adapter")));
     assert_close(
         "merged",
-        &floats_of(&adapted, "logits"),
+        &floats_of(&trained, "logits"),
         &case.floats("logits.merged"),
         5e-5,
         1e-4,

@@ -1,13 +1,17 @@
-//! Trains chosen token rows of Hugging Face checkpoints with differentiable decoders on candle.
+//! Trains chosen token rows of Hugging Face checkpoints with differentiable models on candle.
 //!
 //! - [`Decoder`]: a causal language model of the Llama family ([`ModelConfig`]), every weight frozen but the rows
 //!   of some tokens; no backward pass makes a gradient of a frozen weight.
+//! - [`Encoder`]: the same for the BERT family ([`EncoderConfig`]), sentence encoders too ([`Pooling`]).
+//!   [`LanguageModel`] is either, as `config.json` says.
+//! - [`Objective`]: the next token, masked tokens ([`Masking`]), or a word taught to a sentence encoder ([`Teach`],
+//!   [`Retrieval`]).
 //! - [`LoraOptions`], [`LowRank`]: weights of LoRA that train beside the rows.
 //! - [`Dataset`], [`Batch`], [`Sampler`]: JSON Lines or text, through the model's tokenizer ([`Vocabulary`]).
 //! - [`Trainer`]: steps, schedules ([`Schedule`]), clipping, evaluation, exact resumption. Before the first step,
 //!   [`check_gradient`] compares the gradient with finite differences of the loss and refuses to train on a wrong
 //!   one.
-//! - [`generate`], [`causal_loss`]: what training is measured by.
+//! - [`generate`], [`token_loss`]: what training is measured by.
 
 mod architecture;
 mod config;

@@ -466,7 +466,7 @@ fn pooling_is_what_modules_say() {
         (r#"{"pooling_mode_max_tokens":true}"#, "pooling_mode 'max'"),
         (
             r#"{"pooling_mode_max_tokens":true,"pooling_mode_mean_tokens":true}"#,
-            "pooling_mode 'mean and max'",
+            "pooling_mode 'max and mean'",
         ),
         ("[]", "is no config of a pooling"),
     ] {

@@ -62,16 +62,22 @@ struct Raw {
     max_position_embeddings: Option<usize>,
     type_vocab_size: Option<usize>,
     tie_word_embeddings: Option<bool>,
-    #[serde(default, deserialize_with = "present")]
-    pad_token_id: Option<Option<i64>>,
+    #[serde(default)]
+    pad_token_id: PadToken,
     position_embedding_type: Option<String>,
     #[serde(default)]
     is_decoder: bool,
 }
 
-/// Tells a field that is null from one that is absent and has a default.
-fn present<'de, D: serde::Deserializer<'de>>(value: D) -> Result<Option<Option<i64>>, D::Error> {
-    Option::deserialize(value).map(Some)
+/// Null is not the same as absent, which is the family's default.
+#[derive(Default, Deserialize)]
+#[serde(untagged)]
+enum PadToken {
+    Id(i64),
+    Null,
+    #[default]
+    #[serde(skip)]
+    Absent,
 }
 
 /// Parses the bytes of an encoder's `config.json`.
@@ -115,9 +121,11 @@ impl EncoderConfig {
             Some(value) => Ok(value),
             None => Err(Refusal::Invalid(format!("{name} is missing"))),
         };
-        let pad = raw
-            .pad_token_id
-            .unwrap_or(Some(if model_type == "bert" { 0 } else { 1 }));
+        let pad_token_id = match raw.pad_token_id {
+            PadToken::Id(id) => u32::try_from(id).ok(),
+            PadToken::Null => None,
+            PadToken::Absent => Some(u32::from(model_type != "bert")),
+        };
         let config = Self {
             vocab_size: need("vocab_size", raw.vocab_size)?,
             hidden_size: need("hidden_size", raw.hidden_size)?,
@@ -132,7 +140,7 @@ impl EncoderConfig {
             )?,
             type_vocab_size: need("type_vocab_size", raw.type_vocab_size.or(Some(2)))?,
             tie_word_embeddings: raw.tie_word_embeddings.unwrap_or(true),
-            pad_token_id: pad.and_then(|id| u32::try_from(id).ok()),
+            pad_token_id,
             model_type,
         };
         config.check().map_err(Refusal::Invalid)?;
@@ -170,7 +178,7 @@ impl EncoderConfig {
         Ok(())
     }
 
-    /// Whether the first token's position is that after `pad_token_id`, and padding's is `pad_token_id` (RoBERTa). BERT
+    /// Whether the first token's position is that after `pad_token_id`, and padding's is `pad_token_id` (`roberta`). BERT
     /// counts from 0.
     pub(crate) fn counts_positions_after_padding(&self) -> bool {
         self.model_type != "bert"

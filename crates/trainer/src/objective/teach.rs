@@ -110,10 +110,8 @@ impl Teach {
                 let mut distinct = places.to_vec();
                 distinct.sort_unstable();
                 distinct.dedup();
-                let labels: Vec<i64> = places
-                    .iter()
-                    .map(|place| distinct.partition_point(|it| it < place) as i64)
-                    .collect();
+                let label = |place: &usize| (0i64..).zip(&distinct).find(|(_, it)| *it == place);
+                let labels: Vec<i64> = places.iter().filter_map(|place| Some(label(place)?.0)).collect();
                 let table = FrozenLinear::new(definitions.at(&distinct)?, None)?;
                 let scores = (table.forward(embeddings)? * scale)?;
                 cross_entropy(&scores, &Tensor::new(labels, &Device::Cpu)?)

@@ -1,9 +1,11 @@
 //! How hidden states become the embedding of a sentence, as sentence-transformers does it (Reimers and Gurevych 2019).
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use candle_core::{D, Tensor};
 use serde::Deserialize;
+use serde_json::Value;
 
 use crate::json::parse_object;
 use crate::ops::{mul_frozen, working_dtype};
@@ -34,24 +36,6 @@ struct ModuleEntry {
     path: String,
     #[serde(rename = "type")]
     kind: String,
-}
-
-/// `1_Pooling/config.json`, in both spellings.
-#[derive(Deserialize)]
-struct RawPooling {
-    pooling_mode: Option<String>,
-    #[serde(default)]
-    pooling_mode_cls_token: bool,
-    #[serde(default)]
-    pooling_mode_mean_tokens: bool,
-    #[serde(default)]
-    pooling_mode_max_tokens: bool,
-    #[serde(default)]
-    pooling_mode_mean_sqrt_len_tokens: bool,
-    #[serde(default)]
-    pooling_mode_weightedmean_tokens: bool,
-    #[serde(default)]
-    pooling_mode_lasttoken: bool,
 }
 
 impl PoolingMode {
@@ -89,9 +73,9 @@ impl Pooling {
                 "Normalize" => pooling.normalizes = true,
                 "Pooling" => {
                     let path = dir.join(&module.path).join("config.json");
-                    let raw = parse_object::<RawPooling>(&read(&path)?)
+                    let raw = parse_object(&read(&path)?)
                         .map_err(|reason| invalid(&path, format!("is no config of a pooling: {reason}")))?;
-                    pooling.mode = raw.mode().map_err(|what| Error::UnsupportedModel {
+                    pooling.mode = mode(&raw).map_err(|what| Error::UnsupportedModel {
                         path: path.clone(),
                         what,
                         hint: "a sentence's embedding can be the mean of its tokens or its first token",
@@ -143,27 +127,21 @@ impl Pooling {
     }
 }
 
-impl RawPooling {
-    /// The mode, or what is not supported.
-    fn mode(&self) -> Result<PoolingMode, String> {
-        let modes = [
-            ("mean", self.pooling_mode_mean_tokens),
-            ("cls", self.pooling_mode_cls_token),
-            ("max", self.pooling_mode_max_tokens),
-            ("mean_sqrt_len_tokens", self.pooling_mode_mean_sqrt_len_tokens),
-            ("weightedmean", self.pooling_mode_weightedmean_tokens),
-            ("lasttoken", self.pooling_mode_lasttoken),
-        ];
-        let modes = modes.into_iter().filter(|(_, is_on)| *is_on);
-        let modes: Vec<&str> = match &self.pooling_mode {
-            Some(mode) => vec![mode],
-            None => modes.map(|(mode, _)| mode).collect(),
-        };
-        match modes.as_slice() {
-            ["mean"] => Ok(PoolingMode::Mean),
-            ["cls"] => Ok(PoolingMode::Cls),
-            other => Err(format!("pooling_mode '{}'", other.join(" and ").escape_debug())),
-        }
+/// The mode that `1_Pooling/config.json` names, in either spelling, or what is not supported.
+fn mode(config: &BTreeMap<String, Value>) -> Result<PoolingMode, String> {
+    let switched_on = config.iter().filter(|(_, value)| **value == Value::Bool(true));
+    let switched_on = switched_on.filter_map(|(name, _)| {
+        let name = name.strip_prefix("pooling_mode_")?;
+        Some(name.trim_end_matches("_tokens").trim_end_matches("_token"))
+    });
+    let modes: Vec<&str> = match config.get("pooling_mode") {
+        Some(Value::String(mode)) => vec![mode],
+        _ => switched_on.collect(),
+    };
+    match modes.as_slice() {
+        ["mean"] => Ok(PoolingMode::Mean),
+        ["cls"] => Ok(PoolingMode::Cls),
+        other => Err(format!("pooling_mode '{}'", other.join(" and ").escape_debug())),
     }
 }
 
