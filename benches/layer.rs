@@ -3,18 +3,25 @@
 //!
 //! `cargo bench --features ndarray,candle,burn,dfdx --bench layer -- --backend candle --vocab-size 256000`
 //!
-//! Prints a line of JSON: medians of milliseconds, and the peak of anonymous memory above the level before the layer was
-//! made.
+//! Prints a line of JSON: medians of milliseconds, and the peak of anonymous memory, or of a GPU's memory, above the level
+//! before the layer was made.
 #![allow(missing_docs, clippy::unwrap_used, clippy::panic)]
 
 mod support;
 
 use std::hint::black_box;
 
+use candle_core::Device;
 use half::{bf16, f16};
 use serde_json::json;
+#[cfg(feature = "burn")]
+use support::burn;
+#[cfg(feature = "dfdx")]
+use support::dfdx;
 use support::memory::Peak;
-use support::{Case, Laps, Workload, burn, candle, dfdx, ndarray};
+#[cfg(feature = "ndarray")]
+use support::ndarray;
+use support::{Case, Laps, Workload, candle};
 
 /// What was measured of a case.
 struct Measured {
@@ -28,8 +35,8 @@ struct Measured {
 const WATCHED: usize = 3;
 
 /// `make` makes the layer, over a table that was made before.
-fn measure<C: Case>(rounds: usize, make: impl FnOnce() -> C) -> Measured {
-    let peak = Peak::watch();
+fn measure<C: Case>(rounds: usize, device: &Device, make: impl FnOnce() -> C) -> Measured {
+    let peak = Peak::watch(device);
     let mut case = make();
     for _ in 0..WATCHED {
         drop(case.step(&mut Laps::start()));
@@ -72,6 +79,7 @@ struct Options {
     dtype: String,
     rounds: usize,
     workload: Workload,
+    device: Device,
 }
 
 const BACKENDS: [&str; 5] = ["ndarray", "ndarray-reused", "candle", "burn", "dfdx"];
@@ -84,6 +92,7 @@ impl Options {
             dtype: "f32".to_owned(),
             rounds: 5,
             workload: Workload::of(32_000),
+            device: Device::Cpu,
         };
         let mut args = args.filter(|arg| arg != "--bench");
         while let Some(name) = args.next() {
@@ -95,6 +104,11 @@ impl Options {
             match name.as_str() {
                 "--backend" if BACKENDS.contains(&value.as_str()) => options.backends = vec![value],
                 "--dtype" if ["f32", "f16", "bf16"].contains(&value.as_str()) => options.dtype = value,
+                "--device" if value == "cpu" => options.device = Device::Cpu,
+                "--device" if value == "cuda" => {
+                    options.device = Device::new_cuda(0).map_err(|error| error.to_string())?;
+                    options.backends = vec!["candle".to_owned()];
+                }
                 "--rounds" => options.rounds = number()?,
                 "--vocab-size" => options.workload.vocab_size = number()?,
                 "--dim" => options.workload.dim = number()?,
@@ -108,24 +122,29 @@ impl Options {
 }
 
 fn run(backend: &str, options: &Options) -> Option<Measured> {
-    let (workload, rounds) = (options.workload, options.rounds);
+    let (workload, rounds, device) = (options.workload, options.rounds, &options.device);
     macro_rules! each_dtype {
-        ($case:path) => {
+        ($case:path $(, $device:expr)?) => {
             match options.dtype.as_str() {
-                "f16" => measure(rounds, $case(workload, f16::ZERO)),
-                "bf16" => measure(rounds, $case(workload, bf16::ZERO)),
-                _ => measure(rounds, $case(workload, 0f32)),
+                "f16" => measure(rounds, device, $case(workload, f16::ZERO $(, $device)?)),
+                "bf16" => measure(rounds, device, $case(workload, bf16::ZERO $(, $device)?)),
+                _ => measure(rounds, device, $case(workload, 0f32 $(, $device)?)),
             }
         };
     }
     Some(match (backend, options.dtype.as_str()) {
+        #[cfg(feature = "ndarray")]
         ("ndarray", _) => each_dtype!(ndarray::fresh),
+        #[cfg(feature = "ndarray")]
         ("ndarray-reused", _) => each_dtype!(ndarray::reused),
-        ("candle", _) => each_dtype!(candle::case),
+        ("candle", _) => each_dtype!(candle::case, device),
+        #[cfg(feature = "burn")]
         ("burn", _) => each_dtype!(burn::case),
-        ("dfdx", "f32") => measure(rounds, dfdx::case(workload, 0f32)),
-        ("dfdx", "f16") => measure(rounds, dfdx::case(workload, f16::ZERO)),
-        // dfdx has no bfloat16.
+        #[cfg(feature = "dfdx")]
+        ("dfdx", "f32") => measure(rounds, device, dfdx::case(workload, 0f32)),
+        #[cfg(feature = "dfdx")]
+        ("dfdx", "f16") => measure(rounds, device, dfdx::case(workload, f16::ZERO)),
+        // dfdx has no bfloat16, or the backend was not built.
         _ => return None,
     })
 }
@@ -140,7 +159,7 @@ fn main() {
     };
     for backend in &options.backends {
         let Some(measured) = run(backend, &options) else {
-            eprintln!("layer: {backend} has no {}", options.dtype);
+            eprintln!("layer: {backend} has no {}, or its feature is off", options.dtype);
             std::process::exit(3);
         };
         let [frozen, forward, backward, optimizer] = measured.medians;

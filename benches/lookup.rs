@@ -5,6 +5,7 @@
 
 mod support;
 
+use candle_core::Device;
 use criterion::{Criterion, criterion_group, criterion_main};
 use half::{bf16, f16};
 use support::workload::REFERENCE;
@@ -44,19 +45,24 @@ fn ndarray_lookup(criterion: &mut Criterion) {
 
 fn candle_lookup(criterion: &mut Criterion) {
     for workload in Workload::sweep() {
-        both(criterion, "candle", workload, candle::case(workload, 0f32));
+        both(
+            criterion,
+            "candle",
+            workload,
+            candle::case(workload, 0f32, &Device::Cpu),
+        );
     }
     both(
         criterion,
         "candle, bf16",
         REFERENCE,
-        candle::case(REFERENCE, bf16::ZERO),
+        candle::case(REFERENCE, bf16::ZERO, &Device::Cpu),
     );
     both(
         criterion,
         "candle, f16",
         REFERENCE,
-        candle::case(REFERENCE, f16::ZERO),
+        candle::case(REFERENCE, f16::ZERO, &Device::Cpu),
     );
 }
 

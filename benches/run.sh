@@ -2,6 +2,7 @@
 # The side-by-side comparison with PEFT, in one go.
 #
 #   benches/run.sh [--smoke] [layer|model|files|growth|all]    measures; `all` is the default
+#   benches/run.sh cuda                                        measures on a GPU, which `all` does not
 #   benches/run.sh docs                                        writes what was measured into docs/performance.md
 #
 # Writes target/bench/report.json, a Markdown table and SVG plots beside it; a part that is run alone replaces its own

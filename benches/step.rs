@@ -5,6 +5,7 @@
 
 mod support;
 
+use candle_core::Device;
 use criterion::{Criterion, criterion_group, criterion_main};
 use half::{bf16, f16};
 use support::workload::REFERENCE;
@@ -45,13 +46,18 @@ fn ndarray_step(criterion: &mut Criterion) {
 
 fn candle_step(criterion: &mut Criterion) {
     for workload in Workload::sweep() {
-        step(criterion, "candle", workload, candle::case(workload, 0f32));
+        step(
+            criterion,
+            "candle",
+            workload,
+            candle::case(workload, 0f32, &Device::Cpu),
+        );
     }
     step(
         criterion,
         "candle, bf16",
         REFERENCE,
-        candle::case(REFERENCE, bf16::ZERO),
+        candle::case(REFERENCE, bf16::ZERO, &Device::Cpu),
     );
 }
 

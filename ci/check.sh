@@ -104,11 +104,17 @@ step the demo
 rm -rf target/ci-demo
 $DEMO_COMMAND --out target/ci-demo
 
+step the report, in a browser
+bash ci/report.sh
+
 step real PEFT
 bash ci/interop.sh
 
 step the comparison with PEFT, in small
 bash benches/run.sh --smoke
+
+step 'the session of the guide'
+bash ci/guide.sh
 
 step 'golden vectors, in numpy'
 "${INTEROP_PYTHON:-target/interop-venv/bin/python}" tests/vectors/check.py

@@ -43,6 +43,8 @@ def batch(vocab_size, tokens, trained):
 def timed(what):
     start = time.perf_counter()
     result = what()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
     return result, 1e3 * (time.perf_counter() - start)
 
 
@@ -53,16 +55,18 @@ def main():
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--rows", type=int, default=128)
     parser.add_argument("--dtype", choices=DTYPES, default="f32")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     torch.set_num_threads(2)
     torch.manual_seed(0)
 
     dtype = DTYPES[args.dtype]
-    base = Model(torch.empty(args.vocab_size, args.dim, dtype=dtype).normal_(0, 0.02)).requires_grad_(False)
+    table = torch.empty(args.vocab_size, args.dim, dtype=dtype, device=args.device).normal_(0, 0.02)
+    base = Model(table).requires_grad_(False)
     trained = trained_ids(args.vocab_size, args.rows)
-    ids = batch(args.vocab_size, args.tokens, trained)
-    upstream = torch.randn(1, args.tokens, args.dim, dtype=dtype)
+    ids = batch(args.vocab_size, args.tokens, trained).to(args.device)
+    upstream = torch.randn(1, args.tokens, args.dim, dtype=dtype, device=args.device)
 
     plain = torch.nn.Embedding.from_pretrained(base.emb.weight.data)
 
@@ -70,7 +74,7 @@ def main():
         with torch.no_grad():
             return plain(ids)
 
-    peak = Peak()
+    peak = Peak(args.device)
     model = get_peft_model(base, TrainableTokensConfig(token_indices=trained, target_modules=["emb"]))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
 

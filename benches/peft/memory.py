@@ -1,5 +1,8 @@
-"""The process's anonymous memory, as benches/support/memory.rs watches it."""
+"""The memory that a step adds, as benches/support/memory.rs watches it: of the process its anonymous memory, of a CUDA
+device all that is in use there."""
 import threading
+
+import torch
 
 
 def anonymous_bytes():
@@ -11,18 +14,30 @@ def anonymous_bytes():
     raise OSError("/proc/self/status has no RssAnon")
 
 
+def device_bytes():
+    """Bytes in use now on the first CUDA device, by whomever."""
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
 class Peak:
     """Watches the peak from now on, every two milliseconds."""
 
-    def __init__(self):
-        self.before = self.highest = anonymous_bytes()
+    def __init__(self, device="cpu"):
+        self.bytes = anonymous_bytes
+        if device == "cuda":
+            # What the allocator keeps is no part of the step.
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            self.bytes = device_bytes
+        self.before = self.highest = self.bytes()
         self.stopping = threading.Event()
         self.thread = threading.Thread(target=self._watch)
         self.thread.start()
 
     def _watch(self):
         while not self.stopping.wait(0.002):
-            self.highest = max(self.highest, anonymous_bytes())
+            self.highest = max(self.highest, self.bytes())
 
     def stop(self):
         """Stops; by how many MB the peak was above the beginning."""

@@ -36,17 +36,20 @@ def main():
     parser.add_argument("--token-ids", default="255000-255015", help="FIRST-LAST, both included")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=["f32", "bf16"], default="f32")
     args = parser.parse_args()
     torch.set_num_threads(2)
     torch.manual_seed(0)
     first, last = map(int, args.token_ids.split("-"))
     with open(args.input_ids) as file:
-        ids = torch.tensor(json.load(file))
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, attn_implementation="eager")
+        ids = torch.tensor(json.load(file), device=args.device)
+    dtype = {"f32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, attn_implementation="eager").to(args.device)
     model.config.use_cache = False
     table = model.get_input_embeddings().weight.shape
 
-    peak = Peak()
+    peak = Peak(args.device)
     model = adapted(model, args.mode, list(range(first, last + 1)))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0.0)

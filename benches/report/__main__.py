@@ -5,6 +5,7 @@ import os
 import sys
 from pathlib import Path
 
+import cuda
 import docs
 import files
 import layer
@@ -14,11 +15,13 @@ import tables
 from processes import Failure
 
 PARTS = {"layer": layer.layer, "model": model.model, "files": files.files, "growth": layer.growth}
+# Not one of all: it takes a machine of its own, and says which.
+APART = {"cuda": cuda.cuda}
 
 
 def main():
     parser = argparse.ArgumentParser(prog="benches/run.sh")
-    parser.add_argument("part", nargs="?", default="all", choices=[*PARTS, "all", "docs"])
+    parser.add_argument("part", nargs="?", default="all", choices=[*PARTS, *APART, "all", "docs"])
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()
     out = Path("target/bench-smoke" if args.smoke else "target/bench")
@@ -32,8 +35,9 @@ def main():
     out.mkdir(parents=True, exist_ok=True)
     report = json.loads(report_file.read_text()) if report_file.exists() else {}
     for part in PARTS if args.part == "all" else [args.part]:
-        report[part] = PARTS[part](rounds, args.smoke, out)
-        report["machine"] = machine.describe()
+        report[part] = {**PARTS, **APART}[part](rounds, args.smoke, out)
+        if part in PARTS:
+            report["machine"] = machine.describe()
         # After each part, so that what was measured is kept if the next one fails.
         report_file.write_text(json.dumps(report, indent=1) + "\n")
         tables.write(report, out)

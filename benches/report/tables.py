@@ -16,7 +16,7 @@ def write(report, out):
 
 def fragments(report, out):
     """A piece of Markdown for each part that was measured. Draws the plots that they show."""
-    makers = {"machine": machine, "layer": layer, "model": model, "files": files, "growth": growth}
+    makers = {"machine": machine, "layer": layer, "model": model, "files": files, "growth": growth, "cuda": cuda}
     return {name: make(report[name], out) for name, make in makers.items() if name in report}
 
 
@@ -58,7 +58,7 @@ def machine(it, _out):
     )
 
 
-def layer(rows, out):
+def layer(rows, out, plot="layer"):
     parts = []
 
     def key(row):
@@ -89,10 +89,10 @@ def layer(rows, out):
     v, d, n, k, dtype, _ = sizes[0]
     first = [row for row in rows if key(row) == sizes[0]]
     plots.bars(
-        out / "layer.svg", f"one step of an embedding, ms (V={v}, D={d}, N={n}, k={k}, {dtype})",
+        out / f"{plot}.svg", f"one step of an embedding, ms (V={v}, D={d}, N={n}, k={k}, {dtype})",
         [(SYSTEMS[row["backend"]], row["total_ms"]) for row in first],
     )
-    return "\n\n".join([*parts, "![one step of an embedding](layer.svg)"])
+    return "\n\n".join([*parts, f"![one step of an embedding]({plot}.svg)"])
 
 
 MODEL_SYSTEMS = {
@@ -101,7 +101,7 @@ MODEL_SYSTEMS = {
 }
 
 
-def model(rows, out):
+def model(rows, out, plot="model"):
     parts = []
     for shape in dict.fromkeys(row["shape"] for row in rows):
         these = [row for row in rows if row["shape"] == shape]
@@ -119,12 +119,19 @@ def model(rows, out):
             for row in sorted(these, key=lambda row: -row["step_s"])
         ]
         parts.append(table(head, body))
+        file = f"{plot}-{shape.replace(', ', '-')}.svg"
         plots.bars(
-            out / f"model-{shape}.svg", f"one step of a whole model, s ({shape}, V={ours['v']}, D={ours['d']})",
+            out / file, f"one step of a whole model, s ({shape}, V={ours['v']}, D={ours['d']})",
             [(MODEL_SYSTEMS[row["system"]], row["step_s"]) for row in these],
         )
-        parts.append(f"![one step of a whole model](model-{shape}.svg)")
+        parts.append(f"![one step of a whole model]({file})")
     return "\n\n".join(parts)
+
+
+def cuda(measured, out):
+    """The tables of the other parts, and plots of whole models by their own names."""
+    both = [layer(measured["layer"], out, "cuda-layer"), model(measured["model"], out, "cuda-model")]
+    return "\n\n".join([f"{measured['card']}.", *both])
 
 
 def files(rows, _out):

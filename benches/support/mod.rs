@@ -1,10 +1,13 @@
 //! What the benches of embeddings share: an embedding in each framework, and time and memory.
 #![allow(dead_code, clippy::unwrap_used)]
 
+#[cfg(feature = "burn")]
 pub(crate) mod burn;
 pub(crate) mod candle;
+#[cfg(feature = "dfdx")]
 pub(crate) mod dfdx;
 pub(crate) mod memory;
+#[cfg(feature = "ndarray")]
 pub(crate) mod ndarray;
 pub(crate) mod workload;
 

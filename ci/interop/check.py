@@ -23,7 +23,9 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import reference
+from add_tokens import check_add_tokens
 from cli import Cli
+from decoders import check_decoders
 from encoders import ENCODERS, check_encoders
 from extract import check_extract
 from lora import check_lora
@@ -317,6 +319,8 @@ def main() -> int:
             (work / case.name).mkdir()
             groups[case.name] = lambda case=case: CaseChecks(case, cli, report, work / case.name).run()
         groups["tokenizer"] = lambda: check_tokenizer(cli, report, work)
+        groups["add-tokens"] = lambda: check_add_tokens(cli, report, work / "add-tokens")
+        groups["decoders"] = lambda: check_decoders(cli, report, work / "decoders")
         groups["extract"] = lambda: check_extract(cli, report, work / "extract")
         groups[ENCODERS] = lambda: check_encoders(cli, report, work / ENCODERS)
         groups["split"] = lambda: check_split(cli, report, work / "split")

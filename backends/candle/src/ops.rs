@@ -16,7 +16,16 @@ pub(crate) use mix::{mix_rows, stack_rows};
 pub(crate) use project::{Overrides, check_input, project};
 pub(crate) use storage::DeviceStorage;
 
-use candle_core::DType;
+use candle_core::{DType, Result, Tensor};
+
+/// [`Tensor::to_dtype`], also for a tensor without elements, for which candle asks a GPU to run nothing, which CUDA refuses.
+/// Such a tensor has no gradient to lead back.
+pub(crate) fn cast(tensor: &Tensor, dtype: DType) -> Result<Tensor> {
+    if tensor.elem_count() == 0 && tensor.dtype() != dtype {
+        return Tensor::zeros(tensor.shape(), dtype, tensor.device());
+    }
+    tensor.to_dtype(dtype)
+}
 
 /// The type that arithmetic on elements of type `dtype` runs in.
 fn compute_dtype(dtype: DType) -> DType {

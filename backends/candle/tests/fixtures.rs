@@ -10,7 +10,7 @@ use candle_core::{DType, Device, Tensor, WithDType};
 use candle_nn::Module;
 use common::bytes;
 use half::{bf16, f16};
-use harness::{OnCpu, tensor};
+use harness::{Cpu, OnCpu, tensor};
 use trainable_tokens_candle::TrainableTokens;
 use trainable_tokens_core::{Element, TokenRows};
 use trainable_tokens_testkit::peft::{Fixture, fixtures};
@@ -31,7 +31,7 @@ fn part(all: &TokenRows, index: usize, len: usize) -> Vec<f64> {
 fn candles_graph<T: Element + WithDType>(name: &str) {
     let case = Fixture::open(&fixtures().join(name)).unwrap();
     let tokens: Vec<u32> = case.tokens().ids().iter().map(|id| id.0).collect();
-    let table = tensor::<T>(case.table()).unwrap();
+    let table = tensor::<Cpu, T>(case.table()).unwrap();
     let initial = case.initial_rows().unwrap();
     let mut layer = TrainableTokens::with_rows(table, &tokens, &initial).unwrap();
     let batch = SHAPE.0 * SHAPE.1;

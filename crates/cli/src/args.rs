@@ -1,13 +1,19 @@
 //! The commands and their options.
 
+mod shell;
+mod watch;
+
+use std::num::NonZero;
 use std::path::PathBuf;
 
-use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
-use trainable_tokens_trainer::LoraOptions;
+use clap::{ArgAction, ArgGroup, Args, Parser, Subcommand, ValueEnum};
+pub(crate) use shell::{CompletionsArgs, ManArgs};
+use trainable_tokens_trainer::{GenerateOptions, LoraOptions};
+pub(crate) use watch::{PlotArgs, WatchArgs};
 
 use crate::initial::{InitSpec, TokenInit};
 use crate::objective::ObjectiveArgs;
-use crate::tokens::IdRanges;
+use crate::tokens::{IdRanges, TokenLr};
 
 /// Fine-tune a few token rows of a frozen embedding table, in the file format of PEFT's Trainable Tokens.
 #[derive(Debug, Parser)]
@@ -36,13 +42,21 @@ pub(crate) enum Command {
     /// Train two tokens of the small model inside this program, and show what changed.
     Demo(DemoArgs),
     /// Train token rows of a model and write a PEFT adapter.
+    ///
+    /// Ctrl-C (or SIGTERM) ends a run after the step that it is at: the adapter is saved with the state to resume from, the
+    /// metrics end with their summary, and the exit status is 130. A second one ends it at once; then there is what --save-every
+    /// has saved.
     Train(Box<TrainArgs>),
     /// Measure the loss of a model, with or without an adapter.
     Eval(EvalArgs),
     /// Write the embeddings and logits of token ids, for comparing implementations.
     Forward(ForwardArgs),
+    /// Continue a prompt with a model, with or without an adapter.
+    Generate(GenerateArgs),
     /// Write an adapter that changes nothing yet, or whose rows start anew.
     Init(InitArgs),
+    /// Add tokens to a copy of a model: to its tokenizer, its tables and its config.
+    AddTokens(AddTokensArgs),
     /// Bake adapters into a copy of a model.
     Merge(MergeArgs),
     /// Write the adapter of the rows in which a tuned model differs from its base.
@@ -55,6 +69,12 @@ pub(crate) enum Command {
     Inspect(InspectArgs),
     /// Check that an adapter fits a model.
     Verify(VerifyArgs),
+    /// Draw the curves of a run from its metrics file.
+    Plot(PlotArgs),
+    /// Write a script of completions for a shell.
+    Completions(CompletionsArgs),
+    /// Write the manual page.
+    Man(ManArgs),
 }
 
 #[derive(Debug, Args)]
@@ -95,20 +115,14 @@ pub(crate) struct LoraArgs {
     /// Also train weights of LoRA, of this rank.
     #[arg(long, value_name = "R", value_parser = positive)]
     lora_rank: Option<usize>,
-    /// Linear layers that get them, as PEFT names them, or all-linear.
-    #[arg(
-        long,
-        value_delimiter = ',',
-        default_value = "q_proj,v_proj",
-        requires = "lora_rank",
-        value_name = "MODULES"
-    )]
+    /// Linear layers that get them, as PEFT names them, or all-linear [default: those of queries and values].
+    #[arg(long, value_delimiter = ',', requires = "lora_rank", value_name = "MODULES")]
     lora_targets: Vec<String>,
     /// LoRA's alpha: the product of the weights is multiplied by alpha / rank.
     #[arg(long, default_value_t = 8.0, requires = "lora_rank")]
     lora_alpha: f64,
     /// Multiply by alpha / sqrt(rank) instead.
-    #[arg(long, requires = "lora_rank")]
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value_t = false, action = ArgAction::Set, value_name = "BOOL", hide_default_value = true, hide_possible_values = true, requires = "lora_rank")]
     use_rslora: bool,
 }
 
@@ -138,6 +152,13 @@ pub(crate) struct ComputeArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct TrainArgs {
+    /// TOML file with any of these options; those on the command line win. Its keys are their names, as in `batch-size = 4` or
+    /// `batch_size = 4`. The options of a run are written beside its adapter, in `train_config.toml`.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+    /// All options as such a file.
+    #[arg(skip)]
+    pub(crate) resolved: String,
     /// Model directory: config.json, model.safetensors or shards, tokenizer.json where text is used.
     #[arg(long)]
     pub(crate) model: PathBuf,
@@ -159,9 +180,12 @@ pub(crate) struct TrainArgs {
     /// Steps to take [default: one pass over the data].
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) steps: Option<u64>,
-    /// Lines per step.
+    /// Lines at a time.
     #[arg(long, default_value_t = 8, value_parser = positive)]
     pub(crate) batch_size: usize,
+    /// Batches per step, in whose gradient all targets count alike, as if they were one batch.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = positive)]
+    pub(crate) accumulate: usize,
     /// Learning rate.
     #[arg(long, default_value_t = 1e-3)]
     pub(crate) lr: f64,
@@ -192,32 +216,44 @@ pub(crate) struct TrainArgs {
     /// Steps in which the learning rate rises from 0.
     #[arg(long, default_value_t = 0)]
     pub(crate) warmup_steps: u64,
+    /// With the schedules linear and cosine: where the learning rate ends, relative to --lr.
+    #[arg(long, value_name = "RATIO", default_value_t = 0.0)]
+    pub(crate) min_lr_ratio: f64,
     /// Clip the gradient of all that trains together to this L2 norm.
     #[arg(long)]
     pub(crate) max_grad_norm: Option<f64>,
+    /// Learning rates of single tokens, such as '<a>=1e-3,12=0'; the schedule applies to them too. The row of a token with 0 is
+    /// frozen: nothing changes it, not even decay.
+    #[arg(long, value_delimiter = ',', value_name = "TOKEN=LR")]
+    pub(crate) token_lr: Vec<TokenLr>,
+    /// After each step, scale the rows to the mean norm of the table's rows, or each to the norm it started with.
+    #[arg(long, value_enum)]
+    pub(crate) match_norm: Option<NormChoice>,
+    /// After each step, scale down rows that are longer than this L2 norm.
+    #[arg(long, value_name = "NORM")]
+    pub(crate) max_row_norm: Option<f64>,
     /// Seed of the shuffle, of masks, and of rows and weights of LoRA that start with random numbers.
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
     /// Take the lines in a new order at each pass.
-    #[arg(long)]
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value_t = false, action = ArgAction::Set, value_name = "BOOL", hide_default_value = true, hide_possible_values = true)]
     pub(crate) shuffle: bool,
     /// Cut longer lines, and plain text, at this many tokens.
     #[arg(long, value_parser = positive)]
     pub(crate) max_length: Option<usize>,
     /// Compute the activations of layers again in the backward pass instead of keeping them: less memory, more time.
-    #[arg(long)]
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value_t = false, action = ArgAction::Set, value_name = "BOOL", hide_default_value = true, hide_possible_values = true)]
     pub(crate) recompute: bool,
     #[command(flatten)]
     pub(crate) compute: ComputeArgs,
-    /// Module whose rows train, as PEFT names it; only the input embedding can be [default: its name].
+    /// Module whose rows train, as PEFT names it; only the input embedding can be, and is without this option.
     #[arg(long, value_delimiter = ',', value_name = "MODULES")]
-    pub(crate) target_modules: Vec<String>,
+    pub(crate) target_modules: Option<Vec<String>>,
     /// What the gradient of a chosen token does that is the model's padding token.
     #[arg(long, value_enum)]
     pub(crate) padding_idx: Option<PaddingChoice>,
-    /// Write one JSON object per step to this file.
-    #[arg(long, value_name = "FILE")]
-    pub(crate) metrics: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) watch: WatchArgs,
     /// Write the adapter, with the state to resume from, every N steps.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) save_every: Option<u64>,
@@ -230,6 +266,21 @@ pub(crate) struct TrainArgs {
     /// Evaluate every N steps too.
     #[arg(long, value_name = "N", requires = "eval_data", value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) eval_every: Option<u64>,
+    /// End the run after this many evaluations in a row without an improvement.
+    #[arg(long, value_name = "N", requires = "eval_every", value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) early_stopping_patience: Option<u64>,
+    /// An improvement is a held-out loss that is lower than the best by more than this.
+    #[arg(
+        long,
+        value_name = "LOSS",
+        default_value_t = 0.0,
+        requires = "early_stopping_patience"
+    )]
+    pub(crate) early_stopping_min_delta: f64,
+    /// In the end, keep the adapter of the evaluation with the lowest held-out loss, and not that of the last step. Until then
+    /// it is in the directory `best` inside the adapter's. A run that has ended this way cannot be resumed.
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value_t = false, action = ArgAction::Set, value_name = "BOOL", hide_default_value = true, hide_possible_values = true, requires = "eval_data")]
+    pub(crate) keep_best: bool,
 }
 
 #[derive(Debug, Args)]
@@ -277,6 +328,44 @@ pub(crate) struct ForwardArgs {
     pub(crate) compute: ComputeArgs,
 }
 
+/// What is continued.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+pub(crate) struct PromptArgs {
+    /// Text to continue, through the model's tokenizer.
+    #[arg(long = "prompt", value_name = "TEXT")]
+    pub(crate) text: Option<String>,
+    /// The ids of its tokens instead, separated by commas.
+    #[arg(long = "prompt-ids", value_delimiter = ',', value_name = "IDS")]
+    pub(crate) ids: Vec<u32>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct GenerateArgs {
+    /// Model directory.
+    #[arg(long)]
+    pub(crate) model: PathBuf,
+    /// Adapter directory.
+    #[arg(long)]
+    pub(crate) adapter: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) prompt: PromptArgs,
+    /// The most tokens to generate.
+    #[arg(long, value_name = "N", default_value_t = GenerateOptions::default().max_new_tokens)]
+    pub(crate) max_new_tokens: usize,
+    /// What logits are divided by before a token is drawn; at 0 the likeliest token is taken.
+    #[arg(long, value_name = "T", default_value_t = 0.0)]
+    pub(crate) temperature: f64,
+    /// Draw from the likeliest tokens whose probabilities sum up to P.
+    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    pub(crate) top_p: f64,
+    /// Seed of the draws.
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
+    #[command(flatten)]
+    pub(crate) compute: ComputeArgs,
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct InitArgs {
     /// Model directory.
@@ -290,6 +379,44 @@ pub(crate) struct InitArgs {
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
     /// Adapter directory to write.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: PathBuf,
+}
+
+#[derive(Debug, Args)]
+#[allow(clippy::struct_excessive_bools)] // flags of the command line
+pub(crate) struct AddTokensArgs {
+    /// Model directory, with tokenizer.json.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) model: PathBuf,
+    /// Strings of the new tokens, separated by commas.
+    #[arg(long, required = true, value_delimiter = ',', value_name = "STRINGS")]
+    pub(crate) tokens: Vec<String>,
+    /// Add them as normal tokens: found after the text was normalized, and not skipped with special tokens.
+    #[arg(long)]
+    pub(crate) normal: bool,
+    /// Have each token take in the spaces before it, as words of most models do.
+    #[arg(long)]
+    pub(crate) lstrip: bool,
+    /// Have each token take in the spaces after it.
+    #[arg(long)]
+    pub(crate) rstrip: bool,
+    /// Find the tokens only where no letter or digit is next to them.
+    #[arg(long)]
+    pub(crate) single_word: bool,
+    /// How the rows start, as in `init`; `keep` is for padded rows that are there already.
+    #[arg(long, default_value = "mean-covariance", value_name = "MODE")]
+    pub(crate) init: InitSpec,
+    /// How the row of one token starts, such as '<tok>=description:a small bird'; may be given for several tokens.
+    #[arg(long, value_name = "TOKEN=MODE")]
+    pub(crate) init_token: Vec<TokenInit>,
+    /// Seed of rows that start with random numbers.
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
+    /// Round the number of rows up to a multiple of N.
+    #[arg(long, value_name = "N")]
+    pub(crate) pad_to_multiple_of: Option<NonZero<usize>>,
+    /// Model directory to write.
     #[arg(long, value_name = "DIR")]
     pub(crate) out: PathBuf,
 }
@@ -407,9 +534,14 @@ pub(crate) enum DecayToward {
 /// Courses of the learning rate.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub(crate) enum Schedule {
+    /// Always the same.
     Constant,
+    /// Straight down to 0 at the last step.
     Linear,
+    /// Down to 0 along half a cosine.
     Cosine,
+    /// By the inverse root of the steps, from the warm-up's last or else with a time scale of 10000 steps.
+    InverseSqrt,
 }
 
 /// Element types of weights.
@@ -417,6 +549,15 @@ pub(crate) enum Schedule {
 pub(crate) enum WeightType {
     F32,
     Bf16,
+}
+
+/// Which norm rows keep.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum NormChoice {
+    /// The mean norm of all rows of the table.
+    Mean,
+    /// The norm that the row started with.
+    Original,
 }
 
 /// What becomes of the lookup's gradient at the padding token.

@@ -1,15 +1,19 @@
 //! One module per command.
 
+mod add_tokens;
 mod demo;
 mod diff;
 mod eval;
 mod extract;
 mod forward;
+mod generate;
 mod init;
 mod inspect;
 mod merge;
+mod plot;
+mod shell;
 mod split;
-mod train;
+pub(crate) mod train;
 mod verify;
 
 use std::fs;
@@ -27,13 +31,18 @@ pub(crate) fn run(cli: &Cli) -> Result<()> {
         Command::Train(args) => train::run(args, cli),
         Command::Eval(args) => eval::run(args, cli),
         Command::Forward(args) => forward::run(args, cli),
+        Command::Generate(args) => generate::run(args, cli),
         Command::Init(args) => init::run(args, cli),
+        Command::AddTokens(args) => add_tokens::run(args, cli),
         Command::Merge(args) => merge::run(args, cli),
         Command::Extract(args) => extract::run(args, cli),
         Command::Diff(args) => diff::run(args, cli),
         Command::Split(args) => split::run(args, cli),
         Command::Inspect(args) => inspect::run(args, cli),
         Command::Verify(args) => verify::run(args, cli),
+        Command::Plot(args) => plot::run(args, cli),
+        Command::Completions(args) => shell::completions(args, cli),
+        Command::Man(args) => shell::man(args, cli),
     }
 }
 

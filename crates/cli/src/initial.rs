@@ -11,6 +11,7 @@ use trainable_tokens_trainer::Vocabulary;
 
 use crate::args::RowInitArgs;
 use crate::output::note;
+use crate::tokens::{is_id, token_id};
 
 /// One `--init`: what core knows, and what takes the model's tokenizer.
 #[derive(Clone, Debug)]
@@ -134,10 +135,6 @@ impl FromStr for TokenInit {
     }
 }
 
-fn is_id(text: &str) -> bool {
-    text.bytes().all(|byte| byte.is_ascii_digit()) && text.parse::<u32>().is_ok()
-}
-
 /// How the rows of all tokens of a run start.
 pub(crate) struct Initial {
     inits: Vec<RowInit>,
@@ -157,6 +154,11 @@ impl Initial {
     /// Whether all rows start as the table's: PEFT's `init_weights`.
     pub(crate) fn keeps_base(&self) -> bool {
         self.inits.iter().all(RowInit::keeps_base)
+    }
+
+    /// How each row starts, in slot order.
+    pub(crate) fn inits(&self) -> &[RowInit] {
+        &self.inits
     }
 
     /// How each row starts, all tokens by their ids, in slot order.
@@ -265,10 +267,7 @@ impl Resolver<'_> {
 
     /// A token by its id or its string.
     fn token(&self, name: &str) -> Result<TokenId> {
-        if is_id(name) {
-            return Ok(TokenId(name.parse()?));
-        }
-        Ok(TokenId(self.vocabulary.single_id(name)?))
+        Ok(TokenId(token_id(name, self.vocabulary)?))
     }
 
     fn sub_tokens(&mut self, id: u32) -> Result<Vec<TokenId>> {

@@ -5,7 +5,19 @@ use std::path::PathBuf;
 use serde::Serialize;
 use trainable_tokens_trainer::Retrieval;
 
+use crate::commands::train::DeadToken;
 use crate::output::bytes;
+use crate::rows::{RowReport, rows_table};
+
+/// Why a run took no further step.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum End {
+    #[default]
+    LastStep,
+    EarlyStopping,
+    Interrupted,
+}
 
 /// What a training run cost and did.
 #[derive(Debug, Default, Serialize)]
@@ -14,6 +26,12 @@ pub(crate) struct Summary {
     /// How the rows started, as it is recorded in the adapter.
     pub(crate) init: String,
     pub(crate) steps: u64,
+    pub(crate) end: End,
+    /// The steps after which the rows were what the adapter holds.
+    pub(crate) kept_step: u64,
+    /// The evaluation with the lowest loss.
+    pub(crate) best_step: Option<u64>,
+    pub(crate) best_eval_loss: Option<f64>,
     pub(crate) rows_trained: usize,
     /// Linear layers with weights of LoRA.
     pub(crate) lora_modules: usize,
@@ -33,6 +51,10 @@ pub(crate) struct Summary {
     pub(crate) gradient_check_error: f64,
     /// How much of it rounding and curvature can explain; above 0.1 the check cannot tell.
     pub(crate) gradient_check_uncertainty: f64,
+    /// Where each row came from and went to, in slot order.
+    pub(crate) tokens: Vec<RowReport>,
+    /// Tokens whose rows no step has reached.
+    pub(crate) dead_tokens: Vec<DeadToken>,
     /// What was minimised.
     pub(crate) objective: &'static str,
     /// How well sentences found their definitions, where those were taught.
@@ -51,8 +73,23 @@ pub(crate) fn retrieval_text(retrieval: Retrieval) -> String {
 }
 
 impl Summary {
-    /// The table.
+    /// The table, and those of the rows.
     pub(crate) fn to_text(&self) -> String {
+        let mut text = String::new();
+        for (name, value) in self.lines() {
+            text += &format!("{name:<25} {value}\n");
+        }
+        for dead in &self.dead_tokens {
+            text += &format!("{:<25} {}: {}\n", "row not reached", dead.name(), dead.reason);
+        }
+        if self.tokens.is_empty() {
+            return text;
+        }
+        text + "\n" + &rows_table(&self.tokens)
+    }
+
+    /// The table by its lines.
+    pub(crate) fn lines(&self) -> Vec<(&'static str, String)> {
         let share = 100.0 * self.parameters_trained as f64 / self.parameters_total.max(1) as f64;
         let peak = self.peak_rss_bytes.map_or_else(|| "unknown".to_owned(), bytes);
         let rows = [
@@ -94,6 +131,18 @@ impl Summary {
             ("peak memory", peak),
             ("adapter", self.adapter.display().to_string()),
         ];
+        let end = match self.end {
+            End::LastStep => None,
+            End::EarlyStopping => Some(("ended", format!("early, after step {}", self.steps))),
+            End::Interrupted => Some(("ended", format!("interrupted, after step {}", self.steps))),
+        };
+        let kept = (self.kept_step < self.steps).then(|| {
+            let loss = self.best_eval_loss.unwrap_or(f64::NAN);
+            (
+                "adapter kept",
+                format!("of step {}, held-out loss {loss:.4}", self.kept_step),
+            )
+        });
         let started = (self.init != "keep").then(|| ("rows started as", self.init.clone()));
         let lora = (self.lora_modules > 0).then(|| ("layers with LoRA", self.lora_modules.to_string()));
         let retrieval = [
@@ -104,10 +153,7 @@ impl Summary {
             .into_iter()
             .filter_map(|(name, found)| Some((name, retrieval_text(found?))));
         let rows = started.into_iter().chain(lora).chain(retrieval).chain(rows);
-        let lines: Vec<String> = rows
-            .map(|(name, value)| format!("{name:<25} {value}\n"))
-            .collect();
-        lines.concat()
+        rows.chain(end).chain(kept).collect()
     }
 
     fn gradient_check(&self) -> String {

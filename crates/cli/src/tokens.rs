@@ -4,9 +4,52 @@ use std::ops::RangeInclusive;
 use std::str::FromStr;
 
 use anyhow::{Result, bail};
-use trainable_tokens_trainer::Vocabulary;
+use trainable_tokens_trainer::{Context, Vocabulary};
 
 use crate::args::TokenArgs;
+use crate::output::note;
+
+/// The learning rate of one token, such as `<a>=1e-3`.
+#[derive(Clone, Debug)]
+pub(crate) struct TokenLr {
+    token: String,
+    lr: f64,
+}
+
+impl FromStr for TokenLr {
+    type Err = String;
+
+    /// The token ends at the last `=`, so that it may hold one.
+    fn from_str(text: &str) -> Result<Self, String> {
+        let parts = text.rsplit_once('=').filter(|(token, _)| !token.is_empty());
+        let (token, lr) = parts.ok_or("expected TOKEN=LR, such as '<a>=1e-3'")?;
+        let lr = lr.parse().map_err(|_| format!("'{lr}' is no learning rate"))?;
+        Ok(Self {
+            token: token.to_owned(),
+            lr,
+        })
+    }
+}
+
+impl TokenLr {
+    /// The id of the token, and its learning rate.
+    pub(crate) fn resolve(&self, vocabulary: &Vocabulary) -> Result<(u32, f64)> {
+        Ok((token_id(&self.token, vocabulary)?, self.lr))
+    }
+}
+
+/// A token named by its id or its string.
+pub(crate) fn token_id(name: &str, vocabulary: &Vocabulary) -> Result<u32> {
+    if is_id(name) {
+        return Ok(name.parse()?);
+    }
+    Ok(vocabulary.single_id(name)?)
+}
+
+/// Whether a token is named by its id.
+pub(crate) fn is_id(name: &str) -> bool {
+    name.bytes().all(|byte| byte.is_ascii_digit()) && name.parse::<u32>().is_ok()
+}
 
 /// Ids and ranges of ids, such as `12,7,300-310`, in order.
 #[derive(Clone, Debug)]
@@ -62,7 +105,11 @@ impl TokenArgs {
             None => self
                 .tokens
                 .iter()
-                .map(|token| Ok(vocabulary.single_id(token)?))
+                .map(|token| {
+                    let id = vocabulary.single_id(token)?;
+                    expect_found(vocabulary, token, id)?;
+                    Ok(id)
+                })
                 .collect::<Result<_>>()?,
         };
         if let Some(id) = ids.iter().find(|id| **id as usize >= vocab_size) {
@@ -79,6 +126,22 @@ impl TokenArgs {
         }
         Ok(ids)
     }
+}
+
+/// Refuses a token that is not found where its string stands in a sentence. A normal token may be missed between letters:
+/// there a normalizer may have changed the text.
+pub(crate) fn expect_found(vocabulary: &Vocabulary, token: &str, id: u32) -> Result<()> {
+    for missed in vocabulary.missed_contexts(id)? {
+        let what = format!(
+            "token '{token}' is not found in '{}', which encodes to {}",
+            missed.text, missed.encodes_to
+        );
+        if missed.special || missed.context != Context::BetweenLetters {
+            bail!("{what}; texts would not train it: name it by its id if that is meant");
+        }
+        note(&format!("note: {what}"));
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -98,6 +161,15 @@ mod tests {
                 .is_err()
         );
         assert!("0-9,0-9".parse::<IdRanges>().unwrap().expand(10).is_err());
+    }
+
+    #[test]
+    fn a_token_with_a_learning_rate_may_hold_an_equals_sign() {
+        let own: TokenLr = "a=b=1e-3".parse().unwrap();
+        assert_eq!((own.token.as_str(), own.lr), ("a=b", 1e-3));
+        for text in ["", "=1", "a", "a=", "a=b", "12:0"] {
+            assert!(text.parse::<TokenLr>().is_err(), "{text}");
+        }
     }
 
     #[test]

@@ -2,9 +2,11 @@
 
 mod clip;
 mod decay;
+mod norm;
 
 pub use clip::{ClipGradNorm, joint_norm};
 pub use decay::DecayTowardOriginal;
+pub use norm::{ClampRowNorm, MatchRowNorm};
 
 use crate::{Result, TokenRows, TokenSet};
 

@@ -45,6 +45,17 @@ impl RowInit {
     }
 }
 
+/// The mean of the L2 norms of all rows of a table, which is read a block at a time.
+///
+/// # Errors
+///
+/// [`InitError`] for a row that is not finite; those of the source.
+pub fn mean_row_norm<S: EmbeddingSource + ?Sized>(source: &S) -> Result<f64, S::Error> {
+    let none = TokenSet::new([], source.vocab_size())?;
+    let asks = RowInit::default().with(InitModifier::NormMatch { target: None });
+    Ok(Statistics::of(source, &none, &[asks], BLOCK)?.mean_norm)
+}
+
 /// The starting rows of `tokens`, `[k, D]` in slot order and of type `dtype`; `inits` says for each slot how its row
 /// is made.
 ///
@@ -52,9 +63,12 @@ impl RowInit {
 /// equal tables give equal bits in every backend. The table is read a block at a time, at most twice, and not at all
 /// where no statistic of it is asked for. The time of [`InitMode::MeanCovariance`] is `k * V * D`.
 ///
+/// A table that is about to grow has no rows yet for the tokens after its last: `tokens` is then made for the larger
+/// vocabulary, and means and norms are still those of the rows that are there.
+///
 /// # Errors
 ///
-/// [`Error::Shape`] unless there is one init per slot and `tokens` was made for a table of this size;
+/// [`Error::Shape`] unless there is one init per slot and `tokens` was made for a table of this size or a larger one;
 /// [`Error::TokenOutOfRange`], [`Error::Hyperparameter`] or [`Error::Init`], naming the culprit; the table's errors.
 pub fn initial_rows<S: EmbeddingSource + ?Sized>(
     source: &S,
@@ -74,7 +88,7 @@ fn initial_rows_by<S: EmbeddingSource + ?Sized>(
     block: usize,
 ) -> Result<TokenRows, S::Error> {
     let (k, dim) = (tokens.len(), source.embedding_dim());
-    if tokens.vocab_size() != source.vocab_size() {
+    if tokens.vocab_size() < source.vocab_size() {
         let (expected, got) = ([source.vocab_size()], [tokens.vocab_size()]);
         return Err(Error::shape("vocabulary of the token set", &expected, &got).into());
     }
@@ -85,14 +99,17 @@ fn initial_rows_by<S: EmbeddingSource + ?Sized>(
         init.check()?;
         source.check_ids(&init.mode.sources())?;
     }
-    let kept = source.read_rows(tokens.ids())?;
+    let (slots, kept) = kept_rows(source, tokens, inits)?;
     if inits.iter().all(RowInit::keeps_base) {
         // A copy within one type keeps every bit, also of what is no number.
         return Ok(kept.to_dtype(dtype));
     }
     let statistics = Statistics::of(source, tokens, inits, block)?;
     let mut samples = covariance_samples(source, tokens, inits, &statistics, block)?.into_iter();
-    let mut rows = kept.to_f64_vec();
+    let mut rows = vec![0.0; k * dim];
+    for (slot, row) in slots.iter().zip(kept.to_f64_vec().chunks_exact(dim.max(1))) {
+        rows[slot * dim..(slot + 1) * dim].copy_from_slice(row);
+    }
     for (slot, (id, init)) in tokens.ids().iter().zip(inits).enumerate() {
         let row = &mut rows[slot * dim..(slot + 1) * dim];
         match &init.mode {
@@ -162,6 +179,24 @@ fn initial_rows_by<S: EmbeddingSource + ?Sized>(
         }
     }
     Ok(rows)
+}
+
+/// The slots whose tokens have a row in the table, and these rows.
+fn kept_rows<S: EmbeddingSource + ?Sized>(
+    source: &S,
+    tokens: &TokenSet,
+    inits: &[RowInit],
+) -> Result<(Vec<usize>, TokenRows), S::Error> {
+    let (mut slots, mut ids) = (Vec::new(), Vec::new());
+    for (slot, (id, init)) in tokens.ids().iter().zip(inits).enumerate() {
+        if id.row() < source.vocab_size() {
+            slots.push(slot);
+            ids.push(*id);
+        } else if init.mode == InitMode::Keep {
+            return Err(Error::from(InitError::NoRow { id: *id }).into());
+        }
+    }
+    Ok((slots, source.read_rows(&ids)?))
 }
 
 /// Rows of the table, row-major, all of their elements numbers.

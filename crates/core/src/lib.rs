@@ -13,7 +13,8 @@
 //! - [`TrainableTokens`]: the layer, written once over them, with exact merge and unmerge, and any number of
 //!   [`TokenAdapter`]s by name: one or several active at once, or one per example of a mixed batch.
 //! - [`CrossEntropyPlan`]: the loss of a head without a matrix of all logits, chunk by chunk.
-//! - [`RowOptimizer`] ([`Sgd`], [`Adam`]) and [`OptimizerHook`] ([`ClipGradNorm`], [`DecayTowardOriginal`]).
+//! - [`RowOptimizer`] ([`Sgd`], [`Adam`]) and [`OptimizerHook`] ([`ClipGradNorm`], [`DecayTowardOriginal`],
+//!   [`ClampRowNorm`], [`MatchRowNorm`]).
 //!
 //! It does no file I/O and knows no framework.
 #![forbid(unsafe_code)]
@@ -32,6 +33,7 @@ mod journal;
 mod layer;
 mod loss;
 mod mix;
+mod nearest;
 mod optim;
 mod options;
 mod plan;
@@ -47,15 +49,19 @@ pub use delta::DeltaStore;
 pub use dtype::{DType, Element};
 pub use error::{BackendError, Error, ErrorKind, Result};
 pub use gather::{Gather, fill_rows};
-pub use hook::{ClipGradNorm, DecayTowardOriginal, OptimizerHook, StepContext, joint_norm};
+pub use hook::{
+    ClampRowNorm, ClipGradNorm, DecayTowardOriginal, MatchRowNorm, OptimizerHook, StepContext, joint_norm,
+};
 pub use host::{HostRows, RowGradients};
 pub use init::{
     InitError, InitMode, InitModifier, InitText, ParseInitError, Population, RowInit, initial_rows,
+    mean_row_norm,
 };
 pub use journal::UndoJournal;
 pub use layer::{ActiveRows, KnownActive, LayerParts, MergeCheck, MergeParts, MixedPart, TrainableTokens};
 pub use loss::{CrossEntropyOptions, CrossEntropyPlan, IGNORED_LABEL, LogitsChunk, Reduction, Softcap};
 pub use mix::{MixRound, RowMix};
+pub use nearest::{Neighbour, nearest_rows};
 pub use optim::{
     Adam, AdamConfig, Decay, OptimizerState, RowOptimizer, Sgd, SgdConfig, StepReport, step_delta, step_rows,
 };

@@ -158,6 +158,11 @@ impl Checkpoint {
         self.file_of(name)?.table(name)
     }
 
+    /// The tensor `name` of one value per row of a vocabulary, as a table `V x 1`.
+    pub(crate) fn column(&self, name: &str) -> Result<MappedTable> {
+        self.file_of(name)?.column(name)
+    }
+
     /// The file that holds the tensor `name`.
     ///
     /// # Errors

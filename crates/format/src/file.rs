@@ -213,6 +213,16 @@ impl SafetensorsFile {
         MappedTable::new(self.clone(), self.range_of(info), name, info)
     }
 
+    /// The tensor `name` of one value per row of a vocabulary, `[V]` or `[1, V]`, as a table `V x 1`.
+    pub(crate) fn column(&self, name: &str) -> Result<MappedTable> {
+        let (_, info) = self.info(name)?;
+        let column = TensorInfo {
+            shape: vec![info.shape.iter().product(), 1],
+            ..info.clone()
+        };
+        MappedTable::new(self.clone(), self.range_of(info), name, &column)
+    }
+
     /// Whether both are maps of one file, by whatever paths: then they have the same tensors.
     pub(crate) fn is_same_file(&self, other: &Self) -> bool {
         self.inner.identity.is_some() && self.inner.identity == other.inner.identity
@@ -234,7 +244,7 @@ impl SafetensorsFile {
     }
 
     /// The header of a file of the same tensors, some with another number of rows.
-    pub(crate) fn header_with(&self, rows: &BTreeMap<&str, usize>) -> io::Result<Vec<u8>> {
+    pub(crate) fn header_with(&self, rows: &BTreeMap<&str, [usize; 2]>) -> io::Result<Vec<u8>> {
         self.inner.header.with_rows(rows)
     }
 

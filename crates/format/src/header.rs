@@ -139,8 +139,9 @@ fn byte_len(info: &TensorInfo) -> Option<usize> {
 }
 
 impl Header {
-    /// The header, with its length, of the same tensors in the same order, some of them with another first dimension.
-    pub(crate) fn with_rows(&self, rows: &BTreeMap<&str, usize>) -> io::Result<Vec<u8>> {
+    /// The header, with its length, of the same tensors in the same order, some of them with another dimension: the first
+    /// that was the old number of rows is the new one.
+    pub(crate) fn with_rows(&self, rows: &BTreeMap<&str, [usize; 2]>) -> io::Result<Vec<u8>> {
         let mut ordered: Vec<_> = self.tensors.iter().collect();
         ordered.sort_by_key(|(_, info)| info.data_offsets);
         let mut entries = Vec::new();
@@ -150,8 +151,10 @@ impl Header {
         let mut offset = 0;
         for (name, info) in ordered {
             let mut info = info.clone();
-            if let (Some(rows), Some(first)) = (rows.get(name.as_str()), info.shape.first_mut()) {
-                *first = *rows;
+            if let Some([old, new]) = rows.get(name.as_str())
+                && let Some(dimension) = info.shape.iter_mut().find(|dimension| *dimension == old)
+            {
+                *dimension = *new;
             }
             let bytes = byte_len(&info)
                 .ok_or_else(|| io::Error::other(format!("tensor {name:?} grows too large")))?;

@@ -6,7 +6,7 @@
 //! - [`Checkpoint`], [`SafetensorsFile`]: models in safetensors, mapped into memory. [`MappedTable`]: one of their
 //!   tables as a frozen [`EmbeddingSource`](trainable_tokens_core::EmbeddingSource); [`digest()`]: what it is.
 //! - [`Merge`]: adapters, with LoRA's weights ([`LoraWeights`]), baked into a copy of a checkpoint;
-//!   [`merge_checkpoint`]: rows alone.
+//!   [`merge_checkpoint`]: rows alone. [`Resize`]: a copy with rows for new tokens.
 //! - [`Extract`]: the way back, an adapter from a checkpoint and the one that it was tuned from. [`CheckpointDiff`],
 //!   [`AdapterDiff`]: what differs between two. [`split_adapter`]: rows into the model, LoRA's weights beside it.
 //! - [`TrainingState`]: the optimizer's memory beside the adapter.
@@ -67,7 +67,7 @@ pub use error::{Error, Result};
 pub use extract::Extract;
 pub use file::{SafetensorsFile, TensorRef};
 pub use lora::{LoraDelta, LoraLayer, LoraWeights};
-pub use merge::{Merge, MergeReport, RowReplacement, merge_checkpoint};
+pub use merge::{Merge, MergeReport, Resize, ResizeReport, RowReplacement, merge_checkpoint};
 pub use model::{ModelTables, TargetedTable};
 pub use split::split_adapter;
 pub use state::TrainingState;

@@ -5,6 +5,7 @@ mod copy;
 mod grow;
 mod output;
 mod plan;
+mod resize;
 mod table;
 
 use std::collections::BTreeSet;
@@ -15,6 +16,7 @@ use std::thread;
 
 pub use adapters::Merge;
 use plan::Plan;
+pub use resize::{Resize, ResizeReport};
 use trainable_tokens_core::{MergeCheck, TokenId, TokenRows};
 
 use crate::adapter::{Adapter, RecordedTable};

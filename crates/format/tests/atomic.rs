@@ -154,3 +154,33 @@ fn modes_are_those_of_ordinary_files() {
         mode(&home.path().join("plain_dir"))
     );
 }
+
+/// At every moment there is one of the two, whole: whoever kills the process finds it.
+#[cfg(any(target_os = "linux", target_os = "android", target_vendor = "apple"))]
+#[test]
+fn a_replaced_directory_is_never_missing() {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    let home = tempfile::tempdir().unwrap();
+    let out = home.path().join("out");
+    write_dir_atomically(&out, Overwrite::Refuse, |dir| fill(dir, "0")).unwrap();
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let reader = scope.spawn(|| {
+            let (mut looks, mut missing) = (0u32, 0u32);
+            while !done.load(Ordering::Relaxed) {
+                looks += 1;
+                missing += u32::from(!out.join("adapter_config.json").exists());
+            }
+            (looks, missing)
+        });
+        for round in 0..300 {
+            write_dir_atomically(&out, Overwrite::Replace, |dir| fill(dir, &round.to_string())).unwrap();
+        }
+        done.store(true, Ordering::Relaxed);
+        let (looks, missing) = reader.join().unwrap();
+        assert!(looks > 300, "{looks}");
+        assert_eq!(missing, 0, "of {looks}");
+    });
+    assert_eq!(names(home.path()), ["out"]);
+}

@@ -8,10 +8,10 @@ use std::path::Path;
 
 use safetensors::Dtype;
 use serde_json::json;
-use trainable_tokens_core::{MergeCheck, TokenRows, TokenSet};
+use trainable_tokens_core::{MergeCheck, RowInit, TokenId, TokenRows, TokenSet};
 use trainable_tokens_format::{
     Adapter, AdapterConfig, AdapterDiff, BaseCheck, Checkpoint, CheckpointDiff, Extract, Merge, Overwrite,
-    TokenIndices,
+    Resize, TokenIndices,
 };
 use trainable_tokens_testkit::{CountingAllocator, allocated};
 
@@ -105,6 +105,17 @@ fn a_table_is_never_in_memory() {
             .with("lora", &lora)
             .unwrap();
         merge.write(home.path().join("lora"), Overwrite::Refuse).unwrap()
+    });
+    cost("resize", || {
+        let init: RowInit = "mean+norm-match".parse().unwrap();
+        let id = |added: usize| TokenId(u32::try_from(VOCAB_SIZE + added).unwrap());
+        let resize = Resize::new(&base)
+            .unwrap()
+            .token(id(0), init.clone())
+            .token(id(1), init);
+        resize
+            .write(home.path().join("resized"), Overwrite::Refuse)
+            .unwrap()
     });
     let tuned = Checkpoint::open(&out).unwrap();
     let extracted = cost("extract", || Extract::new(&base, &tuned).adapter().unwrap());

@@ -366,6 +366,8 @@ list! { $
         a_hook_may_not_reshape: "K4",
         clipping_limits_the_norm: "K8",
         decay_pulls_toward_the_original: "K9",
+        rows_are_clamped_to_a_norm: "K10",
+        rows_are_scaled_to_their_norms: "K11",
     }
     serialization Serialization {
         an_adapter_gives_the_rows_back: "F17, F20, F22, N1",

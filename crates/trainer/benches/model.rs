@@ -13,13 +13,14 @@
 //! - `gemm_share` is the time of the step's matrix products relative to `step_s`. Each product of the step is run by
 //!   itself afterwards in this process, through the same routine, with operands of its size (the head's with a part of the
 //!   vocabulary, and scaled), and the medians are summed. Only on the CPU; in `f32`.
-//! - `extra_mb` is the peak of the process's anonymous memory, read every 2 ms, above its level before the first step.
+//! - `extra_mb` is the peak of the process's anonymous memory, or of all memory in use on the GPU, read every 2 ms, above its
+//!   level before the first step.
 //! - `loss` holds the loss of each step before its update, the one to warm up first.
 #![allow(missing_docs, clippy::unwrap_used, clippy::panic)]
 
 #[path = "model/checkpoint.rs"]
 mod checkpoint;
-#[path = "model/memory.rs"]
+#[path = "../../../benches/support/memory.rs"]
 mod memory;
 #[path = "model/options.rs"]
 mod options;
@@ -28,7 +29,7 @@ mod products;
 
 use std::io::Write as _;
 
-use memory::AnonymousMemory;
+use memory::Peak;
 use options::Options;
 use serde_json::{Value, json};
 use trainable_tokens_core::PaddingRule;
@@ -66,9 +67,9 @@ fn main() {
     };
     let mut trainer = Trainer::new(model, data, train).unwrap();
 
-    let memory = AnonymousMemory::watch();
+    let memory = Peak::watch(&options.device);
     let metrics: Vec<_> = (0..=options.steps).map(|_| trainer.step().unwrap()).collect();
-    let extra = memory.extra();
+    let extra_bytes = memory.stop();
     let step_s = median(metrics[1..].iter().map(|step| step.seconds).collect());
     let gemm_share = if options.device.is_cpu() {
         json!(products::seconds(&config, batch.len(), batch[0].len()) / step_s)
@@ -80,7 +81,7 @@ fn main() {
         "v": config.vocab_size,
         "d": config.hidden_size,
         "step_s": step_s,
-        "extra_mb": extra.map(|bytes| bytes >> 20),
+        "extra_mb": extra_bytes >> 20,
         "gemm_share": gemm_share,
         "loss": metrics.iter().map(|step| step.loss).collect::<Vec<_>>(),
     });

@@ -117,6 +117,19 @@ pub enum Error {
         /// The lines of the batch.
         lines: String,
     },
+    /// The gradient stopped being a number, though the loss is one.
+    #[error(
+        "the gradient is not finite at step {step}, where the loss is {loss:.3e}: lower the learning rate, or check the \
+         data of {lines}"
+    )]
+    DivergedGradient {
+        /// The step, from 1.
+        step: u64,
+        /// The loss.
+        loss: f64,
+        /// The lines of the batch.
+        lines: String,
+    },
     /// A saved state does not belong to this run.
     #[error("{}: {reason}", path.display())]
     Resume {
@@ -143,7 +156,9 @@ impl BackendError for Error {
             Self::UnsupportedModel { .. } => ErrorKind::Unsupported,
             Self::NotOneToken { .. } | Self::NoPieces { .. } => ErrorKind::TokenOutOfRange,
             Self::Setting(_) => ErrorKind::Hyperparameter,
-            Self::GradientMismatch { .. } | Self::Diverged { .. } => ErrorKind::NoGradient,
+            Self::GradientMismatch { .. } | Self::Diverged { .. } | Self::DivergedGradient { .. } => {
+                ErrorKind::NoGradient
+            }
         }
     }
 }

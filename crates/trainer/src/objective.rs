@@ -135,15 +135,30 @@ impl Task {
         }
     }
 
-    /// The examples, with the one at `index`, whose loss has a slope: a ranking needs two definitions.
-    pub(crate) fn probe(&self, data: &Dataset, index: usize) -> Vec<usize> {
+    /// A batch with the example at `index` whose loss has a slope: a ranking needs two definitions.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`batch`](Self::batch).
+    pub(crate) fn probe(&self, model: &LanguageModel, data: &Dataset, index: usize) -> Result<Batch> {
         let own = |index: usize| data.examples().get(index).and_then(|it| it.definition);
         let other = (0..data.examples().len()).find(|at| own(*at) != own(index));
         let is_ranking = self
             .taught()
             .is_some_and(|(teach, _)| teach.loss != TeachLoss::Cosine);
         let other = other.filter(|_| is_ranking);
-        std::iter::once(index).chain(other).collect()
+        let indices: Vec<usize> = std::iter::once(index).chain(other).collect();
+        self.batch(model, data, &indices, 0)
+    }
+
+    /// At most `length` tokens of a batch of one example around its token at `at`, if that has a part in a target among them.
+    /// Sentences with definitions stay whole.
+    pub(crate) fn window(&self, batch: &Batch, at: usize, length: usize) -> Option<Batch> {
+        match self.objective {
+            Objective::Causal => batch.window(at, length, Predicts::Next),
+            Objective::Masked(_) => batch.window(at, length, Predicts::Same),
+            Objective::Teach(_) => Some(batch.clone()),
+        }
     }
 
     /// The examples at `indices` as one batch; the first of them is the `first`th that the run takes, from 0. Masks are a

@@ -5,7 +5,7 @@ use trainable_tokens_core::{
     Adam, AdamConfig, ClipGradNorm, Decay, DecayTowardOriginal, RowOptimizer, Sgd, SgdConfig, TokenRows,
 };
 
-use crate::{Error, Objective, Result, Schedule};
+use crate::{EarlyStopping, Error, Objective, Result, Schedule};
 
 /// The update rule.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -31,6 +31,15 @@ pub enum DecayToward {
     Original,
 }
 
+/// Which norm rows are scaled to after each step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NormTarget {
+    /// The mean norm of all rows of the table.
+    Mean,
+    /// The norm that the row started with.
+    Original,
+}
+
 /// The settings of a training run. Names and defaults are torch's where torch has them; weight decay is 0.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TrainOptions {
@@ -38,8 +47,10 @@ pub struct TrainOptions {
     pub objective: Option<Objective>,
     /// Steps to take; one pass over the data if absent.
     pub steps: Option<u64>,
-    /// Examples per step.
+    /// Examples at a time.
     pub batch_size: usize,
+    /// Batches per step: their gradients add up to that of the mean over all targets of the step.
+    pub accumulate: usize,
     /// The update rule.
     pub optimizer: OptimizerKind,
     /// Learning rate.
@@ -60,8 +71,21 @@ pub struct TrainOptions {
     pub schedule: Schedule,
     /// Steps in which the learning rate rises from 0.
     pub warmup_steps: u64,
+    /// Where the learning rate of a schedule that falls ends, relative to `lr`.
+    pub min_lr_ratio: f64,
     /// Largest L2 norm of the gradient of all that trains together.
     pub max_grad_norm: Option<f64>,
+    /// Learning rates of the rows of single tokens, in the place of `lr`; the schedule applies to them too. The row of a token
+    /// with 0 is frozen: it has no gradient and no decay, and keeps its bits.
+    pub token_lr: Vec<(u32, f64)>,
+    /// Norm that the rows of tokens are scaled to after each step.
+    pub match_norm: Option<NormTarget>,
+    /// Largest L2 norm of the row of a token after each step.
+    pub max_row_norm: Option<f64>,
+    /// When evaluations end the run before its last step.
+    pub early_stopping: Option<EarlyStopping>,
+    /// Whether the values of the best evaluation are remembered.
+    pub keep_best: bool,
     /// Seed of the shuffle and of the gradient check.
     pub seed: u64,
     /// Whether each pass takes the examples in a new order.
@@ -84,6 +108,7 @@ impl Default for TrainOptions {
             objective: None,
             steps: None,
             batch_size: 8,
+            accumulate: 1,
             optimizer: OptimizerKind::default(),
             lr,
             beta1,
@@ -94,7 +119,13 @@ impl Default for TrainOptions {
             decay_toward: DecayToward::default(),
             schedule: Schedule::default(),
             warmup_steps: 0,
+            min_lr_ratio: 0.0,
             max_grad_norm: None,
+            token_lr: Vec::new(),
+            match_norm: None,
+            max_row_norm: None,
+            early_stopping: None,
+            keep_best: false,
             seed: 0,
             shuffle: false,
             recompute: false,
@@ -102,8 +133,8 @@ impl Default for TrainOptions {
     }
 }
 
-/// More lines in a batch are a slip: a run of a given number of steps wraps around its data, so that nothing else
-/// bounds a batch.
+/// More lines in a step are a slip: a run of a given number of steps wraps around its data, so that nothing else
+/// bounds them.
 const LARGEST_BATCH: usize = 1 << 16;
 
 impl TrainOptions {
@@ -160,14 +191,46 @@ impl TrainOptions {
 
     /// Checks what no constructor above does.
     pub(crate) fn check(&self) -> Result<()> {
-        if self.batch_size == 0 {
-            return Err(Error::Setting("batch-size must be at least 1".to_owned()));
-        }
-        if self.batch_size > LARGEST_BATCH {
+        let at_least_one = |name: &str, value: usize| match value {
+            0 => Err(Error::Setting(format!("{name} must be at least 1"))),
+            _ => Ok(()),
+        };
+        at_least_one("batch-size", self.batch_size)?;
+        at_least_one("accumulate", self.accumulate)?;
+        if self.batch_size.saturating_mul(self.accumulate) > LARGEST_BATCH {
+            let batches = match self.accumulate {
+                1 => String::new(),
+                batches => format!(" of {batches} batches"),
+            };
             return Err(Error::Setting(format!(
-                "batch-size is {}, but it must be at most {LARGEST_BATCH}",
+                "batch-size{batches} is {}, but it must be at most {LARGEST_BATCH} in a step",
                 self.batch_size
             )));
+        }
+        for (at, (id, lr)) in self.token_lr.iter().enumerate() {
+            if !(*lr >= 0.0 && lr.is_finite()) {
+                let message =
+                    format!("the learning rate of token id {id} is {lr}, but it must be at least 0");
+                return Err(Error::Setting(message));
+            }
+            if self.token_lr[..at].iter().any(|(other, _)| other == id) {
+                let message = format!("token id {id} is given two learning rates");
+                return Err(Error::Setting(message));
+            }
+        }
+        if !(0.0..=1.0).contains(&self.min_lr_ratio) {
+            let message = format!(
+                "min-lr-ratio is {}, but it must be from 0 to 1",
+                self.min_lr_ratio
+            );
+            return Err(Error::Setting(message));
+        }
+        if self.min_lr_ratio > 0.0 && !self.schedule.ends_at_zero() {
+            let message = "min-lr-ratio is for the schedules linear and cosine, which fall to 0 without it";
+            return Err(Error::Setting(message.to_owned()));
+        }
+        if let Some(stopping) = self.early_stopping {
+            stopping.check()?;
         }
         if self.steps == Some(0) {
             return Err(Error::Setting("steps must be at least 1".to_owned()));

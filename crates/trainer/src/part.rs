@@ -1,33 +1,33 @@
-//! What trains: matrices, each with an optimizer of its own.
+//! What trains: matrices, each with optimizers of its own.
+
+mod group;
 
 use candle_core::backprop::GradStore;
 use trainable_tokens_candle::{Candle, CandleDelta};
 use trainable_tokens_core::{
-    Backend, ClipGradNorm, DecayTowardOriginal, DeltaStore, Error as CoreError, OptimizerHook,
-    OptimizerState, RowOptimizer, TokenRows, TokenSet, joint_norm, step_delta,
+    Backend, ClipGradNorm, DeltaStore, Error as CoreError, OptimizerState, TokenId, TokenRows, TokenSet,
+    joint_norm,
 };
 use trainable_tokens_format::{Adapter, LoraWeights};
 
-use crate::{Error, HEAD_MODULE, LanguageModel, Result, TrainOptions};
+use self::group::Groups;
+use crate::{Decoder, Error, LanguageModel, Result, TrainOptions};
 
 /// One trained matrix: rows of a table, or a factor of LoRA's.
 pub(crate) struct Part {
     matrix: Matrix,
     /// Shares the model's variable.
     delta: CandleDelta,
-    /// What hooks see as the tokens of the rows.
-    tokens: TokenSet,
-    optimizer: Box<dyn RowOptimizer>,
-    decay: Option<DecayTowardOriginal>,
+    groups: Groups,
 }
 
 /// Which matrix of the model it is.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Matrix {
-    /// The rows of the input embedding, a module at a path.
+    /// The rows of the input embedding, at its path.
     Embedding(String),
-    /// The rows of the table of another module.
-    Rows(&'static str),
+    /// The rows of an untied head, at its path.
+    Head(&'static str),
     /// One of LoRA's factors of the layer at a path, with its scaling.
     Factor {
         path: String,
@@ -45,7 +45,7 @@ impl Matrix {
     fn name(&self) -> String {
         match self {
             Self::Embedding(_) => String::new(),
-            Self::Rows(module) => format!("{module}."),
+            Self::Head(module) => format!("{module}."),
             Self::Factor { path, name, .. } => format!("{path}.{name}."),
         }
     }
@@ -61,20 +61,26 @@ impl Matrix {
 
 /// All that trains in a model: the rows of the embedding, those of an untied head, and LoRA's factors.
 pub(crate) fn parts(model: &LanguageModel, options: &TrainOptions) -> Result<Vec<Part>> {
-    let mut found = Vec::new();
+    let mut found: Vec<Part> = Vec::new();
+    let head = |decoder: &Decoder| Matrix::Head(decoder.config().head_module());
     let tables = [
         (
-            Matrix::Embedding(model.embedding_module()),
+            Some(Matrix::Embedding(model.embedding_module())),
             Some(model.embedding()),
         ),
-        (Matrix::Rows(HEAD_MODULE), model.head_rows()),
+        (model.as_decoder().map(head), model.head_rows()),
     ];
     for (matrix, layer) in tables {
-        let Some(layer) = layer.filter(|layer| !layer.tokens().is_empty()) else {
+        let (Some(matrix), Some(layer)) = (matrix, layer.filter(|layer| !layer.tokens().is_empty())) else {
             continue;
         };
         let delta = layer.layer().delta()?.clone();
-        found.push((matrix, delta, layer.tokens().clone()));
+        let groups = Groups::of_tokens(&layer.tokens(), &delta.read()?, &*layer.table(), options)?;
+        found.push(Part {
+            matrix,
+            delta,
+            groups,
+        });
     }
     for low_rank in model.low_rank() {
         for (name, delta) in [LORA_A, LORA_B].into_iter().zip(low_rank.factors()) {
@@ -85,55 +91,66 @@ pub(crate) fn parts(model: &LanguageModel, options: &TrainOptions) -> Result<Vec
                 name,
                 scaling: low_rank.scaling(),
             };
-            found.push((matrix, delta.clone(), tokens));
+            found.push(Part {
+                matrix,
+                delta: delta.clone(),
+                groups: Groups::whole(tokens, &delta.read()?, options)?,
+            });
         }
     }
-    let parts = found.into_iter().map(|(matrix, delta, tokens)| {
-        Ok(Part {
-            optimizer: options.build_optimizer()?,
-            decay: options.build_decay(&delta.read()?)?,
-            matrix,
-            delta,
-            tokens,
-        })
-    });
-    parts.collect()
+    if found.iter().all(|part| part.groups.is_frozen()) && !found.is_empty() {
+        return Err(Error::Setting(
+            "nothing trains: every token has a learning rate of 0".to_owned(),
+        ));
+    }
+    let trains = |id: u32| {
+        let layers = [Some(model.embedding()), model.head_rows()];
+        let mut layers = layers.into_iter().flatten();
+        layers.any(|layer| layer.tokens().contains(TokenId(id)))
+    };
+    match options.token_lr.iter().find(|(id, _)| !trains(*id)) {
+        None => Ok(found),
+        Some((id, _)) => Err(Error::Setting(format!(
+            "token id {id} has a learning rate of its own, but it does not train"
+        ))),
+    }
 }
 
-/// One step of all parts with a learning rate; the L2 norm of all gradients together, before they are clipped.
+/// The gradient of each part after a backward pass; of frozen rows it is 0.
+pub(crate) fn gradients(parts: &[Part], store: &GradStore) -> Result<Vec<TokenRows>> {
+    let gradient = |part: &Part| part.groups.without_frozen(part.gradient(store)?);
+    parts.iter().map(gradient).collect()
+}
+
+/// One step of all parts, their learning rates times `factor`; the L2 norm of all gradients together, before they are clipped.
 pub(crate) fn step(
     parts: &mut [Part],
-    gradients: &GradStore,
+    mut gradients: Vec<TokenRows>,
     clip: Option<&ClipGradNorm>,
-    learning_rate: f64,
+    factor: f64,
 ) -> Result<f64> {
-    let gradients = parts.iter().map(|part| part.gradient(gradients));
-    let mut gradients = gradients.collect::<Result<Vec<_>>>()?;
     let norm = joint_norm(&gradients);
     if let Some(clip) = clip {
         clip.clip(&mut gradients.iter_mut().collect::<Vec<_>>());
     }
-    for (part, gradient) in parts.iter_mut().zip(gradients) {
-        part.optimizer.set_learning_rate(learning_rate);
-        let mut hooks: Vec<&mut dyn OptimizerHook> = Vec::new();
-        hooks.extend(part.decay.as_mut().map(|hook| hook as &mut dyn OptimizerHook));
-        step_delta(
-            &mut *part.optimizer,
-            &mut hooks,
-            &part.tokens,
-            &mut part.delta,
-            gradient,
-        )?;
+    for (part, mut gradient) in parts.iter_mut().zip(gradients) {
+        let mut outcome = Ok(());
+        part.delta.update(&mut |rows| {
+            // An error is no reason to lose rows that were updated before it.
+            outcome = part.groups.step(rows, &mut gradient, factor);
+            Ok(())
+        })?;
+        outcome?;
     }
     Ok(norm)
 }
 
 /// The optimizers' memories as one.
-pub(crate) fn state(parts: &[Part]) -> OptimizerState {
+pub(crate) fn state(parts: &[Part]) -> Result<OptimizerState> {
     let mut all = OptimizerState::default();
     for part in parts {
-        let state = part.optimizer.state();
-        all.step = state.step;
+        let state = part.groups.state()?;
+        all.step = all.step.max(state.step);
         let name = part.matrix.name();
         let tensors = state
             .tensors
@@ -141,15 +158,13 @@ pub(crate) fn state(parts: &[Part]) -> OptimizerState {
             .map(|(tensor, rows)| (format!("{name}{tensor}"), rows));
         all.tensors.extend(tensors);
     }
-    all
+    Ok(all)
 }
 
 /// Gives each optimizer its memory again, and each matrix its values. A state or an adapter that does not fit changes no
 /// value.
 pub(crate) fn load(parts: &mut [Part], mut state: OptimizerState, adapter: &Adapter) -> Result<()> {
-    let lora = adapter.lora_weights()?;
-    let values = parts.iter().map(|part| part.values(adapter, &lora));
-    let values = values.collect::<Result<Vec<_>>>()?;
+    let values = values(parts, adapter)?;
     // A longer name first: the embedding's is no prefix at all.
     for part in parts.iter_mut().rev() {
         let name = part.matrix.name();
@@ -167,7 +182,7 @@ pub(crate) fn load(parts: &mut [Part], mut state: OptimizerState, adapter: &Adap
         let tensors = mine
             .into_iter()
             .map(|(tensor, rows)| (own(&tensor).unwrap_or(tensor), rows));
-        part.optimizer.load_state(OptimizerState {
+        part.groups.load_state(&OptimizerState {
             step: state.step,
             tensors: tensors.collect(),
         })?;
@@ -176,10 +191,24 @@ pub(crate) fn load(parts: &mut [Part], mut state: OptimizerState, adapter: &Adap
         let reason = "nothing that trains here has such a tensor".to_owned();
         return Err(CoreError::OptimizerState { name, reason }.into());
     }
-    for (part, values) in parts.iter_mut().zip(values) {
-        part.write(&values)?;
-    }
-    Ok(())
+    write_all(parts, &values)
+}
+
+/// Gives each matrix its values in an adapter.
+pub(crate) fn load_values(parts: &mut [Part], adapter: &Adapter) -> Result<()> {
+    let values = values(parts, adapter)?;
+    write_all(parts, &values)
+}
+
+/// Gives each matrix its values.
+pub(crate) fn write_all(parts: &mut [Part], values: &[TokenRows]) -> Result<()> {
+    let mut pairs = parts.iter_mut().zip(values);
+    pairs.try_for_each(|(part, values)| part.write(values))
+}
+
+fn values(parts: &[Part], adapter: &Adapter) -> Result<Vec<TokenRows>> {
+    let lora = adapter.lora_weights()?;
+    parts.iter().map(|part| part.values(adapter, &lora)).collect()
 }
 
 impl Part {
@@ -216,7 +245,7 @@ impl Part {
         };
         match &self.matrix {
             Matrix::Embedding(module) => rows(module),
-            Matrix::Rows(module) => rows(module),
+            Matrix::Head(module) => rows(module),
             Matrix::Factor { path, name, scaling } => {
                 let Some(weights) = lora.iter().find(|weights| weights.path() == path) else {
                     return refuse(format!("the adapter has no weights of LoRA for {path}"));

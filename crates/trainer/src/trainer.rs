@@ -1,14 +1,21 @@
 //! The training loop.
 
+mod best;
+
 use std::path::Path;
 use std::time::Instant;
 
 use candle_core::DType;
 use candle_core::backprop::GradStore;
 use serde::{Deserialize, Serialize};
-use trainable_tokens_core::{ClipGradNorm, EmbeddingSource, PaddingRule, Slot, TokenId, TokenRows};
+use trainable_tokens_core::{
+    ClipGradNorm, EmbeddingSource, PaddingRule, Slot, TokenId, TokenRows, joint_norm,
+};
 use trainable_tokens_format::{Adapter, Checkpoint, TrainingState};
 
+use crate::accumulate::Accumulated;
+use crate::activity::{Activity, TokenActivity};
+use crate::early_stopping::Evaluations;
 use crate::loss::scalar;
 use crate::objective::Task;
 use crate::part::{self, Part};
@@ -18,18 +25,21 @@ use crate::{
     Sampler, TrainOptions, check_gradient, evaluate, peak_rss_bytes,
 };
 
+/// Tokens of the example that the gradient is checked on: each of many losses costs by them, and by the vocabulary.
+const PROBE_LENGTH: usize = 64;
+
 /// What one step did, as it is written to a metrics file.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct StepMetrics {
     /// Steps taken, this one included.
     pub step: u64,
-    /// Mean loss of the batch before the update; that of tokens is a cross-entropy, in nats.
+    /// Mean loss of the step before the update; that of tokens is the cross-entropy of all its targets, in nats.
     pub loss: f64,
     /// Learning rate of the step.
     pub lr: f64,
     /// L2 norm of the gradient of all rows, before clipping.
     pub grad_norm: f64,
-    /// Tokens of the batch, without padding.
+    /// Tokens of the step, without padding.
     pub tokens: u64,
     /// Wall-clock time of the step.
     pub seconds: f64,
@@ -47,6 +57,8 @@ struct RunIdentity {
     token_indices: Vec<u32>,
     num_examples: usize,
     batch_size: usize,
+    #[serde(default = "one")]
+    accumulate: usize,
     seed: u64,
     shuffle: bool,
     /// What trains beside the rows of these tokens.
@@ -54,6 +66,21 @@ struct RunIdentity {
     others: Vec<String>,
     #[serde(default = "causal")]
     objective: String,
+    #[serde(default)]
+    keep_best: bool,
+}
+
+/// What a training state holds besides the optimizer's memory.
+#[derive(Debug, Serialize, Deserialize)]
+struct Saved {
+    #[serde(flatten)]
+    run: RunIdentity,
+    #[serde(default)]
+    evaluations: Evaluations,
+}
+
+fn one() -> usize {
+    1
 }
 
 /// The only objective that there was before its name was saved.
@@ -70,8 +97,12 @@ pub struct Trainer {
     sampler: Sampler,
     parts: Vec<Part>,
     clip: Option<ClipGradNorm>,
+    activity: Activity,
     step: u64,
     total_steps: u64,
+    evaluations: Evaluations,
+    /// The values of all parts at the best evaluation.
+    best: Option<Vec<TokenRows>>,
 }
 
 impl Trainer {
@@ -94,13 +125,21 @@ impl Trainer {
         let shuffle = options.shuffle.then_some(options.seed);
         let sampler = Sampler::new(
             data.examples().len(),
-            options.batch_size,
+            options.batch_size * options.accumulate,
             shuffle,
             options.steps.is_some(),
         );
         let total_steps = options.steps.unwrap_or_else(|| sampler.steps_per_epoch());
         let clip = options.build_clip()?;
+        let frozen = |id: TokenId| {
+            options
+                .token_lr
+                .iter()
+                .any(|(other, lr)| *other == id.0 && *lr == 0.0)
+        };
+        let activity = Activity::new(model.embedding().tokens().clone(), frozen);
         Ok(Self {
+            activity,
             model: model.with_recomputation(options.recompute),
             data,
             task,
@@ -110,12 +149,19 @@ impl Trainer {
             clip,
             step: 0,
             total_steps,
+            evaluations: Evaluations::default(),
+            best: None,
         })
     }
 
     /// The model, its rows as they are now.
     pub fn model(&self) -> &LanguageModel {
         &self.model
+    }
+
+    /// What it trains on.
+    pub fn data(&self) -> &Dataset {
+        &self.data
     }
 
     /// Steps taken, those of a resumed run included.
@@ -126,6 +172,11 @@ impl Trainer {
     /// Steps of the whole run.
     pub fn total_steps(&self) -> u64 {
         self.total_steps
+    }
+
+    /// What the steps have done to each row of the input embedding, in slot order.
+    pub fn activity(&self) -> &[TokenActivity] {
+        self.activity.counts()
     }
 
     /// Compares the gradient of the first example with finite differences of its loss, once for the rows and once for
@@ -207,59 +258,56 @@ impl Trainer {
     }
 
     /// The first example of the run that meets a trainable token, or else simply the first: in a tied model, or
-    /// with no trainable token in sight, it still says whether the graph is whole.
+    /// with no trainable token in sight, it still says whether the graph is whole. Of a long one, a part around that token.
     fn probe_batch(&self) -> Result<Batch> {
         let tokens = self.model.embedding().tokens();
-        let batch = |index| {
-            let indices = self.task.probe(&self.data, index);
-            self.task.batch(&self.model, &self.data, &indices, 0)
-        };
+        let is_trained = |id: &u32| tokens.contains(TokenId(*id));
         // The last token of an example predicts nothing in a causal model.
         let unseen = usize::from(*self.task.objective() == Objective::Causal);
-        let found = (0..self.data.examples().len()).find_map(|index| {
-            let batch = batch(index).ok()?;
+        let meets = |index: usize| {
+            let example = self.data.examples().get(index)?;
+            example.input_ids.iter().find(|id| is_trained(id))?;
+            let batch = self.task.probe(&self.model, &self.data, index).ok()?;
             let seen = &batch.input_ids()[..batch.length() - unseen];
-            seen.iter()
-                .any(|id| tokens.contains(TokenId(*id)))
-                .then_some(batch)
-        });
-        found.map_or_else(|| batch(0), Ok)
+            let at = seen.iter().position(is_trained)?;
+            Some((batch, at))
+        };
+        let found = (0..self.data.examples().len()).find_map(meets);
+        let first = || Ok((self.task.probe(&self.model, &self.data, 0)?, 0));
+        let (batch, at) = found.map_or_else(first, Ok::<_, Error>)?;
+        Ok(self.task.window(&batch, at, PROBE_LENGTH).unwrap_or(batch))
     }
 
     /// Takes one step.
     ///
     /// # Errors
     ///
-    /// [`Error::Diverged`] if the loss is not finite (the rows are as before then); [`Error::Dataset`] if the batch
-    /// has no target; those of the model, the hooks and the optimizer.
+    /// [`Error::Diverged`] and [`Error::DivergedGradient`] if the loss or its gradient is not finite (the rows are as before then); [`Error::Dataset`]
+    /// if no batch of the step has a target; those of the model, the hooks and the optimizer.
     pub fn step(&mut self) -> Result<StepMetrics> {
         let started = Instant::now();
-        let indices = self.sampler.indices(self.step);
-        let first = self.step.saturating_mul(self.options.batch_size as u64);
-        let batch = self.task.batch(&self.model, &self.data, &indices, first)?;
-        let loss = self.task.loss(&self.model, &batch, Graph::Keep)?;
-        let value = scalar(&loss)?;
-        if !value.is_finite() {
-            return Err(Error::Diverged {
-                step: self.step + 1,
-                loss: value,
-                lines: self.data.lines_of(&indices),
-            });
+        let (sum, tokens) = self.accumulate()?;
+        let (loss, gradients) = (sum.loss(), sum.into_gradients()?);
+        let is_rows = |part: &Part| part.matrix().is_embedding();
+        if let Some(at) = self.parts.iter().position(is_rows) {
+            self.activity.end_step(&gradients[at]);
         }
-        let gradients = loss.backward()?;
-        let factor = self
-            .options
-            .schedule
-            .factor(self.step, self.options.warmup_steps, self.total_steps);
+        let TrainOptions {
+            schedule,
+            warmup_steps,
+            min_lr_ratio,
+            ..
+        } = self.options;
+        let factor = schedule.factor(self.step, warmup_steps, self.total_steps, min_lr_ratio);
         let lr = self.options.lr * factor;
-        let grad_norm = part::step(&mut self.parts, &gradients, self.clip.as_ref(), lr)?;
+        let grad_norm = part::step(&mut self.parts, gradients, self.clip.as_ref(), factor)?;
         self.step += 1;
         Ok(StepMetrics {
             step: self.step,
-            loss: value,
+            loss,
             lr,
             grad_norm,
-            tokens: batch.num_tokens() as u64,
+            tokens,
             seconds: started.elapsed().as_secs_f64(),
             peak_rss_bytes: peak_rss_bytes(),
             eval_loss: None,
@@ -271,9 +319,59 @@ impl Trainer {
         self.task.objective()
     }
 
-    /// The data that it trains on.
-    pub fn data(&self) -> &Dataset {
-        &self.data
+    /// Loss and gradient over all batches of the step, and their tokens.
+    fn accumulate(&mut self) -> Result<(Accumulated, u64)> {
+        let batches = self.batches()?;
+        let all = batches.iter().map(|(_, batch)| batch.num_terms()).sum();
+        let (mut sum, mut tokens) = (Accumulated::over(all), 0);
+        for (indices, batch) in batches {
+            let loss = self.task.loss(&self.model, &batch, Graph::Keep)?;
+            let value = scalar(&loss)?;
+            let (step, lines) = (self.step + 1, || self.data.lines_of(&indices));
+            if !value.is_finite() {
+                let lines = lines();
+                return Err(Error::Diverged {
+                    step,
+                    loss: value,
+                    lines,
+                });
+            }
+            let gradients = part::gradients(&self.parts, &loss.backward()?)?;
+            if !joint_norm(&gradients).is_finite() {
+                let lines = lines();
+                return Err(Error::DivergedGradient {
+                    step,
+                    loss: value,
+                    lines,
+                });
+            }
+            let examples = indices
+                .iter()
+                .filter_map(|index| self.data.examples().get(*index));
+            examples.for_each(|example| self.activity.see(example));
+            sum.add(value, gradients, batch.num_terms());
+            tokens += batch.num_tokens() as u64;
+        }
+        Ok((sum, tokens))
+    }
+
+    /// The batches of the next step and the examples of each. One without a target adds nothing, unless all are.
+    fn batches(&mut self) -> Result<Vec<(Vec<usize>, Batch)>> {
+        let (mut found, mut last_error) = (Vec::new(), None);
+        let size = self.options.batch_size;
+        let per_step = (size * self.options.accumulate) as u64;
+        let mut first = self.step.saturating_mul(per_step);
+        for indices in self.sampler.indices(self.step).chunks(size) {
+            match self.task.batch(&self.model, &self.data, indices, first) {
+                Ok(batch) => found.push((indices.to_vec(), batch)),
+                Err(error) => last_error = Some(error),
+            }
+            first = first.saturating_add(size as u64);
+        }
+        match last_error.filter(|_| found.is_empty()) {
+            None => Ok(found),
+            Some(error) => Err(error),
+        }
     }
 
     /// The loss over other data.
@@ -291,10 +389,13 @@ impl Trainer {
     ///
     /// [`Error::Setting`] if the state cannot be written as JSON.
     pub fn training_state(&self) -> Result<TrainingState> {
-        let extra =
-            serde_json::to_value(self.identity()).map_err(|error| Error::Setting(error.to_string()))?;
+        let saved = Saved {
+            run: self.identity(),
+            evaluations: self.evaluations,
+        };
+        let extra = serde_json::to_value(saved).map_err(|error| Error::Setting(error.to_string()))?;
         Ok(TrainingState {
-            optimizer: part::state(&self.parts),
+            optimizer: part::state(&self.parts)?,
             extra,
         })
     }
@@ -312,7 +413,10 @@ impl Trainer {
             path: path.to_owned(),
             reason,
         };
-        let saved: RunIdentity = serde_json::from_value(state.extra)
+        let Saved {
+            run: saved,
+            evaluations,
+        } = serde_json::from_value(state.extra)
             .map_err(|error| refuse(format!("is not the state of a training run: {error}")))?;
         let current = self.identity();
         if saved != current {
@@ -330,6 +434,7 @@ impl Trainer {
         }
         part::load(&mut self.parts, state.optimizer, adapter)?;
         self.step = step;
+        self.evaluations = evaluations;
         Ok(())
     }
 
@@ -339,10 +444,12 @@ impl Trainer {
             token_indices: self.model.embedding().tokens().to_vec(),
             num_examples: self.data.examples().len(),
             batch_size: self.options.batch_size,
+            accumulate: self.options.accumulate,
             seed: self.options.seed,
             shuffle: self.options.shuffle,
             others: self.others(),
             objective: self.task.objective().to_string(),
+            keep_best: self.options.keep_best,
         }
     }
 
@@ -430,6 +537,11 @@ impl RunIdentity {
                 self.batch_size.to_string(),
                 current.batch_size.to_string(),
             ),
+            (
+                "number of accumulated batches",
+                self.accumulate.to_string(),
+                current.accumulate.to_string(),
+            ),
             ("seed", self.seed.to_string(), current.seed.to_string()),
             ("shuffle", self.shuffle.to_string(), current.shuffle.to_string()),
             (
@@ -438,6 +550,11 @@ impl RunIdentity {
                 format!("{:?}", current.others),
             ),
             ("objective", self.objective.clone(), current.objective.clone()),
+            (
+                "choice to keep the best",
+                self.keep_best.to_string(),
+                current.keep_best.to_string(),
+            ),
         ];
         let differs = pairs.into_iter().find(|(_, saved, current)| saved != current);
         differs.map_or_else(String::new, |(name, saved, current)| {

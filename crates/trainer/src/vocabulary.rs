@@ -1,11 +1,15 @@
 //! Token strings and ids of a model.
 
+mod added;
+mod context;
 mod pieces;
 mod special;
 
 use std::cell::OnceCell;
 use std::path::{Path, PathBuf};
 
+pub use added::{AddedTokens, TokenFlags, TokenKind};
+pub use context::{Context, MissedContext};
 pub use pieces::Pieces;
 use tokenizers::Tokenizer;
 
@@ -52,13 +56,15 @@ impl Vocabulary {
             .map_err(|error| self.error(&error))
     }
 
-    /// The string of a token, if the tokenizer knows it.
+    /// The string of a token, if the tokenizer knows it: of an added token as it was added, of others as the model spells it.
     ///
     /// # Errors
     ///
     /// [`Error::Tokenizer`].
     pub fn token(&self, id: u32) -> Result<Option<String>> {
-        Ok(self.load()?.id_to_token(id))
+        // The library tells added tokens as their normalizer makes them, such as in lower case.
+        let added = self.added_token(id)?.map(|token| token.content);
+        Ok(added.or(self.load()?.id_to_token(id)))
     }
 
     /// The id of a string that encodes to exactly one token.
@@ -81,17 +87,11 @@ impl Vocabulary {
                 _ => Ok(*id),
             },
             [] => Err(not_one("encodes to nothing".to_owned())),
-            several => {
-                let shown: Vec<String> = several
-                    .iter()
-                    .map(|id| Ok(format!("{id} ('{}')", self.token(*id)?.unwrap_or_default())))
-                    .collect::<Result<_>>()?;
-                Err(not_one(format!(
-                    "encodes to {} ids, not one: {}",
-                    several.len(),
-                    shown.join(", ")
-                )))
-            }
+            several => Err(not_one(format!(
+                "encodes to {} ids, not one: {}",
+                several.len(),
+                self.shown(several)?
+            ))),
         }
     }
 
@@ -118,15 +118,8 @@ impl Vocabulary {
         if let Some(tokenizer) = self.tokenizer.get() {
             return Ok(tokenizer);
         }
-        let tokenizer = self.plain(Tokenizer::from_bytes(self.read()?))?;
+        let tokenizer = self.plain(Tokenizer::from_bytes(read(&self.path)?))?;
         Ok(self.tokenizer.get_or_init(|| tokenizer))
-    }
-
-    fn read(&self) -> Result<Vec<u8>> {
-        std::fs::read(&self.path).map_err(|source| Error::Read {
-            path: self.path.clone(),
-            source,
-        })
     }
 
     /// Padding and truncation are the data set's business.
@@ -146,4 +139,11 @@ impl Vocabulary {
             reason,
         }
     }
+}
+
+fn read(path: &Path) -> Result<Vec<u8>> {
+    std::fs::read(path).map_err(|source| Error::Read {
+        path: path.to_owned(),
+        source,
+    })
 }

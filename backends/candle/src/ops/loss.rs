@@ -14,7 +14,7 @@ use candle_core::{
 use trainable_tokens_core::CrossEntropyPlan;
 
 use super::storage::DeviceStorage;
-use super::{Overrides, check_input};
+use super::{Overrides, cast, check_input};
 
 /// Which passes a loss is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -99,7 +99,7 @@ impl Computed {
 
 /// The gradient of the result times that of the loss, in the type of what it is for.
 fn chain(gradient: Option<&Tensor>, upstream: &Tensor, dtype: DType) -> Result<Option<Tensor>> {
-    let times = |gradient: &Tensor| gradient.broadcast_mul(&upstream.detach())?.to_dtype(dtype);
+    let times = |gradient: &Tensor| cast(&gradient.broadcast_mul(&upstream.detach())?, dtype);
     gradient.map(times).transpose()
 }
 

@@ -1,5 +1,7 @@
 //! Matrix products into memory that is there already, on the CPU; candle's own always allocate their result.
 
+use std::ops::Range;
+
 use candle_core::{Result, bail};
 use gemm::Parallelism;
 use trainable_tokens_core::{DType, Element};
@@ -34,6 +36,20 @@ impl<'a, C: Element> Matrix<'a, C> {
         self.shape[1]
     }
 
+    /// Some of the columns.
+    fn columns_of(self, range: Range<usize>) -> Self {
+        self.transposed().rows_of(range).transposed()
+    }
+
+    /// Some of the rows, of which there is one at least.
+    fn rows_of(self, range: Range<usize>) -> Self {
+        Self {
+            values: &self.values[range.start * self.strides[0]..],
+            shape: [range.len(), self.shape[1]],
+            strides: self.strides,
+        }
+    }
+
     /// The same values, rows as columns.
     #[must_use]
     pub fn transposed(self) -> Self {
@@ -55,8 +71,17 @@ pub enum Old {
     Add,
 }
 
+/// The shortest inner size of a product that is summed in parts, and how often it is longer than the result is wide or high.
+const LONG: (usize, usize) = (1 << 14, 16);
+/// Of how many parts such a product is the sum, however many threads there are: sums have the same bits on every machine.
+const PARTS: usize = 8;
+
 /// `out = factor · left · right`, or `out += factor · left · right`, on at most `threads` threads, for rows of `out` that
 /// begin `stride` elements apart; in `f32` or `f64`.
+///
+/// Where the inner size is far larger than the result, as in the gradient of hidden states over a vocabulary, threads that
+/// share the result wait for each other at every step of the sum: there each sums a part of it for itself, into memory of up
+/// to eight results.
 ///
 /// # Errors
 ///
@@ -108,6 +133,49 @@ pub fn multiply<C: Element>(
         }
         return Ok(());
     }
+    if k < LONG.0 || k / LONG.1 < m.max(n) {
+        product(left, right, factor, (old, out, stride), threads);
+        return Ok(());
+    }
+    let mut sums = vec![C::default(); PARTS * m * n];
+    let mut jobs: Vec<_> = sums.chunks_exact_mut(m * n).enumerate().collect();
+    let (jobs_of_a_thread, threads_of_a_job) = (PARTS.div_ceil(threads.max(1)), threads / PARTS);
+    rayon::scope(|scope| {
+        for jobs in jobs.chunks_mut(jobs_of_a_thread) {
+            scope.spawn(move |_| {
+                for (part, sums) in jobs {
+                    let range = *part * k / PARTS..(*part + 1) * k / PARTS;
+                    let (left, right) = (left.columns_of(range.clone()), right.rows_of(range));
+                    product(left, right, factor, (Old::Replace, sums, n), threads_of_a_job);
+                }
+            });
+        }
+    });
+    for (at, part) in sums.chunks_exact(m * n).enumerate() {
+        for (to, from) in out.chunks_mut(stride).zip(part.chunks_exact(n)) {
+            let add = old == Old::Add || at > 0;
+            let each = to.iter_mut().zip(from);
+            each.for_each(|(to, x)| {
+                *to = if add {
+                    C::from_compute(to.to_compute() + x.to_compute())
+                } else {
+                    *x
+                }
+            });
+        }
+    }
+    Ok(())
+}
+
+/// The product, of matrices that were checked.
+fn product<C: Element>(
+    left: Matrix<'_, C>,
+    right: Matrix<'_, C>,
+    factor: C,
+    (old, out, stride): (Old, &mut [C], usize),
+    threads: usize,
+) {
+    let ([m, k], n) = (left.shape, right.shape[1]);
     let parallelism = if threads > 1 {
         Parallelism::Rayon(threads)
     } else {
@@ -117,8 +185,8 @@ pub fn multiply<C: Element>(
     let [left_rows, left_columns] = left.strides.map(usize::cast_signed);
     let [right_rows, right_columns] = right.strides.map(usize::cast_signed);
     #[expect(unsafe_code, reason = "the product takes pointers")]
-    // SAFETY: `C` is f32 or f64, which `gemm` knows. Every element at `row * row stride + column * column stride` lies in
-    // the slices, by the check of the last one of each; `out` is borrowed exclusively, and its rows do not overlap since
+    // SAFETY: `multiply` checked all of it, and hands on matrices or parts of them: `C` is f32 or f64, which `gemm` knows.
+    // Every element at `row * row stride + column * column stride` lies in the slices, by the check of the last one of each; `out` is borrowed exclusively, and its rows do not overlap since
     // `n <= stride`. Lengths of slices fit an `isize`.
     unsafe {
         gemm::gemm(
@@ -143,7 +211,6 @@ pub fn multiply<C: Element>(
             parallelism,
         );
     }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -164,6 +231,7 @@ mod tests {
             [0, 3, 2],
             [3, 2, 0],
             [33, 65, 40],
+            [3, LONG.0 + 5, 4],
         ] {
             for stride in [n, n + 3] {
                 for old in [Old::Replace, Old::Add] {

@@ -5,6 +5,7 @@ use trainable_tokens_core::{DType, RowMix};
 
 use crate::Result;
 use crate::convert::candle_dtype;
+use crate::ops::cast;
 
 /// The mixed rows of type `dtype`, with the bits of [`RowMix::apply`]. Built of candle's own operations, so that
 /// gradients reach every part in its own element type, also the rows that the mix leaves out.
@@ -23,7 +24,7 @@ pub(crate) fn mix_rows(parts: &[&Tensor], mix: &RowMix, dtype: DType) -> Result<
     };
     mix.expect_parts(shapes, dim)?;
     let dtype = candle_dtype(dtype);
-    let widened = parts.iter().map(|part| part.to_dtype(dtype));
+    let widened = parts.iter().map(|part| cast(part, dtype));
     let stacked = stack_rows(&widened.collect::<candle_core::Result<Vec<_>>>()?)?;
     let Some(stacked) = stacked.filter(|_| mix.num_rows() > 0) else {
         return Ok(Tensor::zeros((0, dim), dtype, device)?);

@@ -3,10 +3,13 @@
 use std::ops::Range;
 
 use candle_core::backend::BackendStorage;
+use candle_core::utils::get_num_threads;
 use candle_core::{CpuStorage, Device, Layout, Result, Shape, Storage, Tensor};
 use half::bf16;
 use half::slice::HalfFloatSliceExt;
+use trainable_tokens_core::Element;
 
+use super::matrix::{Matrix, Old, multiply};
 use super::storage::{DeviceStorage, elements};
 use crate::convert::unsupported;
 
@@ -66,27 +69,35 @@ pub(super) fn product_on_cpu(x: &CpuStorage, layout: &Layout, weight: &Tensor) -
 }
 
 /// `g · W` for a contiguous `g` `[n, V]`. On the CPU half types are summed in `f32`, which is what is returned.
-pub(super) fn product_transposed(g: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    let (n, (v, d)) = (g.dims()[0], weight.dims2()?);
-    if n == 0 || v == 0 || d == 0 || !matches!(g.device(), Device::Cpu) {
-        return g.matmul(weight);
+pub(super) fn product_transposed(g_tensor: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    let (n, (v, d)) = (g_tensor.dims()[0], weight.dims2()?);
+    if n == 0 || v == 0 || d == 0 || !matches!(g_tensor.device(), Device::Cpu) {
+        return g_tensor.matmul(weight);
     }
-    let (g_storage, g_layout) = g.storage_and_layout();
+    let (g_storage, g_layout) = g_tensor.storage_and_layout();
     let (w_storage, w_layout) = weight.storage_and_layout();
     let (Storage::Cpu(g_cpu), Storage::Cpu(w_cpu)) = (&*g_storage, &*w_storage) else {
-        return g.matmul(weight);
+        return g_tensor.matmul(weight);
     };
-    let sums = if let (Some(g), Some(w)) =
-        (elements!(g_cpu, g_layout, BF16), elements!(w_cpu, w_layout, BF16))
-    {
-        sum_chunks(g, w, [n, v, d])?
-    } else if let (Some(g), Some(w)) = (elements!(g_cpu, g_layout, F16), elements!(w_cpu, w_layout, F16)) {
-        sum_chunks(g, w, [n, v, d])?
-    } else {
-        drop((g_storage, w_storage));
-        return g.matmul(weight);
-    };
-    Tensor::from_vec(sums, (n, d), g.device())
+    macro_rules! summed {
+        ($($variant:ident $sum:ident),*) => {
+            $(if let (Some(g), Some(w)) = (elements!(g_cpu, g_layout, $variant), elements!(w_cpu, w_layout, $variant)) {
+                return Tensor::from_vec($sum(g, w, [n, v, d])?, (n, d), g_tensor.device());
+            })*
+        };
+    }
+    summed!(F32 sum, F64 sum, BF16 sum_chunks, F16 sum_chunks);
+    drop((g_storage, w_storage));
+    g_tensor.matmul(weight)
+}
+
+/// `g · W`, whose inner size is that of the vocabulary: candle's own product leaves threads waiting for each other.
+fn sum<C: Element>(g: &[C], weight: &[C], [n, v, d]: [usize; 3]) -> Result<Vec<C>> {
+    let mut sums = vec![C::default(); n * d];
+    let (left, right) = (Matrix::new(g, [n, v]), Matrix::new(weight, [v, d]));
+    let to = (Old::Replace, sums.as_mut_slice(), d);
+    multiply(left, right, C::from_f64(1.0), to, get_num_threads())?;
+    Ok(sums)
 }
 
 /// `g · W` in `f32`, widening some rows of `W` at a time.

@@ -11,6 +11,7 @@ use trainable_tokens_core::Error as CoreError;
 use self::overridden::ProjectOverridden;
 use self::plain::Project;
 use crate::convert::{core_dtype, unsupported};
+use crate::ops::cast;
 use crate::ops::storage::{DeviceStorage, elements};
 use crate::{Error, Result};
 
@@ -32,7 +33,7 @@ impl Overrides {
         let rows = if rows.dtype() == weight.dtype() {
             rows.copy()?
         } else {
-            rows.to_dtype(weight.dtype())?
+            cast(&rows, weight.dtype())?
         };
         Ok(Self {
             delta: delta.clone(),

@@ -1,4 +1,6 @@
-//! The backend on the CPU, as the conformance kit drives it.
+//! The backend on a device, as the conformance kit drives it.
+
+#![allow(dead_code)]
 
 use std::marker::PhantomData;
 
@@ -7,28 +9,39 @@ use trainable_tokens_candle::{Candle, CandleTable, Error};
 use trainable_tokens_core::{DType, Element, TokenRows};
 use trainable_tokens_testkit::{Harness, Layer, Pass, PassGradients};
 
-/// Tables of the element type `T`.
-pub(crate) struct OnCpu<T>(PhantomData<T>);
-
-pub(crate) fn tensor<T: Element + WithDType>(rows: &TokenRows) -> Result<Tensor, Error> {
-    let [n, d] = rows.shape();
-    Ok(Tensor::from_slice(
-        rows.as_slice::<T>().unwrap(),
-        (n, d),
-        &Device::Cpu,
-    )?)
+/// Where the tensors of a test lie.
+pub(crate) trait Place: 'static {
+    fn device() -> Device;
 }
 
-impl<T: Element + WithDType> Harness for OnCpu<T> {
+/// Tables of the element type `T` on a device.
+pub(crate) struct On<P, T>(PhantomData<(P, T)>);
+
+pub(crate) struct Cpu;
+
+pub(crate) type OnCpu<T> = On<Cpu, T>;
+
+impl Place for Cpu {
+    fn device() -> Device {
+        Device::Cpu
+    }
+}
+
+pub(crate) fn tensor<P: Place, T: Element + WithDType>(rows: &TokenRows) -> Result<Tensor, Error> {
+    let values = rows.as_slice::<T>().unwrap();
+    Ok(Tensor::from_slice(values, &rows.shape(), &P::device())?)
+}
+
+impl<P: Place, T: Element + WithDType> Harness for On<P, T> {
     type Backend = Candle;
     const DTYPE: DType = <T as Element>::DTYPE;
 
     fn source(rows: &TokenRows) -> Result<CandleTable, Error> {
-        CandleTable::new(tensor::<T>(rows)?)
+        CandleTable::new(tensor::<P, T>(rows)?)
     }
 
     fn hidden(_: &Layer<Self>, values: &TokenRows) -> Result<Tensor, Error> {
-        tensor::<T>(values)
+        tensor::<P, T>(values)
     }
 
     fn read(values: &Tensor) -> Result<TokenRows, Error> {
@@ -46,24 +59,24 @@ impl<T: Element + WithDType> Harness for OnCpu<T> {
     }
 
     fn backward(layer: &Layer<Self>, pass: &Pass) -> Result<PassGradients<Self>, Error> {
-        let mut loss = Tensor::zeros((), <T as WithDType>::DTYPE, &Device::Cpu)?;
+        let mut loss = Tensor::zeros((), <T as WithDType>::DTYPE, &P::device())?;
         for (plan, upstream) in &pass.lookups {
             let out = layer.lookup_planned(plan)?;
-            loss = (loss + (out * tensor::<T>(upstream)?)?.sum_all()?)?;
+            loss = (loss + (out * tensor::<P, T>(upstream)?)?.sum_all()?)?;
         }
         let mut leaves = Vec::new();
         for head in &pass.heads {
-            let leaf = Var::from_tensor(&tensor::<T>(&head.hidden)?)?;
+            let leaf = Var::from_tensor(&tensor::<P, T>(&head.hidden)?)?;
             let hidden = leaf.as_tensor().clone();
             let out = match head.adapters() {
                 None => layer.logits(hidden)?,
                 Some(adapters) => layer.logits_mixed(hidden, &adapters)?,
             };
-            loss = (loss + (out * tensor::<T>(&head.upstream)?)?.sum_all()?)?;
+            loss = (loss + (out * tensor::<P, T>(&head.upstream)?)?.sum_all()?)?;
             leaves.push(leaf);
         }
         for pass in &pass.losses {
-            let leaf = Var::from_tensor(&tensor::<T>(&pass.hidden)?)?;
+            let leaf = Var::from_tensor(&tensor::<P, T>(&pass.hidden)?)?;
             let hidden = leaf.as_tensor().clone();
             let out = layer.linear_cross_entropy(hidden, &pass.labels, pass.options)?;
             let out = (out.sum_all()? * pass.upstream)?;

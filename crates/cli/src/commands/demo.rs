@@ -11,14 +11,16 @@ use trainable_tokens_core::PaddingRule;
 use trainable_tokens_format::{
     Adapter, Overwrite, merge_checkpoint, write_dir_atomically, write_file_atomically,
 };
-use trainable_tokens_trainer::{Dataset, LanguageModel, TrainOptions, Trainer, Vocabulary, generate};
+use trainable_tokens_trainer::{
+    Dataset, GenerateOptions, LanguageModel, TrainOptions, Trainer, Vocabulary, generate,
+};
 
 use super::train::{Outputs, Run};
 use crate::args::{Cli, ComputeArgs, DemoArgs, DeviceArg, WeightType};
 use crate::initial::Initial;
 use crate::model::Model;
 use crate::output::{note, print};
-use crate::plot::loss_svg;
+use crate::plot::charts_svg;
 use crate::summary::Summary;
 
 /// The files inside this program; `crates/cli/demo/README.md` says how they were made.
@@ -50,6 +52,7 @@ struct Output {
     merged: PathBuf,
     metrics: PathBuf,
     plot: PathBuf,
+    report: PathBuf,
     tokens: [&'static str; 2],
     generated: Vec<Generated>,
     summary: Summary,
@@ -77,6 +80,7 @@ pub(super) fn run(args: &DemoArgs, cli: &Cli) -> Result<()> {
         merged: place("merged"),
         metrics: place("metrics.jsonl"),
         plot: place("loss.svg"),
+        report: place("report.html"),
         tokens: TOKENS,
         generated: Vec::new(),
         summary: Summary::default(),
@@ -141,11 +145,15 @@ fn train(mut output: Output, out: &Path) -> Result<Output> {
             adapter: &adapter,
             overwrite: Overwrite::Replace,
             metrics: Some(&output.metrics),
-            append_metrics: false,
+            report: Some(&output.report),
+            resumes: false,
             save_every: None,
+            config: None,
         },
         eval_data: Some(data("heldout.jsonl")?),
         eval_every: Some(EVAL_EVERY),
+        warn_dead_after: STEPS,
+        keep_best: false,
     };
     let report = run.execute(&mut trainer)?;
     let after = continue_all(trainer.model(), &model.vocabulary, &prompts)?;
@@ -161,7 +169,7 @@ fn train(mut output: Output, out: &Path) -> Result<Output> {
 
     let rows = Adapter::read(&adapter)?.replacements(&model.checkpoint)?;
     merge_checkpoint(&model.checkpoint, &rows, &output.merged, Overwrite::Replace)?;
-    let svg = loss_svg(&report.training, &report.held_out)?;
+    let svg = charts_svg(&report.history.charts()[..1])?;
     write_file_atomically(&output.plot, Overwrite::Replace, |file| -> Result<()> {
         file.write_all(svg.as_bytes())
             .with_context(|| format!("cannot write {}", output.plot.display()))
@@ -173,8 +181,12 @@ fn train(mut output: Output, out: &Path) -> Result<Output> {
 fn continue_all(model: &LanguageModel, vocabulary: &Vocabulary, prompts: &[String]) -> Result<Vec<String>> {
     let model = model.as_decoder().context("the demo's model is no decoder")?;
     let continuation = |prompt: &String| -> Result<String> {
-        let ids = generate(model, &vocabulary.encode(prompt)?, NEW_TOKENS)?;
-        Ok(vocabulary.decode(&ids)?.trim().to_owned())
+        let options = GenerateOptions {
+            max_new_tokens: NEW_TOKENS,
+            ..GenerateOptions::default()
+        };
+        let generated = generate(model, &vocabulary.encode(prompt)?, &options)?;
+        Ok(vocabulary.decode(&generated.token_ids)?.trim().to_owned())
     };
     prompts.iter().map(continuation).collect()
 }
@@ -195,6 +207,7 @@ fn to_text(output: &Output) -> String {
         ("merged model", &output.merged),
         ("metrics", &output.metrics),
         ("plot", &output.plot),
+        ("report", &output.report),
     ];
     for (name, path) in files {
         let _ = writeln!(text, "{name:<25} {}", path.display());

@@ -14,6 +14,7 @@ use trainable_tokens_trainer::Vocabulary;
 
 use crate::args::{Cli, DiffArgs};
 use crate::output::print;
+use crate::rows::text_table;
 
 #[derive(Serialize)]
 struct Output {
@@ -241,28 +242,31 @@ impl TableOutput {
             "{}: {} rows differ, {} only in A, {} only in B\n",
             self.name, self.changed, self.only_in_a, self.only_in_b
         );
-        if !self.rows.is_empty() {
-            let [id, token, norms, cosine, distance] = ["token id", "token", "norms", "cosine", "distance"];
-            text += &format!("  {id:>8} {token:<20} {norms:>20} {cosine:>8} {distance:>10}\n");
+        if self.rows.is_empty() {
+            return text;
         }
-        for row in &self.rows {
+        let rows = self.rows.iter().map(|row| {
             let token = row.token.as_deref();
-            let token = token.map_or_else(String::new, |token| format!("{token:?}"));
-            let id = row.token_id;
-            text += &match row.row {
+            let mut cells = vec![
+                row.token_id.to_string(),
+                token.map_or_else(String::new, |token| format!("{token:?}")),
+            ];
+            cells.extend(match row.row {
                 Row::Both {
                     norm_a,
                     norm_b,
                     cosine,
                     distance,
-                } => {
-                    let norms = format!("{norm_a:.4} {norm_b:>9.4}");
-                    format!("  {id:>8} {token:<20} {norms:>20} {cosine:>8.4} {distance:>10.4}\n")
-                }
-                Row::OnlyA => format!("  {id:>8} {token:<20} only in A\n"),
-                Row::OnlyB => format!("  {id:>8} {token:<20} only in B\n"),
-            };
-        }
+                } => [norm_a, norm_b, cosine, distance].map(|number| format!("{number:.4}")),
+                Row::OnlyA => ["only in A", "", "", ""].map(str::to_owned),
+                Row::OnlyB => ["", "only in B", "", ""].map(str::to_owned),
+            });
+            cells
+        });
+        text += &text_table(
+            &["#id", "token", "#norm in A", "#norm in B", "#cosine", "#distance"],
+            rows,
+        );
         text
     }
 }

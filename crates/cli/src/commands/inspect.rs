@@ -6,13 +6,17 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 use serde::Serialize;
-use trainable_tokens_core::{EmbeddingSource, TokenId};
-use trainable_tokens_format::{Adapter, BaseCheck, Checkpoint, LoraLayer, LoraWeights, SafetensorsFile};
+use trainable_tokens_core::EmbeddingSource;
+use trainable_tokens_format::{
+    Adapter, AdapterModule, BaseCheck, Checkpoint, LoraLayer, LoraWeights, SafetensorsFile,
+};
+use trainable_tokens_trainer::Vocabulary;
 
 use super::adapters_in;
 use crate::args::{Cli, InspectArgs};
 use crate::model::Model;
 use crate::output::{bytes, print};
+use crate::rows::{RowReport, row_reports, rows_table, text_table};
 
 #[derive(Serialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
@@ -58,14 +62,16 @@ struct ModuleOutput {
     rows: Vec<RowOutput>,
 }
 
+/// Where a model was given, what became of its row too.
 #[derive(Serialize)]
-struct RowOutput {
-    token_id: u32,
-    token: Option<String>,
-    norm: f64,
-    /// Distance from the base row, where a model was given.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    drift: Option<f64>,
+#[serde(untagged)]
+enum RowOutput {
+    Compared(RowReport),
+    Alone {
+        token_id: u32,
+        token: Option<String>,
+        norm: f64,
+    },
 }
 
 #[derive(Serialize)]
@@ -146,33 +152,16 @@ fn adapter(dir: &Path, base: Option<&Path>) -> Result<AdapterOutput> {
     }
     let config = adapter.config();
     let metadata = adapter.metadata();
-    let module = |module: &trainable_tokens_format::AdapterModule| -> Result<ModuleOutput> {
-        let table = base
-            .as_ref()
-            .map(|base| adapter.table(module.path(), base))
-            .transpose()?;
-        let ids = module.token_ids();
-        let drift = table
-            .map(|table| drift(module.rows(), &table.read_rows(&ids)?))
-            .transpose()?;
-        let tokens = adapter.module_metadata(module.path()).tokens;
-        let row = |(slot, (id, norm)): (usize, (&TokenId, f64))| RowOutput {
-            token_id: id.0,
-            token: tokens.as_ref().and_then(|tokens| tokens.get(slot).cloned()),
-            norm,
-            drift: drift.as_ref().and_then(|drift| drift.get(slot).copied()),
-        };
+    let module = |module: &AdapterModule| -> Result<ModuleOutput> {
         Ok(ModuleOutput {
             module: module.path().to_owned(),
             tied: module.tied_paths().to_vec(),
             dtype: module.rows().dtype().to_string(),
             shape: module.rows().shape(),
-            rows: ids
-                .iter()
-                .zip(module.rows().row_norms())
-                .enumerate()
-                .map(row)
-                .collect(),
+            rows: match &base {
+                Some(base) => compared(&adapter, module, base)?,
+                None => alone(&adapter, module),
+            },
         })
     };
     let factors: Vec<&str> = lora.iter().flat_map(LoraWeights::tensors).collect();
@@ -208,21 +197,32 @@ fn lora_output(lora: &LoraWeights) -> LoraOutput {
     }
 }
 
-/// The L2 distance of each row from the base's.
-fn drift(
-    rows: &trainable_tokens_core::TokenRows,
-    base: &trainable_tokens_core::TokenRows,
-) -> Result<Vec<f64>> {
-    let differences = rows
-        .to_f64_vec()
-        .into_iter()
-        .zip(base.to_f64_vec())
-        .map(|(row, base)| row - base)
-        .collect();
-    Ok(
-        trainable_tokens_core::TokenRows::new::<f64>(differences, rows.num_rows(), rows.embedding_dim())?
-            .row_norms(),
-    )
+fn alone(adapter: &Adapter, module: &AdapterModule) -> Vec<RowOutput> {
+    let tokens = adapter.module_metadata(module.path()).tokens.unwrap_or_default();
+    let mut tokens = tokens.into_iter();
+    let rows = module.token_ids().into_iter().zip(module.rows().row_norms());
+    let rows = rows.map(|(id, norm)| RowOutput::Alone {
+        token_id: id.0,
+        token: tokens.next(),
+        norm,
+    });
+    rows.collect()
+}
+
+/// The rows beside those of the model.
+fn compared(adapter: &Adapter, module: &AdapterModule, base: &Checkpoint) -> Result<Vec<RowOutput>> {
+    let table = adapter.table(module.path(), base)?;
+    let ids = module.token_ids();
+    let tokens = adapter.module_metadata(module.path()).tokens.unwrap_or_default();
+    let recorded: BTreeMap<u32, String> = ids.iter().map(|id| id.0).zip(tokens).collect();
+    let vocabulary = Vocabulary::of_model(base.dir());
+    let string = |id: u32| match recorded.get(&id) {
+        Some(token) => Ok(Some(token.clone())),
+        None if vocabulary.exists() => Ok(vocabulary.token(id)?),
+        None => Ok(None),
+    };
+    let rows = row_reports(&table, &ids, &table.read_rows(&ids)?, module.rows(), string)?;
+    Ok(rows.into_iter().map(RowOutput::Compared).collect())
 }
 
 fn safetensors(path: &Path) -> Result<Output> {
@@ -277,7 +277,7 @@ fn model(dir: &Path) -> Result<ModelOutput> {
     })
 }
 
-fn free_rows(vocabulary: &trainable_tokens_trainer::Vocabulary, vocab_size: usize) -> Result<Vec<u32>> {
+fn free_rows(vocabulary: &Vocabulary, vocab_size: usize) -> Result<Vec<u32>> {
     let mut free = Vec::new();
     for id in 0..u32::try_from(vocab_size)? {
         if vocabulary.token(id)?.is_none() {
@@ -294,7 +294,7 @@ fn to_text(output: &Output) -> String {
             text + &format!("{name}: {}", adapter_text(adapter))
         }),
         Output::Safetensors { tensors, metadata } => {
-            tensors.iter().map(tensor_text).collect::<String>() + &format!("metadata {metadata}\n")
+            tensors_text(tensors) + &format!("metadata {metadata}\n")
         }
         Output::Model(model) => model_text(model),
     }
@@ -322,16 +322,7 @@ fn adapter_text(adapter: &AdapterOutput) -> String {
         } else {
             format!(", tied: {}\n", module.tied.join(", "))
         };
-        for row in &module.rows {
-            let token = row
-                .token
-                .as_deref()
-                .map_or_else(String::new, |token| format!("'{token}'"));
-            let drift = row
-                .drift
-                .map_or_else(String::new, |drift| format!("  drift {drift:.4}"));
-            text += &format!("  {:>8} {token:<20} norm {:.4}{drift}\n", row.token_id, row.norm);
-        }
+        text += &rows_text(&module.rows);
     }
     if let Some(reason) = &adapter.unsupported {
         text += &format!("cannot be merged: {reason}\n");
@@ -347,6 +338,30 @@ fn adapter_text(adapter: &AdapterOutput) -> String {
         .iter()
         .for_each(|name| text += &format!("other tensor {name}\n"));
     text
+}
+
+fn rows_text(rows: &[RowOutput]) -> String {
+    let (mut compared, mut alone) = (Vec::new(), Vec::new());
+    for row in rows {
+        match row {
+            RowOutput::Compared(report) => compared.push(report.clone()),
+            RowOutput::Alone {
+                token_id,
+                token,
+                norm,
+            } => alone.push(vec![
+                token_id.to_string(),
+                token
+                    .as_ref()
+                    .map_or_else(String::new, |token| format!("{token:?}")),
+                format!("{norm:.4}"),
+            ]),
+        }
+    }
+    if compared.is_empty() {
+        return text_table(&["#id", "token", "#norm"], alone);
+    }
+    rows_table(&compared)
 }
 
 fn model_text(model: &ModelOutput) -> String {
@@ -369,9 +384,18 @@ fn model_text(model: &ModelOutput) -> String {
         let more = if free.len() > shown.len() { ", …" } else { "" };
         text += &format!("  free rows      {} {}{more}\n", free.len(), shown.join(", "));
     }
-    text + &model.tensors.iter().map(tensor_text).collect::<String>()
+    text + &tensors_text(&model.tensors)
 }
 
-fn tensor_text(tensor: &TensorOutput) -> String {
-    format!("  {:<60} {:<5} {:?}\n", tensor.name, tensor.dtype, tensor.shape)
+fn tensors_text(tensors: &[TensorOutput]) -> String {
+    let rows = tensors.iter().map(|tensor| {
+        let shape: Vec<String> = tensor.shape.iter().map(ToString::to_string).collect();
+        vec![
+            tensor.name.clone(),
+            tensor.dtype.clone(),
+            format!("[{}]", shape.join(", ")),
+            bytes(tensor.bytes as u64),
+        ]
+    });
+    text_table(&["tensor", "type", "shape", "#size"], rows)
 }

@@ -1,7 +1,12 @@
 //! `train`: rows of some tokens, and weights of LoRA if asked, on a data set, into an adapter.
 
+mod course;
+mod dead;
+mod metrics;
 mod run;
+mod save;
 
+pub(crate) use dead::DeadToken;
 pub(super) use run::{Outputs, Run};
 
 use std::path::{Path, PathBuf};
@@ -9,14 +14,17 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, bail};
 use trainable_tokens_core::{EmbeddingSource, PaddingRule, TokenRows, TokenSet};
 use trainable_tokens_format::{Adapter, Overwrite, TrainingState, is_path_or_suffix};
-use trainable_tokens_trainer::{self as trainer, Dataset, InputSpec, Objective, TrainOptions, Trainer};
+use trainable_tokens_trainer::{
+    self as trainer, Dataset, EarlyStopping, InputSpec, Objective, TrainOptions, Trainer,
+};
 
 use super::{check_apart, check_free};
 use crate::args::{self, Cli, PaddingChoice, TrainArgs};
 use crate::initial::Initial;
+use crate::interrupt::{self, Interrupted};
 use crate::model::Model;
 use crate::output::{note, print};
-use crate::summary::Summary;
+use crate::summary::{End, Summary};
 
 pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
     // An interrupted run may go on in the directory and the metrics file that it wrote itself.
@@ -27,15 +35,25 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
         cli.overwrite()
     };
     check_free(&args.out, overwrite)?;
-    if let (Some(metrics), None) = (&args.metrics, &args.resume) {
+    if let (Some(metrics), None) = (&args.watch.metrics, &args.resume) {
         check_free(metrics, cli.overwrite())?;
     }
-    let others = [&args.eval_data, &args.metrics].into_iter().flatten();
-    let others = others.chain([&args.model, &args.data]).map(PathBuf::as_path);
+    if let (Some(report), None) = (&args.watch.report, &args.resume) {
+        check_free(report, cli.overwrite())?;
+    }
+    let others = [&args.eval_data, &args.watch.metrics, &args.watch.report];
+    let others = others.into_iter().flatten();
+    // The options of an earlier run in the same place are not lost: those of this run are like them.
+    let config = args.config.as_ref();
+    let config = config.filter(|path| !same_path(path, &args.out.join(save::CONFIG_FILE)));
+    let others = others
+        .chain(config)
+        .chain([&args.model, &args.data])
+        .map(PathBuf::as_path);
     check_apart(&args.out, others)?;
 
     let model = Model::open(&args.model)?;
-    let target_modules = target_modules(&args.target_modules, &model.embedding_module)?;
+    let target_modules = target(args.target_modules.as_deref(), &model.embedding_module)?;
     let InputSpec {
         vocab_size,
         pad_token_id,
@@ -59,9 +77,15 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
             model.load_adapter(&start, padding, args.compute)?
         }
     };
-    let mut trainer = Trainer::new(loaded, data, options(args, objective))?;
+    let token_lr = args.token_lr.iter();
+    let token_lr = token_lr.map(|own| own.resolve(&model.vocabulary));
+    let options = TrainOptions {
+        token_lr: token_lr.collect::<Result<_>>()?,
+        ..options(args, objective)
+    };
+    let mut trainer = Trainer::new(loaded, data, options)?;
     if let Some(dir) = &args.resume {
-        resume(&mut trainer, dir, &initial, &model.embedding_module)?;
+        resume(&mut trainer, dir, &initial, args.keep_best)?;
     }
     let run = Run {
         model: &model,
@@ -72,15 +96,28 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
         outputs: Outputs {
             adapter: &args.out,
             overwrite,
-            metrics: args.metrics.as_deref(),
-            append_metrics: args.resume.is_some(),
+            metrics: args.watch.metrics.as_deref(),
+            report: args.watch.report.as_deref(),
+            resumes: args.resume.is_some(),
             save_every: args.save_every,
+            config: Some(&args.resolved),
         },
         eval_data,
         eval_every: args.eval_every,
+        warn_dead_after: args.watch.warn_dead_after,
+        keep_best: args.keep_best,
     };
+    interrupt::watch()?;
     let report = run.execute(&mut trainer)?;
-    print(cli.json, &report.summary, Summary::to_text)
+    print(cli.json, &report.summary, Summary::to_text)?;
+    match report.summary.end {
+        End::Interrupted => Err(Interrupted {
+            step: report.summary.steps,
+            adapter: args.out.clone(),
+        }
+        .into()),
+        End::LastStep | End::EarlyStopping => Ok(()),
+    }
 }
 
 fn options(args: &TrainArgs, objective: Objective) -> TrainOptions {
@@ -88,6 +125,7 @@ fn options(args: &TrainArgs, objective: Objective) -> TrainOptions {
         objective: Some(objective),
         steps: args.steps,
         batch_size: args.batch_size,
+        accumulate: args.accumulate,
         optimizer: match args.optimizer {
             args::Optimizer::Adamw => trainer::OptimizerKind::AdamW,
             args::Optimizer::Adam => trainer::OptimizerKind::Adam,
@@ -107,27 +145,39 @@ fn options(args: &TrainArgs, objective: Objective) -> TrainOptions {
             args::Schedule::Constant => trainer::Schedule::Constant,
             args::Schedule::Linear => trainer::Schedule::Linear,
             args::Schedule::Cosine => trainer::Schedule::Cosine,
+            args::Schedule::InverseSqrt => trainer::Schedule::InverseSqrt,
         },
         warmup_steps: args.warmup_steps,
+        min_lr_ratio: args.min_lr_ratio,
         max_grad_norm: args.max_grad_norm,
+        token_lr: Vec::new(),
+        match_norm: args.match_norm.map(|choice| match choice {
+            args::NormChoice::Mean => trainer::NormTarget::Mean,
+            args::NormChoice::Original => trainer::NormTarget::Original,
+        }),
+        max_row_norm: args.max_row_norm,
+        early_stopping: args.early_stopping_patience.map(|patience| EarlyStopping {
+            patience,
+            min_delta: args.early_stopping_min_delta,
+        }),
+        keep_best: args.keep_best,
         seed: args.seed,
         shuffle: args.shuffle,
         recompute: args.recompute,
     }
 }
 
-/// The rows of the input embedding train, and no others; PEFT matches a path or a suffix after a dot. Without modules,
-/// that is the last part of its path.
-fn target_modules(modules: &[String], embedding: &str) -> Result<Vec<String>> {
-    if modules.is_empty() {
-        return Ok(embedding.rsplit('.').take(1).map(str::to_owned).collect());
-    }
-    match modules.iter().find(|name| !is_path_or_suffix(name, embedding)) {
-        None => Ok(modules.to_vec()),
+/// The names of the module whose rows train: the input embedding at `path`, and no other. PEFT matches a path or a suffix
+/// after a dot.
+fn target(named: Option<&[String]>, path: &str) -> Result<Vec<String>> {
+    let Some(named) = named else {
+        let last = path.rsplit('.').next().unwrap_or(path);
+        return Ok(vec![last.to_owned()]);
+    };
+    match named.iter().find(|name| !is_path_or_suffix(name, path)) {
+        None => Ok(named.to_vec()),
         Some(name) => {
-            bail!(
-                "target module '{name}' is not the input embedding {embedding}, the only module that can train"
-            )
+            bail!("target module '{name}' is not the input embedding {path}, the only module that can train")
         }
     }
 }
@@ -160,7 +210,7 @@ fn start(model: &Model, ids: &[u32], initial: &Initial) -> Result<Option<TokenRo
     Ok(Some(initial.rows(&table, &tokens)?))
 }
 
-fn resume(trainer: &mut Trainer, dir: &Path, initial: &Initial, embedding: &str) -> Result<()> {
+fn resume(trainer: &mut Trainer, dir: &Path, initial: &Initial, keep_best: bool) -> Result<()> {
     let adapter = Adapter::read(dir)?;
     // Decay toward the original rows needs them again, and the adapter tells how it started.
     if let Some(init) = adapter
@@ -177,10 +227,14 @@ fn resume(trainer: &mut Trainer, dir: &Path, initial: &Initial, embedding: &str)
     }
     let path = dir.join(TrainingState::FILE_NAME);
     let state = TrainingState::read(&path)?;
-    if adapter.rows(embedding).is_none() {
+    let embedding = trainer.model().embedding_module();
+    if adapter.rows(&embedding).is_none() {
         bail!("adapter {} has no rows for {embedding}", dir.display());
     }
     trainer.resume(&adapter, state, &path)?;
+    if keep_best && trainer.best_evaluation().is_some() {
+        trainer.resume_best(&Adapter::read(dir.join(save::BEST_DIR))?)?;
+    }
     Ok(())
 }
 

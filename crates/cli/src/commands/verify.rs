@@ -15,6 +15,7 @@ use trainable_tokens_trainer::Vocabulary;
 use super::adapters_in;
 use crate::args::{Cli, VerifyArgs};
 use crate::output::print;
+use crate::rows::text_table;
 
 #[derive(Serialize)]
 struct Output {
@@ -256,20 +257,23 @@ fn lora_summary(deltas: &[LoraDelta]) -> String {
 }
 
 fn to_text(output: &Output) -> String {
-    let mut last = None;
-    let mut text = String::new();
-    for check in &output.checks {
-        if check.adapter != last {
-            text += &format!("adapter {}\n", check.adapter.as_deref().unwrap_or_default());
-            last.clone_from(&check.adapter);
-        }
+    let several = output.checks.iter().any(|check| check.adapter.is_some());
+    let rows = output.checks.iter().map(|check| {
         let mark = match check.ok {
             Some(true) => "ok",
             Some(false) => "FAIL",
-            None => "-",
+            None => "",
         };
-        text += &format!("{mark:<5} {:<26} {}\n", check.name, check.detail);
-    }
+        let adapter = several.then(|| check.adapter.clone().unwrap_or_default());
+        let cells = [mark.to_owned(), check.name.to_owned(), check.detail.clone()];
+        adapter.into_iter().chain(cells).collect()
+    });
+    let header = if several {
+        &["adapter", "", "check", "found"][..]
+    } else {
+        &["", "check", "found"]
+    };
+    let text = text_table(header, rows);
     text + if output.fits {
         "the adapter fits the model\n"
     } else {

@@ -29,6 +29,11 @@ pub enum InitError {
         /// The token of the row.
         id: TokenId,
     },
+    /// A row is to stay as it is, of a token that has none yet.
+    NoRow {
+        /// The token.
+        id: TokenId,
+    },
     /// The mean of no row at all.
     NoTokens,
     /// The mean of the rows that do not train, where all train.
@@ -51,6 +56,12 @@ impl fmt::Display for InitError {
                 write!(
                     f,
                     "the row of token id {id} is zero, so no factor gives it a norm; add noise before norm-match"
+                )
+            }
+            Self::NoRow { id } => {
+                write!(
+                    f,
+                    "token id {id} has no row in the table yet that could be kept; choose another init"
                 )
             }
             Self::NoTokens => f.write_str("the mean of no token's row is asked for; name at least one token"),

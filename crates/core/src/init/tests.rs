@@ -568,3 +568,30 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn tokens_after_the_last_row_start_from_the_rows_that_are_there() {
+    let table = TokenRows::new(vec![1.0f64, 2.0, 3.0, 6.0], 2, 2).unwrap();
+    let tokens = TokenSet::new([3, 1, 2], 4).unwrap();
+    let inits = |texts: [&str; 3]| texts.map(|text| text.parse::<RowInit>().unwrap());
+    let rows = |texts| initial_rows(&table, &tokens, &inits(texts), DType::F64);
+    let found = rows(["mean", "keep", "copy:0"]).unwrap();
+    assert_eq!(found.to_f64_vec(), [2.0, 4.0, 3.0, 6.0, 1.0, 2.0]);
+    // Means and norms count the rows that are there, not those that are to come.
+    let mean_norm = f64::midpoint(5f64.sqrt(), 45f64.sqrt());
+    let matched = rows(["mean+norm-match", "keep", "mean:others"])
+        .unwrap()
+        .to_f64_vec();
+    assert!((matched[0].hypot(matched[1]) - mean_norm).abs() < 1e-12);
+    assert_eq!(matched[4..], [1.0, 2.0]);
+    // Random rows are those of the same token in the grown table.
+    let grown = TokenRows::new(vec![0.0f64; 8], 4, 2).unwrap();
+    let random = inits(["random", "random", "random"]);
+    let of_grown = initial_rows(&grown, &tokens, &random, DType::F64).unwrap();
+    assert!(rows(["random"; 3]).unwrap().bits_eq(&of_grown));
+    for text in ["keep", "keep+noise:1"] {
+        let error = rows([text, "keep", "mean"]).unwrap_err();
+        assert_eq!(error, Error::Init(InitError::NoRow { id: TokenId(3) }), "{text}");
+    }
+    assert!(rows(["copy:3", "keep", "mean"]).is_err());
+}

@@ -15,6 +15,10 @@ const OURS: [&str; 2] = [CONFIG_FILE, MODEL_CONFIG_FILE];
 /// Writes a directory through `fill`, which gets an empty temporary sibling; its files are then synced and it is
 /// renamed into place. Missing parent directories are created. After any error nothing has changed.
 ///
+/// On Linux, Android and Apple's systems it takes the place of an old directory in one step, so that there is always one
+/// of the two, even if the process is killed. Where the system or the file system cannot exchange directories, the old one
+/// is moved away first.
+///
 /// A directory is replaced only if it is empty, or holds an `adapter_config.json` or a `config.json`, or nothing but
 /// directories with an `adapter_config.json`: then it is an adapter, a model or several adapters, and all that it
 /// holds goes.
@@ -39,10 +43,15 @@ pub fn write_dir_atomically<T, E: From<Error>>(
     sync_tree(temporary.path())?;
     // The target may have appeared in the meantime.
     check_replaceable(target, overwrite)?;
-    if place.path.exists() {
-        replace(temporary.path(), &place)?;
-    } else {
+    if !place.path.exists() {
         rename(temporary.path(), &place.path)?;
+    } else if exchange(temporary.path(), &place.path)? {
+        // What is cleaned up now is the old directory.
+        drop(temporary);
+        place.done()?;
+        return Ok(value);
+    } else {
+        replace(temporary.path(), &place)?;
     }
     // It is no longer there to be cleaned up.
     let _ = temporary.keep();
@@ -78,6 +87,24 @@ fn holds_only_ours(dir: &Path) -> Result<bool> {
         }
     }
     Ok(true)
+}
+
+/// Exchanges two directories in one step; whether the system can.
+#[cfg(any(target_os = "linux", target_os = "android", target_vendor = "apple"))]
+fn exchange(new: &Path, old: &Path) -> Result<bool> {
+    use rustix::fs::{CWD, RenameFlags, renameat_with};
+    use rustix::io::Errno;
+
+    match renameat_with(CWD, new, CWD, old, RenameFlags::EXCHANGE) {
+        Ok(()) => Ok(true),
+        Err(Errno::NOSYS | Errno::INVAL | Errno::NOTSUP | Errno::PERM) => Ok(false),
+        Err(error) => Err(Error::io("rename a directory to", old)(error.into())),
+    }
+}
+
+#[cfg(not(any(target_os = "linux", target_os = "android", target_vendor = "apple")))]
+fn exchange(_: &Path, _: &Path) -> Result<bool> {
+    Ok(false)
 }
 
 /// Moves the old directory aside, the new one in, and removes the old one; puts it back if the new one does not

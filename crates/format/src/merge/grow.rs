@@ -17,7 +17,7 @@ pub(super) fn adjust(base: &Checkpoint, plan: &Plan<'_>, dir: &Path) -> Result<(
     }
     let model = ModelTables::of(base)?;
     let embedding = model.input_embedding().map(|path| format!("{path}.weight"));
-    if let Some(rows) = embedding.and_then(|tensor| grown.get(tensor.as_str()).copied()) {
+    if let Some([_, rows]) = embedding.and_then(|tensor| grown.get(tensor.as_str()).copied()) {
         edit(&dir.join(MODEL_CONFIG_FILE), MAX_CONFIG_BYTES, |config| {
             // Models of several parts keep the language model's fields apart.
             let apart = !matches!(config.get("vocab_size"), Some(Json::Number(_)));

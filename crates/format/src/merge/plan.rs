@@ -36,6 +36,13 @@ impl<'a> Plan<'a> {
         Ok(())
     }
 
+    /// Extends a table of the checkpoint, and puts rows of its element type into the result.
+    pub(super) fn extend(&mut self, table: &ExtendedTable, ids: &[TokenId], rows: &TokenRows) -> Result<()> {
+        let plan = self.of(table.base().clone());
+        plan.start_from(table.clone());
+        plan.replace(ids, &rows.to_le_bytes())
+    }
+
     /// The rows of a tensor in the result.
     pub(super) fn vocab_size(&self, tensor: &str) -> Result<usize> {
         let planned = self.tables().find(|table| table.name() == tensor);
@@ -45,8 +52,8 @@ impl<'a> Plan<'a> {
         )
     }
 
-    /// The tensors with more rows than before, and their new numbers.
-    pub(super) fn grown(&self) -> BTreeMap<&str, usize> {
+    /// The tensors with more rows than before, and their old and new numbers.
+    pub(super) fn grown(&self) -> BTreeMap<&str, [usize; 2]> {
         let grown = self
             .tables()
             .filter_map(|table| Some((table.name(), table.grown()?)));

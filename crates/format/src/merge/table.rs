@@ -61,9 +61,10 @@ impl TablePlan {
         source.map_or(self.table.vocab_size(), EmbeddingSource::vocab_size)
     }
 
-    /// The rows of the result, if they are more than before.
-    pub(super) fn grown(&self) -> Option<usize> {
-        (self.vocab_size() > self.table.vocab_size()).then_some(self.vocab_size())
+    /// The rows before and in the result, if they are more.
+    pub(super) fn grown(&self) -> Option<[usize; 2]> {
+        let rows = [self.table.vocab_size(), self.vocab_size()];
+        (rows[1] > rows[0]).then_some(rows)
     }
 
     /// How many elements are added.

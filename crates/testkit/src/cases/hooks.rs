@@ -1,8 +1,8 @@
 //! What happens around a step.
 
 use trainable_tokens_core::{
-    BackendError, ClipGradNorm, DecayTowardOriginal, Error, ErrorKind, OptimizerHook, Result, Sgd, SgdConfig,
-    StepContext, TokenRows,
+    BackendError, ClampRowNorm, ClipGradNorm, DecayTowardOriginal, Error, ErrorKind, MatchRowNorm,
+    OptimizerHook, Result, Sgd, SgdConfig, StepContext, TokenRows,
 };
 
 use crate::failure::{ensure, equal, refused, same};
@@ -268,4 +268,59 @@ pub fn decay_pulls_toward_the_original<H: Harness>() -> Outcome {
         ensure!((got - want).abs() <= 1e-6, "an element is {got}, expected {want}");
     }
     Ok(())
+}
+
+/// Steps with a hook, and without; the rows of both.
+fn with_and_without<H: Harness>(hook: &mut dyn OptimizerHook) -> Result<[TokenRows; 2], Failure> {
+    let [mut layer, mut plain] = [world().trained::<H>()?, world().trained::<H>()?];
+    layer.step_with(gradient::<H>(), &mut sgd(0.1)?, &mut [hook])?;
+    plain.step_with(gradient::<H>(), &mut sgd(0.1)?, &mut [])?;
+    Ok([layer.rows()?, plain.rows()?])
+}
+
+/// Each row of `got` points where that of `plain` does and has the norm that `want` tells for it.
+fn expect_norms(got: &TokenRows, plain: &TokenRows, want: impl Fn(usize, f64) -> f64) -> Outcome {
+    let dim = plain.embedding_dim();
+    let scaled = plain.row_norms().into_iter().enumerate();
+    let scaled = scaled.flat_map(|(row, norm)| {
+        let factor = want(row, norm) / norm;
+        let values = plain.to_f64_vec()[row * dim..][..dim].to_vec();
+        values.into_iter().map(move |value| value * factor)
+    });
+    for (got, want) in got.to_f64_vec().into_iter().zip(scaled) {
+        let close = (got - want).abs() <= 1e-6 * want.abs();
+        ensure!(close, "an element is {got}, expected {want}");
+    }
+    Ok(())
+}
+
+/// Rows that have become longer than the norm are scaled down to it; shorter ones keep their bits.
+pub fn rows_are_clamped_to_a_norm<H: Harness>() -> Outcome {
+    let norms = with_and_without::<H>(&mut ClampRowNorm::new(1e6)?)?[1].row_norms();
+    let between = norms.iter().sum::<f64>() / norms.len() as f64;
+    let [got, plain] = with_and_without::<H>(&mut ClampRowNorm::new(between)?)?;
+    expect_norms(&got, &plain, |_, norm| norm.min(between))?;
+    let (got, plain, dim) = (got.to_f64_vec(), plain.to_f64_vec(), plain.embedding_dim());
+    for (row, norm) in norms.into_iter().enumerate() {
+        let kept = got[row * dim..][..dim] == plain[row * dim..][..dim];
+        equal("whether a row is kept", &kept, &(norm <= between))?;
+    }
+    for bad in [0.0, -1.0, f64::NAN] {
+        refused("the norm", ClampRowNorm::new(bad), ErrorKind::Hyperparameter)?;
+    }
+    Ok(())
+}
+
+/// Every row is scaled to the norm that is given for it.
+pub fn rows_are_scaled_to_their_norms<H: Harness>() -> Outcome {
+    let norms = [0.5, 3.0];
+    let [got, plain] = with_and_without::<H>(&mut MatchRowNorm::new(norms.to_vec())?)?;
+    expect_norms(&got, &plain, |row, _| norms[row])?;
+    let step = with_and_without::<H>(&mut MatchRowNorm::new(vec![1.0])?);
+    ensure!(step.is_err(), "one norm for two rows is taken");
+    refused(
+        "the norm",
+        MatchRowNorm::new(vec![0.0]),
+        ErrorKind::Hyperparameter,
+    )
 }

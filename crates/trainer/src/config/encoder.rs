@@ -2,22 +2,9 @@
 
 use serde::Deserialize;
 
-use super::parse::Refusal;
+use super::model::Activation;
+use super::parse::{Field, Refusal, need, unsupported};
 use crate::json::parse_object;
-
-/// The nonlinearity of a feed-forward layer, by transformers' names.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Activation {
-    /// `gelu`: `x · Φ(x)` (Hendrycks and Gimpel 2016).
-    #[default]
-    Gelu,
-    /// `gelu_new`, `gelu_pytorch_tanh`: the same with `Φ` approximated by tanh.
-    GeluTanh,
-    /// `relu`.
-    Relu,
-    /// `silu`, `swish`: `x · sigmoid(x)`.
-    Silu,
-}
 
 /// What the encoder needs of a model of the BERT family (`bert`, `roberta`, `xlm-roberta`), with transformers' defaults.
 #[derive(Clone, Debug, PartialEq)]
@@ -63,21 +50,10 @@ struct Raw {
     type_vocab_size: Option<usize>,
     tie_word_embeddings: Option<bool>,
     #[serde(default)]
-    pad_token_id: PadToken,
+    pad_token_id: Field<i64>,
     position_embedding_type: Option<String>,
     #[serde(default)]
     is_decoder: bool,
-}
-
-/// Null is not the same as absent, which is the family's default.
-#[derive(Default, Deserialize)]
-#[serde(untagged)]
-enum PadToken {
-    Id(i64),
-    Null,
-    #[default]
-    #[serde(skip)]
-    Absent,
 }
 
 /// Parses the bytes of an encoder's `config.json`.
@@ -93,11 +69,11 @@ impl EncoderConfig {
     }
 
     fn from_raw(raw: Raw) -> Result<Self, Refusal> {
-        let unsupported = |what: String, hint| Refusal::Unsupported { what, hint };
         let model_type = raw.model_type.unwrap_or_default();
         if !Self::is_family(&model_type) {
             return Err(unsupported(
-                format!("model_type '{}'", model_type.escape_debug()),
+                "model_type",
+                &model_type,
                 "the encoder implements model_type bert, roberta and xlm-roberta",
             ));
         }
@@ -106,26 +82,19 @@ impl EncoderConfig {
             .filter(|kind| kind.as_str() != "absolute")
         {
             return Err(unsupported(
-                format!("position_embedding_type '{}'", kind.escape_debug()),
+                "position_embedding_type",
+                &kind,
                 "the encoder implements absolute positions",
             ));
         }
         if raw.is_decoder {
             return Err(unsupported(
-                "is_decoder".to_owned(),
+                "is_decoder",
+                "true",
                 "the encoder sees all of a text at once",
             ));
         }
-        let need = |name: &str, value: Option<usize>| match value {
-            Some(0) => Err(Refusal::Invalid(format!("{name} is 0"))),
-            Some(value) => Ok(value),
-            None => Err(Refusal::Invalid(format!("{name} is missing"))),
-        };
-        let pad_token_id = match raw.pad_token_id {
-            PadToken::Id(id) => u32::try_from(id).ok(),
-            PadToken::Null => None,
-            PadToken::Absent => Some(u32::from(model_type != "bert")),
-        };
+        let pad_token_id = raw.pad_token_id.or(Some(i64::from(model_type != "bert")));
         let config = Self {
             vocab_size: need("vocab_size", raw.vocab_size)?,
             hidden_size: need("hidden_size", raw.hidden_size)?,
@@ -140,7 +109,7 @@ impl EncoderConfig {
             )?,
             type_vocab_size: need("type_vocab_size", raw.type_vocab_size.or(Some(2)))?,
             tie_word_embeddings: raw.tie_word_embeddings.unwrap_or(true),
-            pad_token_id,
+            pad_token_id: pad_token_id.and_then(|id| u32::try_from(id).ok()),
             model_type,
         };
         config.check().map_err(Refusal::Invalid)?;
@@ -196,16 +165,11 @@ impl EncoderConfig {
 }
 
 fn activation(name: Option<&str>) -> Result<Activation, Refusal> {
-    match name {
-        None | Some("gelu") => Ok(Activation::Gelu),
-        Some("gelu_new" | "gelu_pytorch_tanh") => Ok(Activation::GeluTanh),
-        Some("relu") => Ok(Activation::Relu),
-        Some("silu" | "swish") => Ok(Activation::Silu),
-        Some(other) => Err(Refusal::Unsupported {
-            what: format!("hidden_act '{}'", other.escape_debug()),
-            hint: "the encoder implements gelu, gelu_new, gelu_pytorch_tanh, relu and silu",
-        }),
-    }
+    let Some(name) = name else {
+        return Ok(Activation::Gelu);
+    };
+    let hint = "the encoder implements gelu, gelu_new, gelu_pytorch_tanh, relu and silu";
+    Activation::named(name).ok_or_else(|| unsupported("hidden_act", name, hint))
 }
 
 #[cfg(test)]

@@ -53,6 +53,31 @@ impl Batch {
         Some(())
     }
 
+    /// At most `length` tokens of the one row of a batch around its token at `at`; none if there is no target among them
+    /// that the token has a part in: for a causal model, none at it or behind it.
+    pub(crate) fn window(&self, at: usize, length: usize, predicts: Predicts) -> Option<Self> {
+        let start = at.saturating_sub(length / 2);
+        let end = self.length.min(start.saturating_add(length));
+        let first = match predicts {
+            Predicts::Same => start,
+            Predicts::Next => at,
+        };
+        let [start_position, end_position, first] = [start, end, first].map(|at| u32::try_from(at).ok());
+        let (start_position, positions) = (start_position?, first?..end_position?);
+        self.target_positions.iter().find(|at| positions.contains(at))?;
+        let targets = self.target_positions.iter().zip(&self.targets);
+        let kept = targets.filter(|(at, _)| (start_position..positions.end).contains(at));
+        let (target_positions, targets) = kept.map(|(at, target)| (*at - start_position, *target)).unzip();
+        Some(Self {
+            input_ids: self.input_ids.get(start..end)?.to_vec(),
+            length: end - start,
+            lengths: vec![end - start],
+            target_positions,
+            targets,
+            definitions: Vec::new(),
+        })
+    }
+
     /// Says which definition each row belongs to.
     pub(crate) fn with_definitions(mut self, definitions: Vec<usize>) -> Self {
         self.definitions = definitions;
@@ -103,6 +128,11 @@ impl Batch {
         self.lengths.iter().sum()
     }
 
+    /// How many terms the mean loss of the batch is over: its targets, or its sentences with definitions.
+    pub(crate) fn num_terms(&self) -> usize {
+        self.targets.len() + self.definitions.len()
+    }
+
     /// For sentences with definitions: the number of each example's.
     pub fn definitions(&self) -> &[usize] {
         &self.definitions
@@ -141,5 +171,36 @@ mod tests {
             line: 3,
         };
         assert!(Batch::new(&[&ignored], 0).is_none());
+    }
+
+    #[test]
+    fn a_window_has_its_token_and_a_target_of_it() {
+        let mut labels = vec![IGNORED; 100];
+        labels[60] = 7;
+        let example = Example {
+            input_ids: (0..100).collect(),
+            labels: Some(labels.clone()),
+            definition: None,
+            line: 1,
+        };
+        let causal = Batch::new(&[&example], 0).unwrap();
+        let window = |at, length| causal.window(at, length, Predicts::Next);
+        let part = window(55, 20).unwrap();
+        assert_eq!(part.input_ids(), (45..65).collect::<Vec<u32>>());
+        assert_eq!((part.target_positions(), part.targets()), (&[14][..], &[7][..]));
+        assert_eq!(window(55, 1000).unwrap().length(), 100);
+        assert_eq!(window(51, 20).unwrap().length(), 20);
+        for (at, length) in [(60, 20), (40, 20), (55, 8), (99, 20), (200, 20)] {
+            assert!(window(at, length).is_none(), "{at} {length}");
+        }
+        let mut masked = Batch::padded([&*example.input_ids], 0);
+        masked.add_targets(0, &labels, Predicts::Same).unwrap();
+        let window = |at, length| masked.window(at, length, Predicts::Same);
+        for at in [55, 60, 65] {
+            let part = window(at, 20).unwrap();
+            assert_eq!((part.length(), part.targets()), (20, &[7][..]));
+            assert_eq!(part.input_ids()[part.target_positions()[0] as usize], 60);
+        }
+        assert!(window(71, 20).is_none());
     }
 }

@@ -6,7 +6,7 @@ use std::collections::HashSet;
 use serde_json::{Value, json};
 use tokenizers::Tokenizer;
 
-use super::Vocabulary;
+use super::{Vocabulary, read};
 use crate::{Error, Result};
 
 /// The tokens of a text.
@@ -26,7 +26,7 @@ impl Vocabulary {
     ///
     /// [`Error::Tokenizer`], [`Error::Read`].
     pub fn without(&self, ids: &[u32]) -> Result<Self> {
-        let bytes = self.read()?;
+        let bytes = read(&self.path)?;
         let mut tokenizer: Value =
             serde_json::from_slice(&bytes).map_err(|error| self.error(&error.to_string().into()))?;
         hide(&mut tokenizer, &ids.iter().map(|id| u64::from(*id)).collect());
@@ -84,12 +84,8 @@ impl Vocabulary {
     ///
     /// [`Error::Tokenizer`], [`Error::Read`].
     pub fn text(&self, id: u32) -> Result<Option<String>> {
-        let tokenizer = self.load()?;
-        let added = tokenizer
-            .get_added_tokens_decoder()
-            .get(&id)
-            .map(|token| token.content.clone());
-        let Some(string) = added.clone().or_else(|| tokenizer.id_to_token(id)) else {
+        let added = self.added_token(id)?;
+        let Some(string) = self.token(id)? else {
             return Ok(None);
         };
         let marker = self.space_marker()?;

@@ -10,7 +10,7 @@ use tempfile::TempDir;
 use trainable_tokens_core::{PaddingRule, TokenRows};
 use trainable_tokens_format::{Adapter, AdapterModule, Checkpoint, Merge, Overwrite};
 use trainable_tokens_testkit::peft::{Fixture, fixtures};
-use trainable_tokens_trainer::{Architecture, LanguageModel};
+use trainable_tokens_trainer::{Architecture, Dataset, LanguageModel, TrainOptions, Trainer, Vocabulary};
 
 pub(crate) struct Case {
     pub(crate) name: String,
@@ -65,12 +65,21 @@ impl Case {
         Checkpoint::open(dir.path()).unwrap()
     }
 
+    pub(crate) fn config(&self) -> Architecture {
+        Architecture::read(&self.base(&Value::Null).config_path()).unwrap()
+    }
+
+    /// The path of a decoder's output layer.
+    pub(crate) fn head_module(&self) -> &'static str {
+        match self.config() {
+            Architecture::Decoder(config) => config.head_module(),
+            Architecture::Encoder(config) => panic!("a {} is no decoder", config.model_type),
+        }
+    }
+
     /// The path of the embedding module.
     pub(crate) fn embedding_module(&self) -> String {
-        let base = self.base(&Value::Null);
-        Architecture::read(&base.config_path())
-            .unwrap()
-            .embedding_module(&base)
+        self.config().embedding_module(&self.base(&Value::Null))
     }
 
     pub(crate) fn adapter(&self, operation: &Value) -> Adapter {
@@ -94,7 +103,11 @@ impl Case {
                 "{}.token_adapter.trainable_tokens_delta.default",
                 module.path()
             ));
-            (module.path(), module.token_set(150).unwrap(), rows)
+            (
+                module.path(),
+                module.token_set(self.config().input_spec().vocab_size).unwrap(),
+                rows,
+            )
         });
         let mut modules = modules.collect::<Vec<_>>().into_iter();
         let (path, tokens, first) = modules.next().unwrap();
@@ -124,6 +137,9 @@ impl Case {
                     None,
                 )
             }
+            "adapter" if operation["base_cast"] == "BF16" => {
+                load_adapter(&base, &self.adapter(operation), DType::BF16)
+            }
             "adapter" => with_adapter(&wrapped(), &self.adapter(operation)),
             "merged" if self.path("merged").exists() => {
                 load(&Checkpoint::open(self.path("merged")).unwrap(), &[], None)
@@ -149,8 +165,25 @@ fn merged(base: &Checkpoint, adapter: &Adapter) -> LanguageModel {
 
 /// A model with all of an adapter beside its weights.
 pub(crate) fn with_adapter(base: &Checkpoint, adapter: &Adapter) -> LanguageModel {
+    load_adapter(base, adapter, DType::F32)
+}
+
+fn load_adapter(base: &Checkpoint, adapter: &Adapter, dtype: DType) -> LanguageModel {
     let padding = PaddingRule::NoLookupGradient;
-    LanguageModel::load_adapter(base, adapter, padding, DType::F32, &Device::Cpu).unwrap()
+    LanguageModel::load_adapter(base, adapter, padding, dtype, &Device::Cpu).unwrap()
+}
+
+/// The training of `tokens` of a fixture's model on `lines`.
+pub(crate) fn trainer(name: &str, tokens: &[u32], lines: &[Value], options: TrainOptions) -> Trainer {
+    let base = Checkpoint::open(fixtures().join(name).join("base")).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("data.jsonl");
+    let text: Vec<String> = lines.iter().map(Value::to_string).collect();
+    std::fs::write(&path, text.join("\n")).unwrap();
+    let config = Architecture::read(&base.config_path()).unwrap();
+    let data = Dataset::read(&path, &Vocabulary::of_model(base.dir()), &config, None).unwrap();
+    let model = load(&base, tokens, None);
+    Trainer::new(model, data, options).unwrap()
 }
 
 fn load(checkpoint: &Checkpoint, tokens: &[u32], rows: Option<&TokenRows>) -> LanguageModel {
@@ -164,7 +197,8 @@ pub(crate) fn hidden(model: &LanguageModel, ids: &Tensor) -> Tensor {
 }
 
 pub(crate) fn flat(tensor: &Tensor) -> Vec<f32> {
-    tensor.detach().flatten_all().unwrap().to_vec1().unwrap()
+    let tensor = tensor.detach().to_dtype(DType::F32).unwrap();
+    tensor.flatten_all().unwrap().to_vec1().unwrap()
 }
 
 pub(crate) fn check(what: &str, got: &[f32], want: &[f32], [atol, rtol]: [f64; 2]) {

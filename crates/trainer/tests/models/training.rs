@@ -6,7 +6,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 use trainable_tokens_candle::TrainableTokens;
 use trainable_tokens_format::{Adapter, PeftType};
-use trainable_tokens_trainer::{Architecture, Dataset, HEAD_MODULE, TrainOptions, Trainer, Vocabulary};
+use trainable_tokens_trainer::{Dataset, TrainOptions, Trainer, Vocabulary};
 
 use crate::case::{Case, check, with_adapter};
 
@@ -49,8 +49,8 @@ fn trainer(case: &Case, data: &Path, recompute: bool) -> Trainer {
         ..TrainOptions::default()
     };
     let base = case.base(&Value::Null);
-    let config = Architecture::read(&base.config_path()).unwrap();
-    let data = Dataset::read(data, &Vocabulary::of_model(base.dir()), &config, None).unwrap();
+    let vocabulary = Vocabulary::of_model(base.dir());
+    let data = Dataset::read(data, &vocabulary, &case.config(), None).unwrap();
     let model = match case.adapter(&Value::Null).config().peft_type() {
         PeftType::TrainableTokens => case.model(&json!({ "state": "noop" })),
         PeftType::Lora => with_adapter(&base, &case.start()),
@@ -63,12 +63,12 @@ fn saved(case: &Case, trainer: &Trainer) -> Adapter {
     let model = trainer.model();
     let rows = |layer: &TrainableTokens| (layer.tokens().clone(), layer.rows().unwrap());
     let (tokens, values) = rows(model.embedding());
-    let mut builder = Adapter::builder(case.embedding_module(), &tokens, values);
+    let mut builder = Adapter::builder(model.embedding_module(), &tokens, values);
     if case.adapter(&Value::Null).config().peft_type() == PeftType::Lora {
         builder = builder.lora(case.adapter(&Value::Null).config().clone());
         if let Some(head) = model.head_rows() {
             let (tokens, values) = rows(head);
-            builder = builder.module_of(HEAD_MODULE, &tokens, values);
+            builder = builder.module_of(case.head_module(), &tokens, values);
         }
         builder = model.add_low_rank(builder).unwrap();
     }
@@ -107,9 +107,9 @@ fn train(name: &str) {
     let losses = case.flat("losses");
     let steps = losses.len();
     assert_eq!(trainer.total_steps(), steps as u64);
-    let embedding = case.embedding_module();
+    let embedding = trainer.model().embedding_module();
     let mut modules = vec![embedding.as_str()];
-    modules.extend(trainer.model().head_rows().map(|_| HEAD_MODULE));
+    modules.extend(trainer.model().head_rows().map(|_| case.head_module()));
     for step in 0..steps {
         let metrics = trainer.step().unwrap();
         #[allow(clippy::cast_possible_truncation)]
@@ -200,4 +200,24 @@ fn lora_dict_untied_train() {
 #[test]
 fn lora_dict_tied_same_train() {
     train("lora_dict_tied_same");
+}
+
+#[test]
+fn qwen2_sharded_train() {
+    train("qwen2_sharded");
+}
+
+#[test]
+fn gemma2_tied_train() {
+    train("gemma2_tied");
+}
+
+#[test]
+fn lora_list_gemma2_train() {
+    train("lora_list_gemma2");
+}
+
+#[test]
+fn gpt2_tied_train() {
+    train("gpt2_tied");
 }

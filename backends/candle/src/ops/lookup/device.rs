@@ -5,8 +5,8 @@ use candle_core::{CpuStorage, DType, Device, Layout, Result, Shape, Tensor};
 use trainable_tokens_core::{EmbeddingSource, LookupPlan, MaxNorm, RowTransform};
 
 use crate::convert::unsupported;
-use crate::ops::compute_dtype;
 use crate::ops::storage::DeviceStorage;
+use crate::ops::{cast, compute_dtype};
 use crate::{CandleDelta, CandleTable};
 
 /// What a batch needs on the device, sent there once for both passes.
@@ -43,8 +43,10 @@ impl Uploaded {
             let (at, slots) = (indexes(plan.positions())?, indexes(plan.slots())?);
             if let (Some(at), Some(slots)) = (&at, &slots) {
                 let rows = delta.tensor().detach().index_select(slots, 0)?;
+                let ids = plan.positions().iter().map(|at| plan.input_ids()[*at as usize]);
+                let rows = narrowed(&rows, base, || indexes(&ids.collect::<Vec<_>>()))?;
                 let at = at.unsqueeze(1)?.broadcast_as((plan.positions().len(), dim))?;
-                patch = Some((rows.to_dtype(base.dtype())?, at.contiguous()?));
+                patch = Some((rows, at.contiguous()?));
             }
             live = if plan.grad_positions() == plan.positions() {
                 at.zip(slots)
@@ -86,6 +88,21 @@ impl Uploaded {
             .index_add(slots, &live, 0)?
             .to_dtype(delta.dtype())
     }
+}
+
+/// Rows in the table's type. A GPU narrows every NaN to the same one, but rows that were never trained keep the bits of the
+/// table's own: those where both are NaN. `ids` says which they are.
+fn narrowed(rows: &Tensor, base: &Tensor, ids: impl FnOnce() -> Result<Option<Tensor>>) -> Result<Tensor> {
+    let narrow = cast(rows, base.dtype())?;
+    if rows.dtype() == base.dtype() || rows.elem_count() == 0 {
+        return Ok(narrow);
+    }
+    let Some(ids) = ids()? else {
+        return Ok(narrow);
+    };
+    let own = base.index_select(&ids, 0)?;
+    let both = (own.ne(&own)? * rows.ne(rows)?)?;
+    both.where_cond(&own, &narrow)
 }
 
 /// A number in the compute type of `like`, on its device.

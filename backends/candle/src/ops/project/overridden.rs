@@ -5,9 +5,9 @@ use candle_core::{CpuStorage, CudaStorage, CustomOp2, DType, Layout, MetalStorag
 use super::Overrides;
 use super::plain::Project;
 use crate::convert::unsupported;
-use crate::ops::compute_dtype;
 use crate::ops::product::{product, product_on_cpu, product_transposed};
 use crate::ops::storage::DeviceStorage;
+use crate::ops::{cast, compute_dtype};
 
 /// The projection as an operation on its input and the trained rows.
 ///
@@ -137,15 +137,15 @@ impl CustomOp2 for ProjectOverridden {
         } = &self.overrides;
         let upstream = upstream.detach().contiguous()?;
         let dtype = compute_dtype(upstream.dtype());
-        let trained = upstream.index_select(columns, 1)?.to_dtype(dtype)?;
+        let trained = cast(&upstream.index_select(columns, 1)?, dtype)?;
         let x_gradient = if x.track_op() {
             let difference = (rows.to_dtype(dtype)? - base_rows.to_dtype(dtype)?)?;
-            let gradient = product_transposed(&upstream, &self.plain.weight)?.to_dtype(dtype)?;
-            Some((gradient + trained.matmul(&difference)?)?.to_dtype(x.dtype())?)
+            let gradient = cast(&product_transposed(&upstream, &self.plain.weight)?, dtype)?;
+            Some(cast(&(gradient + trained.matmul(&difference)?)?, x.dtype())?)
         } else {
             None
         };
-        let gradient = trained.t()?.matmul(&x.detach().to_dtype(dtype)?)?;
+        let gradient = trained.t()?.matmul(&cast(&x.detach(), dtype)?)?;
         Ok((x_gradient, Some(gradient.to_dtype(delta.dtype())?)))
     }
 }

@@ -5,6 +5,7 @@ use candle_core::{CpuStorage, CudaStorage, CustomOp1, Layout, MetalStorage, Resu
 use half::{bf16, f16};
 
 use crate::convert::unsupported;
+use crate::ops::cast;
 use crate::ops::product::{product, product_on_cpu, product_transposed};
 use crate::ops::storage::{DeviceStorage, elements};
 
@@ -108,8 +109,7 @@ impl CustomOp1 for Project {
     fn bwd(&self, x: &Tensor, _: &Tensor, upstream: &Tensor) -> Result<Option<Tensor>> {
         let shape = self.shape(&as_rows(&Layout::contiguous(x.shape()))?);
         let upstream = upstream.detach().contiguous()?.reshape(shape)?;
-        product_transposed(&upstream, &self.weight)?
-            .to_dtype(x.dtype())?
+        cast(&product_transposed(&upstream, &self.weight)?, x.dtype())?
             .reshape(x.shape())
             .map(Some)
     }

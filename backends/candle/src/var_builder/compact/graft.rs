@@ -2,7 +2,7 @@
 
 use candle_core::{CpuStorage, CudaStorage, CustomOp1, Layout, MetalStorage, Result, Shape, Tensor};
 
-use crate::ops::DeviceStorage;
+use crate::ops::{DeviceStorage, cast};
 
 /// Returns a copy of a prepared tensor, of which the first rows are the argument; its gradient is theirs.
 pub(super) struct Graft {
@@ -39,6 +39,6 @@ impl CustomOp1 for Graft {
 
     fn bwd(&self, delta: &Tensor, _: &Tensor, upstream: &Tensor) -> Result<Option<Tensor>> {
         let rows = upstream.detach().narrow(0, 0, delta.dims()[0])?;
-        rows.contiguous()?.to_dtype(delta.dtype()).map(Some)
+        cast(&rows.contiguous()?, delta.dtype()).map(Some)
     }
 }

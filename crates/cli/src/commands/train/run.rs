@@ -1,22 +1,25 @@
 //! One training run: steps, metrics, saves, evaluations, and the closing table.
 
-use std::fs::{File, OpenOptions};
-use std::io::{BufWriter, Write};
 use std::path::Path;
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result};
 use indicatif::{ProgressBar, ProgressStyle};
-use serde::Serialize;
 use trainable_tokens_core::EmbeddingSource;
-use trainable_tokens_format::{Overwrite, write_dir_atomically};
+use trainable_tokens_format::Overwrite;
 use trainable_tokens_trainer::{
-    Dataset, GradientCheck, LoraOptions, LowRank, Objective, Retrieval, StepMetrics, Trainer, peak_rss_bytes,
+    self as trainer, Dataset, GradientCheck, LoraOptions, LowRank, Objective, Retrieval, StepMetrics,
+    Trainer, peak_rss_bytes,
 };
 
+use super::dead::warnings;
+use super::metrics::Metrics;
+use super::save::Stage;
+use crate::history::{HELD_OUT, History, as_f64};
 use crate::initial::Initial;
+use crate::interrupt;
 use crate::model::Model;
 use crate::output::note;
-use crate::summary::Summary;
+use crate::summary::{End, Summary};
 
 /// What a run needs besides its trainer.
 pub(crate) struct Run<'a> {
@@ -30,6 +33,10 @@ pub(crate) struct Run<'a> {
     pub(crate) outputs: Outputs<'a>,
     pub(crate) eval_data: Option<Dataset>,
     pub(crate) eval_every: Option<u64>,
+    /// Whether the best adapter is what stays in the end.
+    pub(crate) keep_best: bool,
+    /// Steps without a gradient after which a row is warned of; 0 for never.
+    pub(crate) warn_dead_after: u64,
 }
 
 /// Where a run writes.
@@ -37,22 +44,18 @@ pub(crate) struct Outputs<'a> {
     pub(crate) adapter: &'a Path,
     pub(crate) overwrite: Overwrite,
     pub(crate) metrics: Option<&'a Path>,
-    pub(crate) append_metrics: bool,
+    pub(crate) report: Option<&'a Path>,
+    /// Whether the run continues another, whose metrics it goes on with.
+    pub(crate) resumes: bool,
     pub(crate) save_every: Option<u64>,
+    /// The options of the run, to be written beside the adapter.
+    pub(crate) config: Option<&'a str>,
 }
 
 /// What a run leaves besides its files.
 pub(crate) struct RunReport {
     pub(crate) summary: Summary,
-    /// (step, loss) of every training batch.
-    pub(crate) training: Vec<(f64, f64)>,
-    /// (step, loss) of every evaluation.
-    pub(crate) held_out: Vec<(f64, f64)>,
-}
-
-#[derive(Serialize)]
-struct SummaryLine<'a> {
-    summary: &'a Summary,
+    pub(crate) history: History,
 }
 
 impl Run<'_> {
@@ -60,58 +63,88 @@ impl Run<'_> {
     pub(crate) fn execute(&self, trainer: &mut Trainer) -> Result<RunReport> {
         let check = trainer.check_gradient()?;
         let retrieval_before = self.retrieval(trainer)?;
-        let mut held_out = Vec::new();
-        self.evaluate(trainer, &mut held_out)?;
-        let mut metrics = self.open_metrics()?;
-        let mut saved = false;
-        let mut training = Vec::new();
+        let start = self.start(trainer)?;
+        let mut history = History::default();
+        // A resumed run has taken note of this evaluation before.
+        self.evaluate(trainer, &mut history, !self.outputs.resumes)?;
+        let resumed_at = self.outputs.resumes.then(|| trainer.steps_taken());
+        let mut metrics = Metrics::open(self.outputs.metrics, resumed_at)?;
+        let mut saved = None;
         let mut seconds = 0.0;
         let bar = progress(trainer);
-        while trainer.steps_taken() < trainer.total_steps() {
-            let mut step = trainer.step()?;
+        let end = loop {
+            if let Some(end) = why_end(trainer) {
+                break end;
+            }
+            let mut step = trainer.step().map_err(|error| self.with_saved(error, saved))?;
             let due = |every: Option<u64>| every.is_some_and(|every| step.step.is_multiple_of(every));
             let (save, evaluate) = (due(self.outputs.save_every), due(self.eval_every));
             if evaluate {
-                step.eval_loss = self.evaluate(trainer, &mut held_out)?;
+                step.eval_loss = self.evaluate(trainer, &mut history, true)?;
             }
-            training.push((as_f64(step.step), step.loss));
             seconds += step.seconds;
             show(&bar, &step);
-            write_line(&mut metrics, &step)?;
-            if save && step.step < trainer.total_steps() {
-                self.save(trainer, saved)?;
-                saved = true;
+            for warning in warnings(trainer, &self.model.vocabulary, self.warn_dead_after)? {
+                bar.suspend(|| note(&warning));
             }
-        }
+            self.measure(trainer, &start, &step, &mut metrics, &mut history)?;
+            if save && why_end(trainer).is_none() {
+                self.save(trainer, self.overwrite(saved), Stage::UnderWay)?;
+                saved = Some(step.step);
+            }
+        };
         bar.finish_and_clear();
-        if held_out
-            .last()
-            .is_none_or(|(step, _)| *step < as_f64(trainer.steps_taken()))
-        {
-            self.evaluate(trainer, &mut held_out)?;
+        let last_step = trainer.steps_taken();
+        if end == End::Interrupted {
+            self.save(trainer, self.overwrite(saved), Stage::UnderWay)?;
+        } else {
+            let is_new = |(step, _): &(f64, f64)| *step < as_f64(last_step);
+            if history.held_out.last().is_none_or(is_new) {
+                self.evaluate(trainer, &mut history, self.keep_best)?;
+            }
+            trainer.restore_best()?;
+            self.save(trainer, self.overwrite(saved), Stage::Ended)?;
         }
-        self.save(trainer, saved)?;
-        let taken = as_f64(training.len() as u64).max(1.0);
-        let summary = Summary {
+        let taken = as_f64(history.steps.len() as u64).max(1.0);
+        let mut summary = Summary {
             retrieval_before,
             retrieval_after: self.retrieval(trainer)?,
-            ..self.summary(trainer, check, seconds / taken, &training, &held_out)?
+            ..self.summary(trainer, check, seconds / taken, &history, end)?
         };
-        write_line(&mut metrics, &SummaryLine { summary: &summary })?;
-        Ok(RunReport {
-            summary,
-            training,
-            held_out,
-        })
+        self.close(trainer, &start, &mut summary, &mut metrics, &mut history)?;
+        Ok(RunReport { summary, history })
     }
 
-    /// The held-out loss now, remembered.
-    fn evaluate(&self, trainer: &Trainer, held_out: &mut Vec<(f64, f64)>) -> Result<Option<f64>> {
+    /// What this run wrote itself, it replaces.
+    fn overwrite(&self, saved: Option<u64>) -> Overwrite {
+        match saved {
+            Some(_) => Overwrite::Replace,
+            None => self.outputs.overwrite,
+        }
+    }
+
+    /// An error that ends the run, with where the last save is.
+    fn with_saved(&self, error: trainer::Error, saved: Option<u64>) -> anyhow::Error {
+        match saved {
+            None => error.into(),
+            Some(step) => {
+                let dir = self.outputs.adapter.display();
+                let message = format!("{error}; the adapter as it was after step {step} is in {dir}");
+                anyhow::Error::new(error).context(message)
+            }
+        }
+    }
+
+    /// The held-out loss now, remembered, and taken note of where the run decides by it.
+    fn evaluate(&self, trainer: &mut Trainer, history: &mut History, decides: bool) -> Result<Option<f64>> {
         let Some(data) = &self.eval_data else {
             return Ok(None);
         };
         let loss = trainer.evaluate(data)?.loss;
-        held_out.push((as_f64(trainer.steps_taken()), loss));
+        history.held_out.push((as_f64(trainer.steps_taken()), loss));
+        if decides {
+            trainer.record_evaluation(loss)?;
+        }
         Ok(Some(loss))
     }
 
@@ -127,88 +160,25 @@ impl Run<'_> {
         }
     }
 
-    fn open_metrics(&self) -> Result<Option<(BufWriter<File>, String)>> {
-        let Some(path) = self.outputs.metrics else {
-            return Ok(None);
-        };
-        let mut options = OpenOptions::new();
-        options.create(true).write(true);
-        if self.outputs.append_metrics {
-            options.append(true)
-        } else {
-            options.truncate(true)
-        };
-        let name = path.display().to_string();
-        let file = options
-            .open(path)
-            .map_err(|error| anyhow!("cannot write metrics to {name}: {error}"))?;
-        Ok(Some((BufWriter::new(file), name)))
-    }
-
-    /// Writes the adapter; a run that saves on the way keeps the state to resume from beside it.
-    fn save(&self, trainer: &Trainer, replace: bool) -> Result<()> {
-        let layer = trainer.model().embedding();
-        let (tokens, rows) = (layer.tokens().to_vec(), layer.rows()?);
-        // The loss tells only of the rows before the last step.
-        if let Some((slot, column)) = rows.first_non_finite() {
-            bail!(
-                "the row of token id {} is not finite at column {column} after step {}: lower the learning rate",
-                tokens.get(slot).copied().unwrap_or_default(),
-                trainer.steps_taken()
-            );
-        }
-        for low_rank in trainer.model().low_rank() {
-            if !low_rank
-                .read()?
-                .iter()
-                .all(|factor| factor.first_non_finite().is_none())
-            {
-                bail!(
-                    "the weights of LoRA for {} are not finite after step {}: lower the learning rate",
-                    low_rank.path(),
-                    trainer.steps_taken()
-                );
-            }
-        }
-        let builder = self
-            .model
-            .adapter_builder(self.model_dir, &tokens, rows, self.initial)?;
-        let builder = match self.lora {
-            None => builder.target_modules(self.target_modules.to_vec()),
-            Some(lora) => trainer.model().add_low_rank(builder.lora(lora.config()?))?,
-        };
-        let adapter = builder.build()?;
-        let overwrite = if replace {
-            Overwrite::Replace
-        } else {
-            self.outputs.overwrite
-        };
-        write_dir_atomically(self.outputs.adapter, overwrite, |dir| -> Result<()> {
-            adapter.write_into(dir)?;
-            if self.outputs.save_every.is_some() {
-                trainer.training_state()?.write_into(dir)?;
-            }
-            Ok(())
-        })
-    }
-
     fn summary(
         &self,
         trainer: &Trainer,
         check: GradientCheck,
         seconds_per_step: f64,
-        training: &[(f64, f64)],
-        held_out: &[(f64, f64)],
+        history: &History,
+        end: End,
     ) -> Result<Summary> {
         let table = self.model.table()?;
         let rows = trainer.model().embedding().tokens().len();
         let lora = trainer.model().low_rank();
-        let (loss_of, losses) = if held_out.is_empty() {
-            ("first and last training batch", training)
+        let (loss_of, losses) = if history.held_out.is_empty() {
+            ("first and last training batch", history.training())
         } else {
-            ("held-out data", held_out)
+            (HELD_OUT, history.held_out.clone())
         };
         let loss = |at: Option<&(f64, f64)>| at.map_or(f64::NAN, |(_, loss)| *loss);
+        let best = trainer.best_evaluation();
+        let kept = best.filter(|_| self.keep_best && end != End::Interrupted);
         let file = self.outputs.adapter.join("adapter_model.safetensors");
         Ok(Summary {
             adapter: self.outputs.adapter.to_owned(),
@@ -226,7 +196,11 @@ impl Run<'_> {
             table_bytes: table.bytes().len() as u64,
             loss_of,
             loss_before: loss(losses.first()),
-            loss_after: loss(losses.last()),
+            loss_after: kept.map_or_else(|| loss(losses.last()), |best| best.loss),
+            end,
+            kept_step: kept.map_or_else(|| trainer.steps_taken(), |best| best.step),
+            best_step: best.map(|best| best.step),
+            best_eval_loss: best.map(|best| best.loss),
             largest_untouched_change: trainer.largest_base_change(&self.model.checkpoint)?,
             seconds_per_step,
             peak_rss_bytes: peak_rss_bytes(),
@@ -235,19 +209,23 @@ impl Run<'_> {
             objective: trainer.objective().name(),
             retrieval_before: None,
             retrieval_after: None,
+            tokens: Vec::new(),
+            dead_tokens: Vec::new(),
         })
     }
 }
 
-fn write_line(metrics: &mut Option<(BufWriter<File>, String)>, line: &impl Serialize) -> Result<()> {
-    let Some((file, name)) = metrics else {
-        return Ok(());
-    };
-    let text = serde_json::to_string(line)?;
-    // Flushed at each line: what a run has measured survives its end, whatever that is.
-    writeln!(file, "{text}")
-        .and_then(|()| file.flush())
-        .map_err(|error| anyhow!("cannot write metrics to {name}: {error}"))
+/// Whether the run has come to an end, and which.
+fn why_end(trainer: &Trainer) -> Option<End> {
+    if trainer.steps_taken() >= trainer.total_steps() {
+        Some(End::LastStep)
+    } else if trainer.stops_early() {
+        Some(End::EarlyStopping)
+    } else if interrupt::requested() {
+        Some(End::Interrupted)
+    } else {
+        None
+    }
 }
 
 /// A bar on standard error, if that is a terminal.
@@ -268,7 +246,4 @@ fn show(bar: &ProgressBar, step: &StepMetrics) {
         as_f64(step.tokens) / step.seconds.max(1e-9)
     ));
     bar.set_position(step.step);
-}
-fn as_f64(count: u64) -> f64 {
-    count as f64
 }
