@@ -12,6 +12,7 @@ use trainable_tokens_trainer::{GenerateOptions, LoraOptions};
 pub(crate) use watch::{PlotArgs, WatchArgs};
 
 use crate::initial::{InitSpec, TokenInit};
+use crate::objective::ObjectiveArgs;
 use crate::tokens::{IdRanges, TokenLr};
 
 /// Fine-tune a few token rows of a frozen embedding table, in the file format of PEFT's Trainable Tokens.
@@ -161,9 +162,12 @@ pub(crate) struct TrainArgs {
     /// Model directory: config.json, model.safetensors or shards, tokenizer.json where text is used.
     #[arg(long)]
     pub(crate) model: PathBuf,
-    /// Training data: JSON Lines with `input_ids` (and labels) or text, or a .txt file.
+    /// Training data: JSON Lines with `input_ids` (and labels) or text, or a .txt file; to teach, JSON Lines with a
+    /// sentence and a definition.
     #[arg(long, value_name = "FILE")]
     pub(crate) data: PathBuf,
+    #[command(flatten)]
+    pub(crate) objective: ObjectiveArgs,
     #[command(flatten)]
     pub(crate) tokens: TokenArgs,
     #[command(flatten)]
@@ -228,7 +232,7 @@ pub(crate) struct TrainArgs {
     /// After each step, scale down rows that are longer than this L2 norm.
     #[arg(long, value_name = "NORM")]
     pub(crate) max_row_norm: Option<f64>,
-    /// Seed of the shuffle, and of rows and weights of LoRA that start with random numbers.
+    /// Seed of the shuffle, of masks, and of rows and weights of LoRA that start with random numbers.
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
     /// Take the lines in a new order at each pass.
@@ -287,9 +291,14 @@ pub(crate) struct EvalArgs {
     /// Adapter directory.
     #[arg(long)]
     pub(crate) adapter: Option<PathBuf>,
-    /// Data: JSON Lines with `input_ids` (and labels) or text, or a .txt file.
+    /// Data, as for train.
     #[arg(long, value_name = "FILE")]
     pub(crate) data: PathBuf,
+    #[command(flatten)]
+    pub(crate) objective: ObjectiveArgs,
+    /// Seed of the masks.
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
     /// Lines at a time.
     #[arg(long, default_value_t = 8, value_parser = positive)]
     pub(crate) batch_size: usize,
@@ -311,7 +320,8 @@ pub(crate) struct ForwardArgs {
     /// JSON file: a list of equally long lists of token ids.
     #[arg(long, value_name = "FILE")]
     pub(crate) input_ids: PathBuf,
-    /// Safetensors file to write: embeddings [B, L, D] and logits [B, L, V], both F32.
+    /// Safetensors file to write: embeddings [B, L, D] and logits [B, L, V], both F32; of a model without a head, hidden
+    /// [B, L, D]; of one that embeds sentences, `sentence_embeddings` [B, D] too.
     #[arg(long, value_name = "FILE")]
     pub(crate) out: PathBuf,
     #[command(flatten)]

@@ -12,6 +12,7 @@ mod history;
 mod initial;
 mod interrupt;
 mod model;
+mod objective;
 mod output;
 mod plot;
 mod report;

@@ -7,7 +7,7 @@ use anyhow::{Result, bail};
 use candle_core::{DType, Device};
 use trainable_tokens_core::{EmbeddingSource, PaddingRule, TokenRows, TokenSet};
 use trainable_tokens_format::{Adapter, AdapterBuilder, BaseCheck, Checkpoint, MappedTable, TableDigest};
-use trainable_tokens_trainer::{Decoder, ModelConfig, Vocabulary};
+use trainable_tokens_trainer::{Architecture, LanguageModel, Vocabulary};
 
 use crate::args::{ComputeArgs, DeviceArg, WeightType};
 use crate::initial::Initial;
@@ -15,7 +15,9 @@ use crate::initial::Initial;
 /// A model directory, its files checked but no weight read.
 pub(crate) struct Model {
     pub(crate) checkpoint: Checkpoint,
-    pub(crate) config: ModelConfig,
+    pub(crate) config: Architecture,
+    /// The path of the embedding module, as PEFT names it.
+    pub(crate) embedding_module: String,
     pub(crate) vocabulary: Vocabulary,
     /// Computed once, however often a run saves: it reads the whole table.
     digest: OnceCell<TableDigest>,
@@ -26,9 +28,10 @@ impl Model {
         if !dir.is_dir() {
             bail!("model {} is not a directory", dir.display());
         }
-        let config = ModelConfig::read(&dir.join("config.json"))?;
+        let config = Architecture::read(&dir.join("config.json"))?;
         let checkpoint = Checkpoint::open(dir)?;
         Ok(Self {
+            embedding_module: config.embedding_module(&checkpoint),
             checkpoint,
             config,
             vocabulary: Vocabulary::of_model(dir),
@@ -38,12 +41,13 @@ impl Model {
 
     /// The embedding table, mapped.
     pub(crate) fn table(&self) -> Result<MappedTable> {
-        Ok(self.checkpoint.table(&self.config.embedding_tensor())?)
+        let tensor = format!("{}.weight", self.embedding_module);
+        Ok(self.checkpoint.table(&tensor)?)
     }
 
-    /// Loads the decoder, with an adapter if there is one. Whether the adapter fits is asked before any weight is read, and
+    /// Loads the model, with an adapter if there is one. Whether the adapter fits is asked before any weight is read, and
     /// whether the model is the one that it was trained on, which takes reading the whole table, when it is loaded.
-    pub(crate) fn load(&self, adapter: Option<&Path>, compute: ComputeArgs) -> Result<Decoder> {
+    pub(crate) fn load(&self, adapter: Option<&Path>, compute: ComputeArgs) -> Result<LanguageModel> {
         let padding = PaddingRule::NoLookupGradient;
         let Some(dir) = adapter else {
             return self.load_rows(&[], None, padding, compute);
@@ -53,15 +57,15 @@ impl Model {
         self.load_adapter(&adapter, padding, compute)
     }
 
-    /// Loads the decoder with all of an adapter.
+    /// Loads the model with all of an adapter.
     pub(crate) fn load_adapter(
         &self,
         adapter: &Adapter,
         padding: PaddingRule,
         compute: ComputeArgs,
-    ) -> Result<Decoder> {
+    ) -> Result<LanguageModel> {
         let (dtype, device) = (weight_type(compute), open_device(compute.device)?);
-        Ok(Decoder::load_adapter(
+        Ok(LanguageModel::load_adapter(
             &self.checkpoint,
             adapter,
             padding,
@@ -70,16 +74,16 @@ impl Model {
         )?)
     }
 
-    /// Loads the decoder with the rows of `ids` trainable, starting from `rows` or as they are.
+    /// Loads the model with the rows of `ids` trainable, starting from `rows` or as they are.
     pub(crate) fn load_rows(
         &self,
         ids: &[u32],
         rows: Option<&TokenRows>,
         padding: PaddingRule,
         compute: ComputeArgs,
-    ) -> Result<Decoder> {
+    ) -> Result<LanguageModel> {
         let (dtype, device) = (weight_type(compute), open_device(compute.device)?);
-        Ok(Decoder::load(
+        Ok(LanguageModel::load(
             &self.checkpoint,
             ids,
             rows,
@@ -99,13 +103,17 @@ impl Model {
     ) -> Result<AdapterBuilder> {
         let table = self.table()?;
         let tokens = TokenSet::new(ids.iter().copied(), table.vocab_size())?;
-        let mut builder = Adapter::builder(self.config.embedding_module(), &tokens, rows)
+        let mut builder = Adapter::builder(self.embedding_module.as_str(), &tokens, rows)
             .base_model_name_or_path(dir.to_string_lossy())
             .base(*self.digest.get_or_init(|| table.digest()), table.dtype())
             .init_weights(initial.keeps_base())
             .init(initial.text.as_str());
-        if self.config.tie_word_embeddings {
-            builder = builder.tied(self.config.head_module());
+        // PEFT would take an encoder for a model that generates.
+        if let Architecture::Encoder(_) = self.config {
+            builder = builder.task_type(None);
+        }
+        if let Some(head) = self.config.tied_head(&self.checkpoint) {
+            builder = builder.tied(head);
         }
         if let Some(strings) = self.token_strings(ids)? {
             builder = builder.tokens(strings);

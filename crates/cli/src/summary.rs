@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use serde::Serialize;
+use trainable_tokens_trainer::Retrieval;
 
 use crate::commands::train::DeadToken;
 use crate::output::bytes;
@@ -54,6 +55,21 @@ pub(crate) struct Summary {
     pub(crate) tokens: Vec<RowReport>,
     /// Tokens whose rows no step has reached.
     pub(crate) dead_tokens: Vec<DeadToken>,
+    /// What was minimised.
+    pub(crate) objective: &'static str,
+    /// How well sentences found their definitions, where those were taught.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) retrieval_before: Option<Retrieval>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) retrieval_after: Option<Retrieval>,
+}
+
+/// A line about how well sentences find their definitions.
+pub(crate) fn retrieval_text(retrieval: Retrieval) -> String {
+    format!(
+        "recall@1 {:.3}, MRR {:.3}, cosine {:.3} of {} sentences among {} definitions",
+        retrieval.recall_at_1, retrieval.mrr, retrieval.cosine, retrieval.sentences, retrieval.definitions
+    )
 }
 
 impl Summary {
@@ -129,7 +145,14 @@ impl Summary {
         });
         let started = (self.init != "keep").then(|| ("rows started as", self.init.clone()));
         let lora = (self.lora_modules > 0).then(|| ("layers with LoRA", self.lora_modules.to_string()));
-        let rows = started.into_iter().chain(lora).chain(rows);
+        let retrieval = [
+            ("retrieval before", self.retrieval_before),
+            ("retrieval after", self.retrieval_after),
+        ];
+        let retrieval = retrieval
+            .into_iter()
+            .filter_map(|(name, found)| Some((name, retrieval_text(found?))));
+        let rows = started.into_iter().chain(lora).chain(retrieval).chain(rows);
         rows.chain(end).chain(kept).collect()
     }
 

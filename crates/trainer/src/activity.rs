@@ -81,9 +81,14 @@ impl Activity {
 
 /// The tokens of an example, each place once: targets are the inputs, or others.
 pub(crate) fn ids(example: &Example) -> impl Iterator<Item = TokenId> {
-    let places = example.input_ids.iter().zip(&example.labels);
+    let labels = example.labels.as_deref().unwrap_or_default();
+    let others = labels.iter().map(|label| u32::try_from(*label).ok());
+    let places = example
+        .input_ids
+        .iter()
+        .zip(others.chain(std::iter::repeat(None)));
     places.flat_map(|(id, label)| {
-        let other = u32::try_from(*label).ok().filter(|label| label != id);
+        let other = label.filter(|label| label != id);
         std::iter::once(*id).chain(other).map(TokenId)
     })
 }
@@ -98,7 +103,8 @@ mod tests {
         let mut activity = Activity::new(TokenSet::new([7, 3, 9, 5], 10).unwrap(), |id| id.0 == 5);
         let example = |input_ids: &[u32], labels: &[i64]| Example {
             input_ids: input_ids.to_vec(),
-            labels: labels.to_vec(),
+            labels: Some(labels.to_vec()),
+            definition: None,
             line: 1,
         };
         let gradient = |norms: [f32; 4]| TokenRows::new(norms.to_vec(), 4, 1).unwrap();

@@ -1,6 +1,7 @@
-//! `config.json` of the decoders that this crate implements.
+//! `config.json` of the models that this crate implements.
 
 mod check;
+mod encoder;
 mod family;
 mod model;
 mod names;
@@ -9,6 +10,7 @@ mod rope;
 
 use std::path::Path;
 
+pub use encoder::EncoderConfig;
 pub use model::{Activation, LayerType, ModelConfig, NormKind, Positions, Rope, RopeScaling};
 pub(crate) use names::{ProjectionNames, WeightLayout};
 use parse::Refusal;
@@ -31,6 +33,17 @@ impl ModelConfig {
             config.eos_token_ids = ids;
         }
         Ok(config)
+    }
+}
+
+impl EncoderConfig {
+    /// Reads `config.json`.
+    ///
+    /// # Errors
+    ///
+    /// As for [`ModelConfig::read`].
+    pub fn read(path: &Path) -> Result<Self> {
+        read(path, encoder::config)
     }
 }
 

@@ -5,14 +5,16 @@ mod example;
 mod sampler;
 
 pub use batch::Batch;
+pub(crate) use batch::Predicts;
 pub use example::{Example, IGNORED};
 pub use sampler::Sampler;
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use example::{Limits, Line};
 
-use crate::{Error, ModelConfig, Result, Vocabulary};
+use crate::{Error, InputSpec, Result, Vocabulary};
 
 /// Windows of plain text are this long unless said otherwise (or as long as the model's positions allow).
 const DEFAULT_WINDOW: usize = 512;
@@ -22,12 +24,21 @@ const DEFAULT_WINDOW: usize = 512;
 pub struct Dataset {
     path: PathBuf,
     examples: Vec<Example>,
+    definitions: Vec<Vec<u32>>,
     pad_id: u32,
+}
+
+/// What a file holds.
+#[derive(Default)]
+struct Contents {
+    examples: Vec<Example>,
+    definitions: Vec<Vec<u32>>,
 }
 
 impl Dataset {
     /// Reads JSON Lines, each `{"input_ids": […], "labels": […]?}` or `{"text": "…"}`, or a `.txt` file, which is
-    /// cut into windows of `max_length` tokens. Longer lines are cut at `max_length`; blank lines are skipped.
+    /// cut into windows of `max_length` tokens. Longer lines are cut at `max_length`; blank lines are skipped. Lines
+    /// `{"sentence": "…", "definition": "…"}`, or `{"input_ids": […], "definition_ids": […]}`, teach a word.
     ///
     /// # Errors
     ///
@@ -36,7 +47,7 @@ impl Dataset {
     pub fn read(
         path: &Path,
         vocabulary: &Vocabulary,
-        config: &ModelConfig,
+        model: impl Into<InputSpec>,
         max_length: Option<usize>,
     ) -> Result<Self> {
         if max_length.is_some_and(|length| length < 2) {
@@ -57,12 +68,13 @@ impl Dataset {
                 reason: "is not UTF-8".to_owned(),
             }
         })?;
-        let examples = if path.extension().is_some_and(|extension| extension == "txt") {
-            windows(path, &text, vocabulary, config, max_length)?
+        let model = model.into();
+        let contents = if path.extension().is_some_and(|extension| extension == "txt") {
+            windows(path, &text, vocabulary, model, max_length)?
         } else {
-            lines(path, &text, vocabulary, config, max_length)?
+            lines(path, &text, vocabulary, model, max_length)?
         };
-        if examples.is_empty() {
+        if contents.examples.is_empty() {
             return Err(Error::Dataset {
                 path: path.to_owned(),
                 reason: "holds no example".to_owned(),
@@ -70,8 +82,9 @@ impl Dataset {
         }
         Ok(Self {
             path: path.to_owned(),
-            examples,
-            pad_id: config.pad_token_id.unwrap_or(0),
+            examples: contents.examples,
+            definitions: contents.definitions,
+            pad_id: model.pad_token_id.unwrap_or(0),
         })
     }
 
@@ -85,7 +98,17 @@ impl Dataset {
         &self.examples
     }
 
-    /// The examples at `indices` as one batch.
+    /// The tokens of the definitions that sentences belong to, each once.
+    pub fn definitions(&self) -> &[Vec<u32>] {
+        &self.definitions
+    }
+
+    /// What shorter sequences are padded with.
+    pub(crate) fn pad_id(&self) -> u32 {
+        self.pad_id
+    }
+
+    /// The examples at `indices` as one batch, in which each token predicts the next one's label.
     ///
     /// # Errors
     ///
@@ -95,28 +118,17 @@ impl Dataset {
             .iter()
             .filter_map(|index| self.examples.get(*index))
             .collect();
-        Batch::new(&examples, self.pad_id).ok_or_else(|| Error::Dataset {
+        Batch::new(&examples, self.pad_id).ok_or_else(|| self.no_target(indices))
+    }
+
+    pub(crate) fn no_target(&self, indices: &[usize]) -> Error {
+        Error::Dataset {
             path: self.path.clone(),
             reason: format!(
                 "{} have no target: every label is {IGNORED}",
                 self.lines_of(indices)
             ),
-        })
-    }
-
-    /// At most `length` tokens of the example at `index` around its token at `at`; none if there is no target behind it.
-    pub(crate) fn window(&self, index: usize, at: usize, length: usize) -> Option<Batch> {
-        let whole = self.examples.get(index)?;
-        let start = at.saturating_sub(length / 2);
-        let end = whole.input_ids.len().min(start + length);
-        let behind = whole.labels.get(at + 1..end)?;
-        behind.iter().find(|label| **label != IGNORED)?;
-        let part = Example {
-            input_ids: whole.input_ids.get(start..end)?.to_vec(),
-            labels: whole.labels.get(start..end)?.to_vec(),
-            line: whole.line,
-        };
-        Batch::new(&[&part], self.pad_id)
+        }
     }
 
     /// The lines of some examples, for messages.
@@ -137,30 +149,48 @@ fn lines(
     path: &Path,
     text: &str,
     vocabulary: &Vocabulary,
-    config: &ModelConfig,
+    model: InputSpec,
     max_length: Option<usize>,
-) -> Result<Vec<Example>> {
-    let limits = Limits::new(config.vocab_size, config.max_length(), max_length);
+) -> Result<Contents> {
+    let limits = Limits::new(model.vocab_size, model.max_length, max_length);
+    let mut contents = Contents::default();
+    let mut known = HashMap::new();
     let lines = (1..)
         .zip(text.lines())
         .filter(|(_, line)| !line.trim().is_empty());
-    let examples = lines.map(|(number, line)| {
+    for (number, line) in lines {
         let wrong = |reason: String| Error::Data {
             path: path.to_owned(),
             line: number,
             reason,
         };
-        let (input_ids, labels) = match Line::parse(line, limits).map_err(wrong)? {
-            Line::Ids { input_ids, labels } => (input_ids, labels),
-            Line::Text(text) => {
-                let ids = vocabulary.encode(&text)?;
-                let labels = ids.iter().map(|id| i64::from(*id)).collect();
-                (ids, labels)
+        let (input_ids, labels, definition) = match Line::parse(line, limits).map_err(wrong)? {
+            Line::Ids { input_ids, labels } => (input_ids, labels, None),
+            Line::Text(text) => (vocabulary.encode(&text)?, None, None),
+            Line::DefinedIds {
+                input_ids,
+                definition_ids,
+            } => (input_ids, None, Some(definition_ids)),
+            Line::Defined { sentence, definition } => {
+                let definition = vocabulary.encode(&definition)?;
+                (vocabulary.encode(&sentence)?, None, Some(definition))
             }
         };
-        Example::new(input_ids, labels, number, limits).map_err(wrong)
-    });
-    examples.collect()
+        let mut example = Example::new(input_ids, labels, number, limits).map_err(wrong)?;
+        if let Some(definition) = definition {
+            let definition = Example::new(definition, None, number, limits)
+                .map_err(|reason| wrong(format!("the definition {reason}")))?
+                .input_ids;
+            let next = contents.definitions.len();
+            let place = *known.entry(definition.clone()).or_insert(next);
+            if place == next {
+                contents.definitions.push(definition);
+            }
+            example.definition = Some(place);
+        }
+        contents.examples.push(example);
+    }
+    Ok(contents)
 }
 
 /// A text, cut into windows; a last window of a single token is dropped, for it has no target.
@@ -168,53 +198,23 @@ fn windows(
     path: &Path,
     text: &str,
     vocabulary: &Vocabulary,
-    config: &ModelConfig,
+    model: InputSpec,
     max_length: Option<usize>,
-) -> Result<Vec<Example>> {
-    let length = max_length.unwrap_or(DEFAULT_WINDOW.min(config.max_length()));
-    let limits = Limits::new(config.vocab_size, config.max_length(), max_length);
+) -> Result<Contents> {
+    let length = max_length.unwrap_or(DEFAULT_WINDOW.min(model.max_length));
+    let limits = Limits::new(model.vocab_size, model.max_length, max_length);
     let ids = vocabulary.encode(text)?;
     let windows = (1..)
         .zip(ids.chunks(length))
         .filter(|(_, window)| window.len() > 1);
     let examples = windows.map(|(number, window)| {
-        let labels = window.iter().map(|id| i64::from(*id)).collect();
-        Example::new(window.to_vec(), labels, number, limits).map_err(|reason| Error::Dataset {
+        Example::new(window.to_vec(), None, number, limits).map_err(|reason| Error::Dataset {
             path: path.to_owned(),
             reason,
         })
     });
-    examples.collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_window_has_its_token_and_a_target_behind_it() {
-        let mut labels = vec![IGNORED; 100];
-        labels[60] = 7;
-        let example = Example {
-            input_ids: (0..100).collect(),
-            labels,
-            line: 1,
-        };
-        let data = Dataset {
-            path: PathBuf::new(),
-            examples: vec![example],
-            pad_id: 0,
-        };
-        let window = data.window(0, 55, 20).unwrap();
-        assert_eq!(window.input_ids(), (45..65).collect::<Vec<u32>>());
-        assert_eq!(
-            (window.target_positions(), window.targets()),
-            (&[14][..], &[7][..])
-        );
-        assert_eq!(data.window(0, 55, 1000).unwrap().length(), 100);
-        assert_eq!(data.window(0, 51, 20).unwrap().length(), 20);
-        for (at, length) in [(60, 20), (40, 20), (55, 8), (99, 20), (200, 20)] {
-            assert!(data.window(0, at, length).is_none(), "{at} {length}");
-        }
-    }
+    Ok(Contents {
+        examples: examples.collect::<Result<_>>()?,
+        definitions: Vec::new(),
+    })
 }

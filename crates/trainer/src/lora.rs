@@ -11,7 +11,7 @@ use trainable_tokens_format::{
 };
 
 use crate::config::WeightLayout;
-use crate::{Decoder, Error, ModelConfig, Result};
+use crate::{Error, LanguageModel, ModelConfig, Result};
 
 /// The word for all linear layers of the decoder but the head, as in PEFT.
 pub const ALL_LINEAR: &str = "all-linear";
@@ -166,8 +166,8 @@ fn number(value: f64) -> serde_json::Value {
     }
 }
 
-impl Decoder {
-    /// Adds the decoder's weights of LoRA, as they are now, to an adapter that is being made.
+impl LanguageModel {
+    /// Adds the model's weights of LoRA, as they are now, to an adapter that is being made.
     ///
     /// # Errors
     ///

@@ -1,7 +1,9 @@
-//! Decoders, differentiable everywhere, frozen but for the trainable tokens.
+//! Models, differentiable everywhere, frozen but for the trainable tokens.
 
 mod attention;
 mod cache;
+mod encoder;
+mod head;
 mod layer;
 mod linear;
 mod load;
@@ -14,12 +16,14 @@ use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
 use candle_nn::Module;
-use trainable_tokens_candle::{TiedHead, TrainableTokens};
+use trainable_tokens_candle::TrainableTokens;
 use trainable_tokens_core::{CrossEntropyOptions, LogitsChunk, Softcap};
 
 pub use self::cache::KeyValueCache;
+pub(crate) use self::encoder::Names;
+pub use self::encoder::{Encoder, Pooling, PoolingMode};
+use self::head::Head;
 use self::layer::Layer;
-use self::linear::Linear;
 pub use self::linear::LowRank;
 use self::rotary::{Rotary, Rotations};
 use crate::ops::{Norm, add_frozen, recompute};
@@ -45,14 +49,6 @@ pub struct Decoder {
     num_parameters: usize,
     recomputes: bool,
     logits_chunk: LogitsChunk,
-}
-
-#[derive(Debug)]
-enum Head {
-    Tied(TiedHead),
-    Untied(Linear),
-    /// A table of its own, with trained rows of its own.
-    Rows(TrainableTokens),
 }
 
 impl Decoder {
@@ -88,10 +84,7 @@ impl Decoder {
 
     /// The untied head, if rows of its own train.
     pub fn head_rows(&self) -> Option<&TrainableTokens> {
-        match &self.head {
-            Head::Rows(head) => Some(head),
-            Head::Tied(_) | Head::Untied(_) => None,
-        }
+        self.head.rows()
     }
 
     /// The weights of LoRA, in the order of the layers.
@@ -174,15 +167,7 @@ impl Decoder {
     ///
     /// Candle's errors.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        let logits = match &self.head {
-            Head::Tied(head) => head.forward(hidden)?,
-            Head::Untied(head) => head.forward(hidden)?,
-            Head::Rows(head) => head.tied_head().forward(hidden)?,
-        };
-        Ok(match self.logits_softcap.map(Softcap::get) {
-            Some(softcap) => ((logits / softcap)?.tanh()? * softcap)?,
-            None => logits,
-        })
+        self.head.logits(hidden, self.logits_softcap)
     }
 
     /// The mean cross-entropy of the logits of hidden states `[.., D]` for the label of each, `[..]`: the id that it must
@@ -198,18 +183,6 @@ impl Decoder {
             chunk: self.logits_chunk,
             ..CrossEntropyOptions::default()
         };
-        Ok(match (&self.head, graph) {
-            (Head::Tied(head), Graph::Keep) => head.cross_entropy(hidden, labels, options)?,
-            (Head::Tied(head), Graph::Drop) => head.evaluate_cross_entropy(hidden, labels, options)?,
-            (Head::Rows(head), Graph::Keep) => head.tied_head().cross_entropy(hidden, labels, options)?,
-            (Head::Rows(head), Graph::Drop) => {
-                head.tied_head().evaluate_cross_entropy(hidden, labels, options)?
-            }
-            (Head::Untied(head), _) => match (head.frozen(), graph) {
-                (Some(head), Graph::Keep) => head.cross_entropy(hidden, labels, options)?,
-                (Some(head), Graph::Drop) => head.evaluate_cross_entropy(hidden, labels, options)?,
-                (None, _) => crate::loss::cross_entropy(&self.logits(hidden)?, labels)?,
-            },
-        })
+        self.head.cross_entropy(hidden, labels, options, graph)
     }
 }

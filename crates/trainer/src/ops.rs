@@ -1,4 +1,4 @@
-//! The decoder's operations, all of them differentiable: candle-nn's fast norms, softmax and rotary embeddings cut the
+//! The models' operations, all of them differentiable: candle-nn's fast norms, softmax and rotary embeddings cut the
 //! graph in silence.
 //!
 //! On the CPU each is one operation of candle's graph, with a backward pass of its own that keeps nothing but the
@@ -15,7 +15,7 @@ mod storage;
 mod tests;
 
 pub(crate) use attention::{AttentionKind, Mask, Rotation, attention};
-pub(crate) use frozen::add_frozen;
+pub(crate) use frozen::{add_frozen, mul_frozen};
 pub(crate) use gate::{activate, gate};
 pub(crate) use norm::Norm;
 pub(crate) use recompute::recompute;

@@ -5,7 +5,7 @@ use trainable_tokens_core::{
     Adam, AdamConfig, ClipGradNorm, Decay, DecayTowardOriginal, RowOptimizer, Sgd, SgdConfig, TokenRows,
 };
 
-use crate::{EarlyStopping, Error, Result, Schedule};
+use crate::{EarlyStopping, Error, Objective, Result, Schedule};
 
 /// The update rule.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -43,6 +43,8 @@ pub enum NormTarget {
 /// The settings of a training run. Names and defaults are torch's where torch has them; weight decay is 0.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TrainOptions {
+    /// What is minimised; [`Objective::of_model`] if absent.
+    pub objective: Option<Objective>,
     /// Steps to take; one pass over the data if absent.
     pub steps: Option<u64>,
     /// Examples at a time.
@@ -103,6 +105,7 @@ impl Default for TrainOptions {
             ..
         } = AdamConfig::ADAMW;
         Self {
+            objective: None,
             steps: None,
             batch_size: 8,
             accumulate: 1,

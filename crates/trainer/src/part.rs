@@ -12,12 +12,12 @@ use trainable_tokens_core::{
 use trainable_tokens_format::{Adapter, LoraWeights};
 
 use self::group::Groups;
-use crate::{Decoder, Error, Result, TrainOptions};
+use crate::{Decoder, Error, LanguageModel, Result, TrainOptions};
 
 /// One trained matrix: rows of a table, or a factor of LoRA's.
 pub(crate) struct Part {
     matrix: Matrix,
-    /// Shares the decoder's variable.
+    /// Shares the model's variable.
     delta: CandleDelta,
     groups: Groups,
 }
@@ -26,7 +26,7 @@ pub(crate) struct Part {
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Matrix {
     /// The rows of the input embedding, at its path.
-    Embedding(&'static str),
+    Embedding(String),
     /// The rows of an untied head, at its path.
     Head(&'static str),
     /// One of LoRA's factors of the layer at a path, with its scaling.
@@ -61,18 +61,18 @@ impl Matrix {
 }
 
 /// All that trains in a model: the rows of the embedding, those of an untied head, and LoRA's factors.
-pub(crate) fn parts(model: &Decoder, options: &TrainOptions) -> Result<Vec<Part>> {
+pub(crate) fn parts(model: &LanguageModel, options: &TrainOptions) -> Result<Vec<Part>> {
     let mut found: Vec<Part> = Vec::new();
-    let config = model.config();
+    let head = |decoder: &Decoder| Matrix::Head(decoder.config().head_module());
     let tables = [
         (
-            Matrix::Embedding(config.embedding_module()),
+            Some(Matrix::Embedding(model.embedding_module())),
             Some(model.embedding()),
         ),
-        (Matrix::Head(config.head_module()), model.head_rows()),
+        (model.as_decoder().map(head), model.head_rows()),
     ];
     for (matrix, layer) in tables {
-        let Some(layer) = layer.filter(|layer| !layer.tokens().is_empty()) else {
+        let (Some(matrix), Some(layer)) = (matrix, layer.filter(|layer| !layer.tokens().is_empty())) else {
             continue;
         };
         let delta = layer.layer().delta()?.clone();
@@ -251,11 +251,13 @@ impl Part {
     /// Its values in an adapter.
     fn values(&self, adapter: &Adapter, lora: &[LoraWeights]) -> Result<TokenRows> {
         let refuse = |what: String| Err(Error::Setting(what));
+        let rows = |module: &str| match adapter.rows(module) {
+            Some(rows) => Ok(rows.clone()),
+            None => refuse(format!("the adapter has no rows for {module}")),
+        };
         match &self.matrix {
-            Matrix::Embedding(module) | Matrix::Head(module) => match adapter.rows(module) {
-                Some(rows) => Ok(rows.clone()),
-                None => refuse(format!("the adapter has no rows for {module}")),
-            },
+            Matrix::Embedding(module) => rows(module),
+            Matrix::Head(module) => rows(module),
             Matrix::Factor { path, name, scaling } => {
                 let Some(weights) = lora.iter().find(|weights| weights.path() == path) else {
                     return refuse(format!("the adapter has no weights of LoRA for {path}"));

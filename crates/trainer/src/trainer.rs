@@ -17,11 +17,12 @@ use crate::accumulate::Accumulated;
 use crate::activity::{Activity, TokenActivity};
 use crate::early_stopping::Evaluations;
 use crate::loss::scalar;
+use crate::objective::Task;
 use crate::part::{self, Part};
 use crate::probe::{SHORTEST_FACTOR, SHORTEST_ROW};
 use crate::{
-    Batch, Dataset, Decoder, Error, Evaluation, GradientCheck, Graph, OptimizerKind, Result, Sampler,
-    TrainOptions, causal_loss, check_gradient, evaluate, peak_rss_bytes,
+    Batch, Dataset, Error, Evaluation, GradientCheck, Graph, LanguageModel, Objective, OptimizerKind, Result,
+    Sampler, TrainOptions, check_gradient, evaluate, peak_rss_bytes,
 };
 
 /// Tokens of the example that the gradient is checked on: each of many losses costs by them, and by the vocabulary.
@@ -32,7 +33,7 @@ const PROBE_LENGTH: usize = 64;
 pub struct StepMetrics {
     /// Steps taken, this one included.
     pub step: u64,
-    /// Mean cross-entropy of all targets of the step before the update, in nats.
+    /// Mean loss of the step before the update; that of tokens is the cross-entropy of all its targets, in nats.
     pub loss: f64,
     /// Learning rate of the step.
     pub lr: f64,
@@ -63,6 +64,8 @@ struct RunIdentity {
     /// What trains beside the rows of these tokens.
     #[serde(default)]
     others: Vec<String>,
+    #[serde(default = "causal")]
+    objective: String,
     #[serde(default)]
     keep_best: bool,
 }
@@ -83,10 +86,16 @@ fn one() -> usize {
     1
 }
 
-/// Trains the rows of a [`Decoder`], and its weights of LoRA where it has some, on a [`Dataset`].
+/// The only objective that there was before its name was saved.
+fn causal() -> String {
+    Objective::Causal.to_string()
+}
+
+/// Trains the rows of a model, and its weights of LoRA where it has some, on a [`Dataset`].
 pub struct Trainer {
-    model: Decoder,
+    model: LanguageModel,
     data: Dataset,
+    task: Task,
     options: TrainOptions,
     sampler: Sampler,
     parts: Vec<Part>,
@@ -105,13 +114,17 @@ impl Trainer {
     /// # Errors
     ///
     /// [`Error::Setting`] and core's error for a hyper-parameter out of its range; [`Error::Setting`] if no token
-    /// trains.
-    pub fn new(model: Decoder, data: Dataset, options: TrainOptions) -> Result<Self> {
+    /// trains, and if the objective is not for the model; [`Error::Data`] if it is not for the data.
+    pub fn new(model: impl Into<LanguageModel>, data: Dataset, options: TrainOptions) -> Result<Self> {
         options.check()?;
+        let model = model.into();
         let parts = part::parts(&model, &options)?;
         if parts.is_empty() {
             return Err(Error::Setting("no token trains: name at least one".to_owned()));
         }
+        let objective = options.objective.clone();
+        let objective = objective.unwrap_or_else(|| Objective::of_model(&model));
+        let task = Task::new(objective, &model, &data)?;
         let shuffle = options.shuffle.then_some(options.seed);
         let sampler = Sampler::new(
             data.examples().len(),
@@ -132,6 +145,7 @@ impl Trainer {
             activity,
             model: model.with_recomputation(options.recompute),
             data,
+            task,
             options,
             sampler,
             parts,
@@ -144,7 +158,7 @@ impl Trainer {
     }
 
     /// The model, its rows as they are now.
-    pub fn model(&self) -> &Decoder {
+    pub fn model(&self) -> &LanguageModel {
         &self.model
     }
 
@@ -178,7 +192,7 @@ impl Trainer {
     /// reaches the rows; candle's errors.
     pub fn check_gradient(&mut self) -> Result<GradientCheck> {
         let batch = self.probe_batch()?;
-        let gradients = causal_loss(&self.model, &batch, Graph::Keep)?.backward()?;
+        let gradients = self.task.loss(&self.model, &batch, Graph::Keep)?.backward()?;
         let mut worst = GradientCheck::default();
         for factors in [false, true] {
             let parts = 0..self.parts.len();
@@ -216,7 +230,7 @@ impl Trainer {
             slopes.push(with_row(&slope, held_of(part), &nothing)?);
             start.push(values);
         }
-        let (model, parts) = (&self.model, &mut self.parts);
+        let (model, task, parts) = (&self.model, &self.task, &mut self.parts);
         // A loss is a mean of many rounded terms: a few units in the last place.
         let outcome = check_gradient(
             &start,
@@ -229,7 +243,7 @@ impl Trainer {
                     let part = &mut parts[*at];
                     part.write(&with_row(nudged, held_of(part), start)?)?;
                 }
-                Ok(scalar(&causal_loss(model, batch, Graph::Drop)?)?)
+                Ok(scalar(&task.loss(model, batch, Graph::Drop)?)?)
             },
         );
         for (at, start) in chosen.iter().zip(&start) {
@@ -250,18 +264,21 @@ impl Trainer {
     /// with no trainable token in sight, it still says whether the graph is whole. Of a long one, a part around that token.
     fn probe_batch(&self) -> Result<Batch> {
         let tokens = self.model.embedding().tokens();
-        let meets = |index: &usize| {
-            let example = &self.data.examples()[*index];
-            let seen = &example.input_ids[..example.input_ids.len() - 1];
-            let at = seen.iter().position(|id| tokens.contains(TokenId(*id)))?;
-            self.data.batch(&[*index]).is_ok().then_some((*index, at))
+        let is_trained = |id: &u32| tokens.contains(TokenId(*id));
+        // The last token of an example predicts nothing in a causal model.
+        let unseen = usize::from(*self.task.objective() == Objective::Causal);
+        let meets = |index: usize| {
+            let example = self.data.examples().get(index)?;
+            example.input_ids.iter().find(|id| is_trained(id))?;
+            let batch = self.task.probe(&self.model, &self.data, index).ok()?;
+            let seen = &batch.input_ids()[..batch.length() - unseen];
+            let at = seen.iter().position(is_trained)?;
+            Some((batch, at))
         };
-        let found = (0..self.data.examples().len()).find_map(|index| meets(&index));
-        let (index, at) = found.unwrap_or((0, 0));
-        match self.data.window(index, at, PROBE_LENGTH) {
-            Some(batch) => Ok(batch),
-            None => self.data.batch(&[index]),
-        }
+        let found = (0..self.data.examples().len()).find_map(meets);
+        let first = || Ok((self.task.probe(&self.model, &self.data, 0)?, 0));
+        let (batch, at) = found.map_or_else(first, Ok::<_, Error>)?;
+        Ok(self.task.window(&batch, at, PROBE_LENGTH).unwrap_or(batch))
     }
 
     /// Takes one step.
@@ -300,13 +317,18 @@ impl Trainer {
         })
     }
 
+    /// What is minimised.
+    pub fn objective(&self) -> &Objective {
+        self.task.objective()
+    }
+
     /// Loss and gradient over all batches of the step, and their tokens.
     fn accumulate(&mut self) -> Result<(Accumulated, u64)> {
         let batches = self.batches()?;
-        let all = batches.iter().map(|(_, batch)| batch.targets().len()).sum();
+        let all = batches.iter().map(|(_, batch)| batch.num_terms()).sum();
         let (mut sum, mut tokens) = (Accumulated::over(all), 0);
         for (indices, batch) in batches {
-            let loss = causal_loss(&self.model, &batch, Graph::Keep)?;
+            let loss = self.task.loss(&self.model, &batch, Graph::Keep)?;
             let value = scalar(&loss)?;
             let (step, lines) = (self.step + 1, || self.data.lines_of(&indices));
             if !value.is_finite() {
@@ -330,7 +352,7 @@ impl Trainer {
                 .iter()
                 .filter_map(|index| self.data.examples().get(*index));
             examples.for_each(|example| self.activity.see(example));
-            sum.add(value, gradients, batch.targets().len());
+            sum.add(value, gradients, batch.num_terms());
             tokens += batch.num_tokens() as u64;
         }
         Ok((sum, tokens))
@@ -339,11 +361,15 @@ impl Trainer {
     /// The batches of the next step and the examples of each. One without a target adds nothing, unless all are.
     fn batches(&mut self) -> Result<Vec<(Vec<usize>, Batch)>> {
         let (mut found, mut last_error) = (Vec::new(), None);
-        for indices in self.sampler.indices(self.step).chunks(self.options.batch_size) {
-            match self.data.batch(indices) {
+        let size = self.options.batch_size;
+        let per_step = (size * self.options.accumulate) as u64;
+        let mut first = self.step.saturating_mul(per_step);
+        for indices in self.sampler.indices(self.step).chunks(size) {
+            match self.task.batch(&self.model, &self.data, indices, first) {
                 Ok(batch) => found.push((indices.to_vec(), batch)),
                 Err(error) => last_error = Some(error),
             }
+            first = first.saturating_add(size as u64);
         }
         match last_error.filter(|_| found.is_empty()) {
             None => Ok(found),
@@ -357,7 +383,7 @@ impl Trainer {
     ///
     /// Those of [`evaluate`].
     pub fn evaluate(&self, data: &Dataset) -> Result<Evaluation> {
-        evaluate(&self.model, data, self.options.batch_size)
+        evaluate(&self.model, data, self.task.objective(), self.options.batch_size)
     }
 
     /// All that is needed, besides the rows, to continue the run.
@@ -383,8 +409,9 @@ impl Trainer {
     ///
     /// # Errors
     ///
-    /// [`Error::Resume`] if the state belongs to a run with another optimizer, other tokens, data, batch size, seed
-    /// or order, if other matrices train, or if the adapter is that of another step; [`Error::Setting`] if the adapter lacks one of them; core's errors if tensors
+    /// [`Error::Resume`] if the state belongs to a run with another optimizer, objective, other tokens, data, batch size,
+    /// seed or order, if other matrices train, or if the adapter is that of another step; [`Error::Setting`] if the adapter
+    /// lacks one of them; core's errors if tensors
     /// do not fit.
     pub fn resume(&mut self, adapter: &Adapter, state: TrainingState, path: &Path) -> Result<()> {
         let refuse = |reason: String| Error::Resume {
@@ -433,6 +460,7 @@ impl Trainer {
             seed: self.options.seed,
             shuffle: self.options.shuffle,
             others: self.others(),
+            objective: self.task.objective().to_string(),
             keep_best: self.options.keep_best,
         }
     }
@@ -453,7 +481,7 @@ impl Trainer {
         const ROWS_AT_A_TIME: u32 = 4096;
         let (table, origin) = (
             self.model.embedding().table(),
-            checkpoint.table(&self.model.config().embedding_tensor())?,
+            checkpoint.table(&format!("{}.weight", self.model.embedding_module()))?,
         );
         let vocab_size = u32::try_from(table.vocab_size()).unwrap_or(u32::MAX);
         let mut largest: f64 = 0.0;
@@ -533,6 +561,7 @@ impl RunIdentity {
                 format!("{:?}", self.others),
                 format!("{:?}", current.others),
             ),
+            ("objective", self.objective.clone(), current.objective.clone()),
             (
                 "choice to keep the best",
                 self.keep_best.to_string(),

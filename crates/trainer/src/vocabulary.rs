@@ -3,6 +3,7 @@
 mod added;
 mod context;
 mod pieces;
+mod special;
 
 use std::cell::OnceCell;
 use std::path::{Path, PathBuf};

@@ -11,7 +11,7 @@ use serde_json::json;
 use trainable_tokens_core::{LogitsChunk, PaddingRule};
 use trainable_tokens_format::Checkpoint;
 use trainable_tokens_testkit::{Allocated, CountingAllocator, allocated};
-use trainable_tokens_trainer::{Dataset, Decoder, Graph, TrainOptions, Trainer, Vocabulary, causal_loss};
+use trainable_tokens_trainer::{Dataset, Decoder, Graph, TrainOptions, Trainer, Vocabulary, token_loss};
 
 #[global_allocator]
 static ALLOCATOR: CountingAllocator = CountingAllocator;
@@ -150,7 +150,8 @@ fn recomputation_keeps_one_activation_of_a_layer() {
         let embeddings = candle_core::Var::from_tensor(&embeddings).unwrap();
         let what = format!("layers, recompute {recompute}");
         measure(&what, || {
-            let hidden = trainer.model().hidden(&embeddings).unwrap();
+            let model = trainer.model().as_decoder().unwrap();
+            let hidden = model.hidden(&embeddings).unwrap();
             hidden.sum_all().unwrap().backward().unwrap();
         })
     });
@@ -172,13 +173,13 @@ fn evaluation_keeps_nothing() {
     let examples = Dataset::read(
         &dir.path().join("data.jsonl"),
         &Vocabulary::of_model(dir.path()),
-        trainer.model().config(),
+        trainer.model().input_spec(),
         None,
     )
     .unwrap();
     let batch = examples.batch(&[0, 1]).unwrap();
     let cost = measure("evaluation", || {
-        let loss = causal_loss(trainer.model(), &batch, Graph::Drop).unwrap();
+        let loss = token_loss(trainer.model(), &batch, Graph::Drop).unwrap();
         assert!(!loss.track_op());
     });
     // One chunk of logits, and the activations of one layer that are in use at the same time.

@@ -12,7 +12,7 @@ use trainable_tokens_format::{
     Adapter, Overwrite, merge_checkpoint, write_dir_atomically, write_file_atomically,
 };
 use trainable_tokens_trainer::{
-    Dataset, Decoder, GenerateOptions, TrainOptions, Trainer, Vocabulary, generate,
+    Dataset, GenerateOptions, LanguageModel, TrainOptions, Trainer, Vocabulary, generate,
 };
 
 use super::train::{Outputs, Run};
@@ -178,7 +178,8 @@ fn train(mut output: Output, out: &Path) -> Result<Output> {
 }
 
 /// The model's greedy continuation of each prompt.
-fn continue_all(model: &Decoder, vocabulary: &Vocabulary, prompts: &[String]) -> Result<Vec<String>> {
+fn continue_all(model: &LanguageModel, vocabulary: &Vocabulary, prompts: &[String]) -> Result<Vec<String>> {
+    let model = model.as_decoder().context("the demo's model is no decoder")?;
     let continuation = |prompt: &String| -> Result<String> {
         let options = GenerateOptions {
             max_new_tokens: NEW_TOKENS,

@@ -1,17 +1,24 @@
 //! `eval`: the loss of a model.
 
 use anyhow::{Result, bail};
-use trainable_tokens_trainer::{Dataset, evaluate};
+use trainable_tokens_trainer::{Dataset, Evaluation, evaluate};
 
 use crate::args::{Cli, EvalArgs};
 use crate::model::Model;
 use crate::output::print;
+use crate::summary::retrieval_text;
 
 pub(super) fn run(args: &EvalArgs, cli: &Cli) -> Result<()> {
     let model = Model::open(&args.model)?;
-    let decoder = model.load(args.adapter.as_deref(), args.compute)?;
-    let data = Dataset::read(&args.data, &model.vocabulary, decoder.config(), args.max_length)?;
-    let evaluation = evaluate(&decoder, &data, args.batch_size)?;
+    let loaded = model.load(args.adapter.as_deref(), args.compute)?;
+    let objective = args.objective.resolve(&model, args.seed)?;
+    let data = Dataset::read(
+        &args.data,
+        &model.vocabulary,
+        loaded.input_spec(),
+        args.max_length,
+    )?;
+    let evaluation = evaluate(&loaded, &data, &objective, args.batch_size)?;
     if !evaluation.loss.is_finite() {
         bail!(
             "the loss of model {} on {} is {}: its weights, or the adapter's rows, are not finite or far too large",
@@ -20,10 +27,14 @@ pub(super) fn run(args: &EvalArgs, cli: &Cli) -> Result<()> {
             evaluation.loss
         );
     }
-    print(cli.json, &evaluation, |e| {
-        format!(
-            "loss {:.6}, perplexity {:.4}, {} tokens",
-            e.loss, e.perplexity, e.tokens
-        )
-    })
+    print(cli.json, &evaluation, to_text)
+}
+
+fn to_text(evaluation: &Evaluation) -> String {
+    let Evaluation { loss, tokens, .. } = evaluation;
+    match (evaluation.perplexity, evaluation.retrieval) {
+        (_, Some(retrieval)) => format!("loss {loss:.6}, {}", retrieval_text(retrieval)),
+        (Some(perplexity), None) => format!("loss {loss:.6}, perplexity {perplexity:.4}, {tokens} tokens"),
+        (None, None) => format!("loss {loss:.6}, {tokens} tokens"),
+    }
 }

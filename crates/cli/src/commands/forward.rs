@@ -1,5 +1,6 @@
 //! `forward`: embeddings and logits of token ids.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::Write;
 use std::path::Path;
@@ -9,7 +10,7 @@ use candle_core::{DType, Tensor};
 use safetensors::tensor::{Dtype, TensorView};
 use serde::Serialize;
 use trainable_tokens_format::write_file_atomically;
-use trainable_tokens_trainer::ModelConfig;
+use trainable_tokens_trainer::{Encoder, InputSpec, LanguageModel, Pooling};
 
 use super::check_free;
 use crate::args::{Cli, ForwardArgs};
@@ -19,21 +20,23 @@ use crate::output::print;
 #[derive(Serialize)]
 struct Output<'a> {
     out: &'a Path,
-    embeddings: Vec<usize>,
-    logits: Vec<usize>,
+    /// Shapes by the names of the tensors.
+    #[serde(flatten)]
+    tensors: BTreeMap<&'static str, Vec<usize>>,
 }
 
 pub(super) fn run(args: &ForwardArgs, cli: &Cli) -> Result<()> {
     check_free(&args.out, cli.overwrite())?;
     let model = Model::open(&args.model)?;
-    let decoder = model.load(args.adapter.as_deref(), args.compute)?;
-    let (ids, rows, length) = read_ids(&args.input_ids, decoder.config())?;
-    let ids = Tensor::from_vec(ids, (rows, length), decoder.device())?;
-    let embeddings = decoder.embed(&ids)?.detach();
-    let logits = decoder.logits(&decoder.hidden(&embeddings)?)?;
-    let tensors = [("embeddings", &embeddings), ("logits", &logits)];
-    let bytes = tensors.map(|(name, tensor)| Ok((name, tensor.dims().to_vec(), to_f32_bytes(tensor)?)));
-    let bytes = bytes.into_iter().collect::<Result<Vec<_>>>()?;
+    let pooling = Pooling::of_model(&args.model)?;
+    let loaded = model.load(args.adapter.as_deref(), args.compute)?;
+    let (ids, rows, length) = read_ids(&args.input_ids, loaded.input_spec())?;
+    let ids = Tensor::from_vec(ids, (rows, length), loaded.device())?;
+    let tensors = outputs(&loaded, &ids, pooling)?;
+    let bytes = tensors
+        .iter()
+        .map(|(name, tensor)| Ok((*name, tensor.dims().to_vec(), to_f32_bytes(tensor)?)));
+    let bytes = bytes.collect::<Result<Vec<_>>>()?;
     let views = bytes
         .iter()
         .map(|(name, shape, data)| Ok((*name, TensorView::new(Dtype::F32, shape.clone(), data)?)));
@@ -44,17 +47,39 @@ pub(super) fn run(args: &ForwardArgs, cli: &Cli) -> Result<()> {
     })?;
     let output = Output {
         out: &args.out,
-        embeddings: embeddings.dims().to_vec(),
-        logits: logits.dims().to_vec(),
+        tensors: bytes
+            .iter()
+            .map(|(name, shape, _)| (*name, shape.clone()))
+            .collect(),
     };
     print(cli.json, &output, |o| {
-        format!(
-            "wrote {}: embeddings {:?}, logits {:?}",
-            o.out.display(),
-            o.embeddings,
-            o.logits
-        )
+        let tensors = o.tensors.iter().map(|(name, shape)| format!("{name} {shape:?}"));
+        let tensors = tensors.collect::<Vec<_>>().join(", ");
+        format!("wrote {}: {tensors}", o.out.display())
     })
+}
+
+/// What a model makes of tokens `[B, L]`, all of which are seen.
+fn outputs(
+    model: &LanguageModel,
+    ids: &Tensor,
+    pooling: Option<Pooling>,
+) -> Result<Vec<(&'static str, Tensor)>> {
+    let (rows, length) = ids.dims2()?;
+    let embeddings = model.embed(ids)?.detach();
+    let hidden = model.hidden(&embeddings, ids, None)?;
+    let mut tensors = vec![("embeddings", embeddings)];
+    if let Some(pooling) = pooling.filter(|_| model.as_encoder().is_some()) {
+        let pooled = pooling.pool(&hidden, &vec![length; rows])?;
+        tensors.push(("sentence_embeddings", pooled));
+    }
+    let has_head = model.as_encoder().is_none_or(Encoder::has_head);
+    tensors.push(if has_head {
+        ("logits", model.logits(&hidden)?)
+    } else {
+        ("hidden", hidden)
+    });
+    Ok(tensors)
 }
 
 fn to_f32_bytes(tensor: &Tensor) -> Result<Vec<u8>> {
@@ -63,8 +88,8 @@ fn to_f32_bytes(tensor: &Tensor) -> Result<Vec<u8>> {
 }
 
 /// Flattened ids, rows, and ids per row.
-fn read_ids(path: &Path, config: &ModelConfig) -> Result<(Vec<u32>, usize, usize)> {
-    let vocab_size = config.vocab_size;
+fn read_ids(path: &Path, model: InputSpec) -> Result<(Vec<u32>, usize, usize)> {
+    let vocab_size = model.vocab_size;
     let name = path.display();
     let text = fs::read(path).map_err(|error| anyhow::anyhow!("cannot read {name}: {error}"))?;
     let lists: Vec<Vec<i64>> = serde_json::from_slice(&text)
@@ -73,10 +98,10 @@ fn read_ids(path: &Path, config: &ModelConfig) -> Result<(Vec<u32>, usize, usize
     if length == 0 {
         bail!("{name} holds no token id");
     }
-    if length > config.max_length() {
+    if length > model.max_length {
         bail!(
             "{name}: a list of {length} ids is longer than the model's {} positions",
-            config.max_length()
+            model.max_length
         );
     }
     let mut ids = Vec::with_capacity(lists.len() * length);

@@ -2,9 +2,9 @@
 
 use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result, bail};
 use serde::Serialize;
-use trainable_tokens_trainer::{GenerateOptions, generate};
+use trainable_tokens_trainer::{Architecture, GenerateOptions, generate};
 
 use crate::args::{Cli, GenerateArgs};
 use crate::model::Model;
@@ -26,12 +26,20 @@ struct Output<'a> {
 
 pub(super) fn run(args: &GenerateArgs, cli: &Cli) -> Result<()> {
     let model = Model::open(&args.model)?;
+    if let Architecture::Encoder(config) = &model.config {
+        bail!(
+            "model {} is a {}, an encoder: only a decoder continues a prompt",
+            args.model.display(),
+            config.model_type
+        );
+    }
     let prompt = args.prompt.text.as_deref();
     let prompt_ids = match prompt {
         Some(text) => model.vocabulary.encode(text)?,
         None => args.prompt.ids.clone(),
     };
-    let decoder = model.load(args.adapter.as_deref(), args.compute)?;
+    let loaded = model.load(args.adapter.as_deref(), args.compute)?;
+    let decoder = loaded.as_decoder().context("the model is no decoder")?;
     let options = GenerateOptions {
         max_new_tokens: args.max_new_tokens,
         temperature: args.temperature,
@@ -39,7 +47,7 @@ pub(super) fn run(args: &GenerateArgs, cli: &Cli) -> Result<()> {
         seed: args.seed,
     };
     let started = Instant::now();
-    let generated = generate(&decoder, &prompt_ids, &options)?;
+    let generated = generate(decoder, &prompt_ids, &options)?;
     let seconds = started.elapsed().as_secs_f64();
     let new_tokens = generated.token_ids.len();
     let text = if model.vocabulary.exists() {

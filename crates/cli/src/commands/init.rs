@@ -28,7 +28,9 @@ pub(super) fn run(args: &InitArgs, cli: &Cli) -> Result<()> {
     check_free(&args.out, cli.overwrite())?;
     check_apart(&args.out, [args.model.as_path()])?;
     let model = Model::open(&args.model)?;
-    let ids = args.tokens.resolve(&model.vocabulary, model.config.vocab_size)?;
+    let ids = args
+        .tokens
+        .resolve(&model.vocabulary, model.config.input_spec().vocab_size)?;
     let table = model.table()?;
     let tokens = TokenSet::new(ids.iter().copied(), table.vocab_size())?;
     let initial = args.init.resolve(&model.vocabulary, &ids, args.seed)?;

@@ -10,7 +10,7 @@ use trainable_tokens_core::EmbeddingSource;
 use trainable_tokens_format::{
     Adapter, AdapterModule, BaseCheck, Checkpoint, LoraLayer, LoraWeights, SafetensorsFile,
 };
-use trainable_tokens_trainer::{ModelConfig, Vocabulary};
+use trainable_tokens_trainer::Vocabulary;
 
 use super::adapters_in;
 use crate::args::{Cli, InspectArgs};
@@ -247,32 +247,27 @@ fn tensor(tensor: &trainable_tokens_format::TensorRef<'_>) -> TensorOutput {
 }
 
 fn model(dir: &Path) -> Result<ModelOutput> {
+    let model = Model::open(dir)?;
+    let table = model.table()?;
     let Model {
         checkpoint,
         config,
         vocabulary,
         ..
-    } = Model::open(dir)?;
-    let table = checkpoint.table(&config.embedding_tensor())?;
+    } = model;
     let free_rows = if vocabulary.exists() {
         Some(free_rows(&vocabulary, table.vocab_size())?)
     } else {
         None
     };
-    let ModelConfig {
-        model_type,
-        tie_word_embeddings,
-        pad_token_id,
-        ..
-    } = config;
     Ok(ModelOutput {
-        model_type,
+        model_type: config.model_type().to_owned(),
         vocab_size: table.vocab_size(),
         embedding_dim: table.embedding_dim(),
         dtype: table.dtype().to_string(),
         digest: table.digest().to_string(),
-        tie_word_embeddings,
-        pad_token_id,
+        tie_word_embeddings: config.tie_word_embeddings(),
+        pad_token_id: config.input_spec().pad_token_id,
         table_bytes: table.bytes().len(),
         free_rows,
         tensors: checkpoint

@@ -14,7 +14,9 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, bail};
 use trainable_tokens_core::{EmbeddingSource, PaddingRule, TokenRows, TokenSet};
 use trainable_tokens_format::{Adapter, Overwrite, TrainingState, is_path_or_suffix};
-use trainable_tokens_trainer::{self as trainer, Dataset, EarlyStopping, TrainOptions, Trainer};
+use trainable_tokens_trainer::{
+    self as trainer, Dataset, EarlyStopping, InputSpec, Objective, TrainOptions, Trainer,
+};
 
 use super::{check_apart, check_free};
 use crate::args::{self, Cli, PaddingChoice, TrainArgs};
@@ -51,10 +53,15 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
     check_apart(&args.out, others)?;
 
     let model = Model::open(&args.model)?;
-    let embedding = model.config.embedding_module();
-    let target_modules = target(args.target_modules.as_deref(), embedding)?;
-    let ids = args.tokens.resolve(&model.vocabulary, model.config.vocab_size)?;
-    let padding = padding_rule(args.padding_idx, &ids, model.config.pad_token_id)?;
+    let target_modules = target(args.target_modules.as_deref(), &model.embedding_module)?;
+    let InputSpec {
+        vocab_size,
+        pad_token_id,
+        ..
+    } = model.config.input_spec();
+    let ids = args.tokens.resolve(&model.vocabulary, vocab_size)?;
+    let padding = padding_rule(args.padding_idx, &ids, pad_token_id)?;
+    let objective = args.objective.resolve(&model, args.seed)?;
     let data = Dataset::read(&args.data, &model.vocabulary, &model.config, args.max_length)?;
     let eval_data = args.eval_data.as_ref();
     let eval_data = eval_data
@@ -63,7 +70,7 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
     let initial = args.init.resolve(&model.vocabulary, &ids, args.seed)?;
     let rows = start(&model, &ids, &initial)?;
     let lora = args.lora.options(args.seed);
-    let decoder = match &lora {
+    let loaded = match &lora {
         None => model.load_rows(&ids, rows.as_ref(), padding, args.compute)?,
         Some(lora) => {
             let start = lora.start(&model.checkpoint, &ids, rows.as_ref())?;
@@ -74,9 +81,9 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
     let token_lr = token_lr.map(|own| own.resolve(&model.vocabulary));
     let options = TrainOptions {
         token_lr: token_lr.collect::<Result<_>>()?,
-        ..options(args)
+        ..options(args, objective)
     };
-    let mut trainer = Trainer::new(decoder, data, options)?;
+    let mut trainer = Trainer::new(loaded, data, options)?;
     if let Some(dir) = &args.resume {
         resume(&mut trainer, dir, &initial, args.keep_best)?;
     }
@@ -113,8 +120,9 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
     }
 }
 
-fn options(args: &TrainArgs) -> TrainOptions {
+fn options(args: &TrainArgs, objective: Objective) -> TrainOptions {
     TrainOptions {
+        objective: Some(objective),
         steps: args.steps,
         batch_size: args.batch_size,
         accumulate: args.accumulate,
@@ -219,8 +227,8 @@ fn resume(trainer: &mut Trainer, dir: &Path, initial: &Initial, keep_best: bool)
     }
     let path = dir.join(TrainingState::FILE_NAME);
     let state = TrainingState::read(&path)?;
-    let embedding = trainer.model().config().embedding_module();
-    if adapter.rows(embedding).is_none() {
+    let embedding = trainer.model().embedding_module();
+    if adapter.rows(&embedding).is_none() {
         bail!("adapter {} has no rows for {embedding}", dir.display());
     }
     trainer.resume(&adapter, state, &path)?;

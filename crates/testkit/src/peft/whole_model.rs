@@ -23,7 +23,6 @@ const MODEL: &[&str] = &[LOGITS[0], LOGITS[1], LOGITS[2], LOGITS[3], "train"];
 /// `trainable-tokens-trainer`.
 pub const NOT_RUN: &[(&str, &[&str], &str)] = &[
     ("bart_tied", MODEL, "needs a bart decoder"),
-    ("bert_mlm", MODEL, "needs a bert encoder"),
     ("t5_tied", MODEL, "needs a t5 decoder"),
     (
         "lora_dict_tied_different",

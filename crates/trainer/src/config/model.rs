@@ -93,8 +93,25 @@ pub enum NormKind {
 pub enum Activation {
     /// `x * sigmoid(x)`.
     Silu,
-    /// GELU with tanh in the place of the error function (Hendrycks and Gimpel 2016).
+    /// `x * Φ(x)` (Hendrycks and Gimpel 2016).
+    Gelu,
+    /// GELU with tanh in the place of the error function.
     GeluTanh,
+    /// `max(x, 0)`.
+    Relu,
+}
+
+impl Activation {
+    /// The nonlinearity of one of transformers' names.
+    pub(super) fn named(name: &str) -> Option<Self> {
+        match name {
+            "silu" | "swish" => Some(Self::Silu),
+            "gelu" => Some(Self::Gelu),
+            "gelu_new" | "gelu_pytorch_tanh" => Some(Self::GeluTanh),
+            "relu" => Some(Self::Relu),
+            _ => None,
+        }
+    }
 }
 
 /// What the decoder needs of a model, with transformers' defaults; fields are named as in the `config.json` of most

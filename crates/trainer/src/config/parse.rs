@@ -91,7 +91,7 @@ pub(super) struct Raw {
 
 /// A field that may be `null`, which is not the same as left out.
 #[derive(Clone, Copy, Default)]
-enum Field<T> {
+pub(super) enum Field<T> {
     #[default]
     Absent,
     Null,
@@ -105,7 +105,7 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for Field<T> {
 }
 
 impl<T: Clone> Field<T> {
-    fn or(&self, default: Option<T>) -> Option<T> {
+    pub(super) fn or(&self, default: Option<T>) -> Option<T> {
         match self {
             Self::Absent => default,
             Self::Null => None,
@@ -221,7 +221,7 @@ impl ModelConfig {
     }
 }
 
-fn need(name: &str, value: Option<usize>) -> Result<usize, Refusal> {
+pub(super) fn need(name: &str, value: Option<usize>) -> Result<usize, Refusal> {
     match value {
         Some(0) => Err(Refusal::Invalid(format!("{name} is 0"))),
         Some(value) => Ok(value),
@@ -267,12 +267,12 @@ fn activation(raw: &Raw, family: &Family) -> Result<Activation, Refusal> {
     };
     match name.as_deref() {
         None => Ok(family.activation),
-        Some("silu" | "swish") => Ok(Activation::Silu),
-        Some("gelu_pytorch_tanh" | "gelu_new") => Ok(Activation::GeluTanh),
         Some("gelu") if family.model_type == "gemma" => Ok(Activation::GeluTanh),
-        Some(other) => {
+        Some(name) => {
+            let known = Activation::named(name);
+            let known = known.filter(|it| matches!(it, Activation::Silu | Activation::GeluTanh));
             let hint = "the decoder implements silu, gelu_new and gelu_pytorch_tanh";
-            Err(unsupported(field, other, hint))
+            known.ok_or_else(|| unsupported(field, name, hint))
         }
     }
 }

@@ -1,5 +1,7 @@
 //! One example, and the line that it comes from.
 
+use std::borrow::Cow;
+
 use serde::Deserialize;
 
 use crate::json::parse_object;
@@ -12,8 +14,11 @@ pub const IGNORED: i64 = -100;
 pub struct Example {
     /// The tokens.
     pub input_ids: Vec<u32>,
-    /// One label for each token, in place (the loss shifts them); [`IGNORED`] is no target.
-    pub labels: Vec<i64>,
+    /// One label for each token, in place (a causal loss shifts them); [`IGNORED`] is no target. Without labels the tokens
+    /// are their own.
+    pub labels: Option<Vec<i64>>,
+    /// For a sentence with a definition: which of the data set's [`definitions`](super::Dataset::definitions) it is.
+    pub definition: Option<usize>,
     /// The line of the file, from 1; of a text cut into windows, the number of the window.
     pub line: usize,
 }
@@ -22,19 +27,32 @@ impl Example {
     /// Cuts tokens and as many labels at the longest length, and checks them.
     pub(crate) fn new(
         mut input_ids: Vec<u32>,
-        mut labels: Vec<i64>,
+        mut labels: Option<Vec<i64>>,
         line: usize,
         limits: Limits,
     ) -> Result<Self, String> {
-        check_labels(&labels, limits.vocab_size)?;
+        if let Some(labels) = &mut labels {
+            check_labels(labels, limits.vocab_size)?;
+            labels.truncate(limits.max_length);
+        }
         input_ids.truncate(limits.max_length);
-        labels.truncate(limits.max_length);
         check_length(input_ids.len(), limits.max_positions)?;
         Ok(Self {
             input_ids,
             labels,
+            definition: None,
             line,
         })
+    }
+}
+
+impl Example {
+    /// Its labels, or the tokens as their own.
+    pub(crate) fn own_labels(&self) -> Cow<'_, [i64]> {
+        match &self.labels {
+            Some(labels) => labels.into(),
+            None => self.input_ids.iter().map(|id| i64::from(*id)).collect(),
+        }
     }
 }
 
@@ -60,15 +78,22 @@ impl Limits {
 /// What a line of JSON Lines holds.
 #[derive(Debug)]
 pub(crate) enum Line {
-    /// Tokens and as many labels.
+    /// Tokens, and as many labels if there are any.
     Ids {
         /// The tokens, all in the vocabulary.
         input_ids: Vec<u32>,
         /// The labels, as they are written.
-        labels: Vec<i64>,
+        labels: Option<Vec<i64>>,
     },
     /// A text that the tokenizer turns into tokens.
     Text(String),
+    /// The tokens of a sentence and of a definition, all in the vocabulary.
+    DefinedIds {
+        input_ids: Vec<u32>,
+        definition_ids: Vec<u32>,
+    },
+    /// A sentence and a definition that the tokenizer turns into tokens.
+    Defined { sentence: String, definition: String },
 }
 
 #[derive(Deserialize)]
@@ -76,32 +101,47 @@ struct Fields {
     input_ids: Option<Vec<i64>>,
     labels: Option<Vec<i64>>,
     text: Option<String>,
+    sentence: Option<String>,
+    definition: Option<String>,
+    definition_ids: Option<Vec<i64>>,
 }
 
 impl Line {
     /// Parses a line that is not blank.
     pub(crate) fn parse(line: &str, limits: Limits) -> Result<Self, String> {
         let fields: Fields = parse_object(line.as_bytes())?;
-        match (fields.input_ids, fields.text) {
-            (Some(ids), _) => {
-                let labels = fields.labels.unwrap_or_else(|| ids.clone());
-                if labels.len() != ids.len() {
-                    return Err(format!("{} labels for {} input_ids", labels.len(), ids.len()));
-                }
-                let input_ids = check_ids(&ids, limits.vocab_size)?;
-                Ok(Self::Ids { input_ids, labels })
+        let check = |name, ids: &[i64]| check_ids(name, ids, limits.vocab_size);
+        if let Some(ids) = fields.input_ids {
+            let input_ids = check("input_ids", &ids)?;
+            if let Some(definition) = fields.definition_ids {
+                let definition_ids = check("definition_ids", &definition)?;
+                return Ok(Self::DefinedIds {
+                    input_ids,
+                    definition_ids,
+                });
             }
-            (None, Some(text)) => Ok(Self::Text(text)),
-            (None, None) => Err("has neither input_ids nor text".to_owned()),
+            if let Some(labels) = fields.labels.as_ref().filter(|labels| labels.len() != ids.len()) {
+                return Err(format!("{} labels for {} input_ids", labels.len(), ids.len()));
+            }
+            let labels = fields.labels;
+            return Ok(Self::Ids { input_ids, labels });
+        }
+        match (fields.text, fields.sentence, fields.definition) {
+            (Some(text), _, _) => Ok(Self::Text(text)),
+            (None, Some(sentence), Some(definition)) => Ok(Self::Defined { sentence, definition }),
+            (None, Some(_), None) => Err("has a sentence, but no definition".to_owned()),
+            (None, None, _) => {
+                Err("has neither input_ids nor text, nor a sentence with a definition".to_owned())
+            }
         }
     }
 }
 
-fn check_ids(ids: &[i64], vocab_size: usize) -> Result<Vec<u32>, String> {
+fn check_ids(name: &str, ids: &[i64], vocab_size: usize) -> Result<Vec<u32>, String> {
     let check = |(index, id): (usize, &i64)| match u32::try_from(*id) {
         Ok(id) if (id as usize) < vocab_size => Ok(id),
         _ => Err(format!(
-            "input_ids[{index}] is {id}, outside the vocabulary of {vocab_size}"
+            "{name}[{index}] is {id}, outside the vocabulary of {vocab_size}"
         )),
     };
     ids.iter().enumerate().map(check).collect()

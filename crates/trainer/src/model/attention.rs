@@ -72,6 +72,7 @@ impl Attention {
                 scale: 1.0 / config.query_pre_attn_scalar.sqrt(),
                 softcap: config.attn_logit_softcapping,
                 mask: Mask::causal(window),
+                lengths: None,
                 rotation: None,
             },
         })

@@ -10,12 +10,13 @@ use trainable_tokens_core::{
 };
 use trainable_tokens_format::{Adapter, AdapterModule, BaseCheck, Checkpoint, LoraLayer};
 
+use super::Decoder;
+use super::head::Head;
 use super::layer::Layer;
 use super::linear::LowRank;
 use super::norm;
 use super::rotary::Rotary;
 use super::weights::Weights;
-use super::{Decoder, Head};
 use crate::config::WeightLayout;
 use crate::{Error, ModelConfig, Result};
 
@@ -47,7 +48,7 @@ impl Decoder {
             Some(rows) => rows.clone(),
             None => checkpoint.table(&name)?.read_rows(tokens.ids())?,
         };
-        let embedding = embedding(table, &tokens, &rows, padding, &config)?;
+        let embedding = embedding(table, &tokens, &rows, options(&config, padding))?;
         let head = |weights: &Weights<'_>| {
             let out_in = [config.vocab_size, config.hidden_size];
             let head = weights.linear(config.head_module(), out_in, false, WeightLayout::OutIn)?;
@@ -86,7 +87,7 @@ impl Decoder {
                 TokenRows::zeros(table.dtype(), 0, config.hidden_size),
             ),
         };
-        let embedding = embedding(weights.table(&table)?, &tokens, &rows, padding, &config)?;
+        let embedding = embedding(weights.table(&table)?, &tokens, &rows, options(&config, padding))?;
         let rows_of_head = head_rows(adapter, &config)?;
         let path = config.head_module();
         let head = |weights: &Weights<'_>| {
@@ -146,23 +147,28 @@ impl Decoder {
     }
 }
 
+fn options(config: &ModelConfig, rule: PaddingRule) -> LayerOptions {
+    LayerOptions {
+        padding: padding(config.pad_token_id, rule),
+        scale: config.embed_scale.map(EmbedScale::TableDType),
+        ..LayerOptions::default()
+    }
+}
+
+/// The rule for a model's padding token, if it has one.
+pub(super) fn padding(token: Option<u32>, rule: PaddingRule) -> Option<Padding> {
+    let token = token.map(TokenId);
+    token.map(|token| Padding { token, rule })
+}
+
 /// The embedding layer over a table, its rows in the type that they train in.
-fn embedding(
+pub(super) fn embedding(
     table: Tensor,
     tokens: &TokenSet,
     rows: &TokenRows,
-    padding: PaddingRule,
-    config: &ModelConfig,
+    options: LayerOptions,
 ) -> Result<TrainableTokens> {
-    let padding = config.pad_token_id.map(|id| Padding {
-        token: TokenId(id),
-        rule: padding,
-    });
-    Ok(trainable(table, tokens, rows)?.with_options(LayerOptions {
-        padding,
-        scale: config.embed_scale.map(EmbedScale::TableDType),
-        ..LayerOptions::default()
-    }))
+    Ok(trainable(table, tokens, rows)?.with_options(options))
 }
 
 fn trainable(table: Tensor, tokens: &TokenSet, rows: &TokenRows) -> Result<TrainableTokens> {
@@ -186,7 +192,7 @@ fn head_rows<'a>(adapter: &'a Adapter, config: &ModelConfig) -> Result<Option<&'
 }
 
 /// The adapter's weights of LoRA, on the device.
-fn low_rank(checkpoint: &Checkpoint, adapter: &Adapter, device: &Device) -> Result<Vec<LowRank>> {
+pub(super) fn low_rank(checkpoint: &Checkpoint, adapter: &Adapter, device: &Device) -> Result<Vec<LowRank>> {
     let deltas = adapter.lora_deltas(checkpoint)?;
     let low_rank = deltas.iter().map(|delta| {
         let weights = delta.weights();

@@ -56,7 +56,7 @@ impl<'a> Weights<'a> {
         match self.waiting.borrow().keys().next() {
             None => Ok(()),
             Some(path) => Err(Error::Setting(format!(
-                "module {path} has weights of LoRA, but it is no linear layer of the decoder; `merge` applies them"
+                "module {path} has weights of LoRA, but it is no linear layer of the model; `merge` applies them"
             ))),
         }
     }
@@ -64,6 +64,11 @@ impl<'a> Weights<'a> {
     /// Parameters loaded so far.
     pub(super) fn num_parameters(&self) -> usize {
         self.num_parameters.get()
+    }
+
+    /// Whether the checkpoint has a tensor.
+    pub(super) fn contains(&self, name: &str) -> bool {
+        self.checkpoint.contains(name)
     }
 
     /// A tensor that must have `shape`.

@@ -6,6 +6,7 @@ mod operation;
 mod rotation;
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use candle_core::{Result, Tensor, bail};
 
@@ -29,6 +30,8 @@ pub(crate) struct AttentionKind {
     pub(crate) softcap: Option<f64>,
     /// What each query sees.
     pub(crate) mask: Mask,
+    /// How many positions of each example hold something, if not all: no query sees the keys behind them.
+    pub(crate) lengths: Option<Arc<[usize]>>,
     /// The rotation of queries and keys, if any.
     pub(crate) rotation: Option<Rotation>,
 }
@@ -43,6 +46,12 @@ pub(crate) struct Mask {
 }
 
 impl Mask {
+    /// All positions.
+    pub(crate) const ALL: Self = Self {
+        behind: usize::MAX,
+        ahead: usize::MAX,
+    };
+
     /// All earlier positions, or with a window only so many, its own counted.
     pub(crate) fn causal(window: Option<usize>) -> Self {
         Self {
@@ -54,7 +63,8 @@ impl Mask {
     /// The keys of a sequence of `length` that the query at `position` sees.
     fn visible(self, position: usize, length: usize) -> Range<usize> {
         let end = position.saturating_add(self.ahead).saturating_add(1);
-        position.saturating_sub(self.behind)..end.min(length)
+        let end = end.min(length);
+        position.saturating_sub(self.behind).min(end)..end
     }
 }
 
@@ -84,6 +94,16 @@ pub(crate) fn attention(
                 tensor.dims()
             );
         }
+    }
+    if let Some(lengths) = kind
+        .lengths
+        .as_ref()
+        .filter(|lengths| lengths.len() != batch || lengths.iter().any(|it| *it == 0 || *it > length))
+    {
+        bail!("{batch} examples of {length} positions cannot hold {lengths:?}");
+    }
+    if kind.lengths.is_some() && kind.mask.behind < length {
+        bail!("a window of keys does not go with padding: behind it nothing would be seen");
     }
     if !query.device().is_cpu() {
         return composed(query, key, value, kind);

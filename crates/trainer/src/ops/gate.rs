@@ -1,5 +1,8 @@
 //! Nonlinearities of feed-forward layers, with and without a gate.
 
+use std::f64::consts::{FRAC_1_SQRT_2, FRAC_2_SQRT_PI};
+
+use candle_core::cpu::erf::erf_f64;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor, WithDType};
 use num_traits::Zero;
 use trainable_tokens_core::Element;
@@ -36,11 +39,15 @@ pub(super) fn composed(activation: Activation, x: &Tensor) -> Result<Tensor> {
             let inner = (x + (x.sqr()? * x)?.affine(CUBIC, 0.0)?)?.affine(SLOPE, 0.0)?;
             x * inner.tanh()?.affine(0.5, 0.5)?
         }
+        Activation::Gelu => x * x.affine(FRAC_1_SQRT_2, 0.0)?.erf()?.affine(0.5, 0.5)?,
+        Activation::Relu => x.relu(),
     }
 }
 
 /// `sqrt(2 / pi)`.
 const SLOPE: f64 = 0.797_884_560_802_865_4;
+/// `1 / sqrt(2 * pi)`, the normal density at 0.
+const DENSITY: f64 = FRAC_2_SQRT_PI * FRAC_1_SQRT_2 / 2.0;
 /// What the cube adds in the argument of GELU's hyperbolic tangent.
 const CUBIC: f64 = 0.044_715;
 
@@ -60,6 +67,17 @@ fn value_and_slope<C: Real>(activation: Activation, x: C) -> [C; 2] {
             let inner = slope * (C::one() + real::<C>(3.0) * cubic * square);
             [x * outer, outer + half * x * (C::one() - tanh * tanh) * inner]
         }
+        Activation::Gelu => {
+            let half: C = real(0.5);
+            let erf = erf_f64(Element::to_f64(x) * FRAC_1_SQRT_2);
+            let (below, density) = (
+                half * (C::one() + real(erf)),
+                (-half * x * x).exp() * real(DENSITY),
+            );
+            [x * below, below + x * density]
+        }
+        Activation::Relu if x > C::zero() => [x, C::one()],
+        Activation::Relu => [C::zero(), C::zero()],
     }
 }
 

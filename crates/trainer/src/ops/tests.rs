@@ -93,7 +93,12 @@ fn matches(f: Operation<'_>, oracle: Operation<'_>, operands: &[Tensor]) {
     }
 }
 
-const ACTIVATIONS: [Activation; 2] = [Activation::Silu, Activation::GeluTanh];
+const ACTIVATIONS: [Activation; 4] = [
+    Activation::Silu,
+    Activation::Gelu,
+    Activation::GeluTanh,
+    Activation::Relu,
+];
 
 fn silu_gate(x: &Tensor, up: &Tensor) -> Result<Tensor> {
     gate(Activation::Silu, x, up)
@@ -136,6 +141,7 @@ fn kind(mask: Mask, softcap: Option<f64>, rotates: bool, [length, head_dim]: [us
         scale: 0.7,
         softcap,
         mask,
+        lengths: None,
         rotation: rotates.then(|| Rotation {
             cos: angles.cos().unwrap(),
             sin: angles.sin().unwrap(),
@@ -146,15 +152,11 @@ fn kind(mask: Mask, softcap: Option<f64>, rotates: bool, [length, head_dim]: [us
 /// Kinds of attention, and queries, keys and values of 2 examples for each: once of all positions, once with queries of
 /// the last ones only.
 fn attentions([length, head_dim]: [usize; 2]) -> Vec<(AttentionKind, Vec<Tensor>)> {
-    let everything = Mask {
-        behind: usize::MAX,
-        ahead: usize::MAX,
-    };
     let kinds = [
         (Mask::causal(None), None, true),
         (Mask::causal(Some(3)), Some(1.5), true),
         (Mask::causal(Some(1)), None, false),
-        (everything, None, false),
+        (Mask::ALL, None, false),
     ];
     let kinds = kinds.map(|(mask, cap, rotates)| kind(mask, cap, rotates, [length, head_dim]));
     let operands = |queries: usize| -> Vec<Tensor> {
@@ -162,8 +164,13 @@ fn attentions([length, head_dim]: [usize; 2]) -> Vec<(AttentionKind, Vec<Tensor>
         let tensors = shapes.map(|(length, heads, seed)| noise(&[2, length, heads * head_dim], seed));
         tensors.into()
     };
+    // Padding behind the second example.
+    let padded = [&kinds[0], &kinds[3]].map(|kind| AttentionKind {
+        lengths: Some([length, length - 2].into()),
+        ..kind.clone()
+    });
     let of_last = length / 2 - 1;
-    let kinds = kinds.into_iter();
+    let kinds = kinds.into_iter().chain(padded);
     kinds
         .flat_map(|kind| [length, of_last].map(|queries| (kind.clone(), operands(queries))))
         .collect()
@@ -295,6 +302,14 @@ fn what_does_not_fit_is_refused() {
     assert!(error.to_string().contains("5 queries"), "{error}");
     let error = attention(&query.narrow(2, 0, 15).unwrap(), key, value, &kind).unwrap_err();
     assert!(error.to_string().contains("width 15"), "{error}");
+    for lengths in [&[5][..], &[5, 6], &[5, 0]] {
+        let kind = AttentionKind {
+            lengths: Some(lengths.into()),
+            ..kind.clone()
+        };
+        let error = attention(query, key, value, &kind).unwrap_err();
+        assert!(error.to_string().contains("2 examples of 5 positions"), "{error}");
+    }
     let error = attention(query, &key.to_dtype(DType::F32).unwrap(), value, &kind).unwrap_err();
     assert!(error.to_string().contains("F32"), "{error}");
     let error = silu_gate(query, key).unwrap_err();

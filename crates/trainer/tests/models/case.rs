@@ -1,19 +1,22 @@
 //! One of PEFT's cases, with the models that its operations name.
 
+use std::cell::OnceCell;
 use std::collections::HashMap;
 use std::path::PathBuf;
 
 use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
+use tempfile::TempDir;
 use trainable_tokens_core::{PaddingRule, TokenRows};
 use trainable_tokens_format::{Adapter, AdapterModule, Checkpoint, Merge, Overwrite};
 use trainable_tokens_testkit::peft::{Fixture, fixtures};
-use trainable_tokens_trainer::{Dataset, Decoder, ModelConfig, TrainOptions, Trainer, Vocabulary};
+use trainable_tokens_trainer::{Architecture, Dataset, LanguageModel, TrainOptions, Trainer, Vocabulary};
 
 pub(crate) struct Case {
     pub(crate) name: String,
     pub(crate) fixture: Fixture,
     pub(crate) expected: HashMap<String, Tensor>,
+    without_bias: OnceCell<TempDir>,
 }
 
 impl Case {
@@ -30,6 +33,7 @@ impl Case {
             name: name.to_owned(),
             fixture,
             expected,
+            without_bias: OnceCell::new(),
         }
     }
 
@@ -42,8 +46,40 @@ impl Case {
         Checkpoint::open(self.path(operation["base"].as_str().unwrap_or("base"))).unwrap()
     }
 
-    pub(crate) fn config(&self) -> ModelConfig {
-        ModelConfig::read(&self.base(&Value::Null).config_path()).unwrap()
+    /// The same as PEFT computes with it once it is wrapped: it drops the bias of a tied output layer.
+    pub(crate) fn wrapped_base(&self, operation: &Value) -> Checkpoint {
+        if self.fixture.json()["peft_quirks"]["drops_bias_of"].is_null() {
+            return self.base(operation);
+        }
+        let dir = self.without_bias.get_or_init(|| {
+            let dir = tempfile::tempdir().unwrap();
+            let base = self.path("base");
+            std::fs::copy(base.join("config.json"), dir.path().join("config.json")).unwrap();
+            let mut tensors =
+                candle_core::safetensors::load(base.join("model.safetensors"), &Device::Cpu).unwrap();
+            let bias = tensors.get_mut("cls.predictions.bias").unwrap();
+            *bias = bias.zeros_like().unwrap();
+            candle_core::safetensors::save(&tensors, dir.path().join("model.safetensors")).unwrap();
+            dir
+        });
+        Checkpoint::open(dir.path()).unwrap()
+    }
+
+    pub(crate) fn config(&self) -> Architecture {
+        Architecture::read(&self.base(&Value::Null).config_path()).unwrap()
+    }
+
+    /// The path of a decoder's output layer.
+    pub(crate) fn head_module(&self) -> &'static str {
+        match self.config() {
+            Architecture::Decoder(config) => config.head_module(),
+            Architecture::Encoder(config) => panic!("a {} is no decoder", config.model_type),
+        }
+    }
+
+    /// The path of the embedding module.
+    pub(crate) fn embedding_module(&self) -> String {
+        self.config().embedding_module(&self.base(&Value::Null))
     }
 
     pub(crate) fn adapter(&self, operation: &Value) -> Adapter {
@@ -69,7 +105,7 @@ impl Case {
             ));
             (
                 module.path(),
-                module.token_set(self.config().vocab_size).unwrap(),
+                module.token_set(self.config().input_spec().vocab_size).unwrap(),
                 rows,
             )
         });
@@ -87,15 +123,16 @@ impl Case {
     }
 
     /// The model in the state that an operation names; without one, with the adapter.
-    pub(crate) fn model(&self, operation: &Value) -> Decoder {
+    pub(crate) fn model(&self, operation: &Value) -> LanguageModel {
         let base = self.base(operation);
-        let module = |adapter: &Adapter| adapter.module(self.config().embedding_module()).cloned();
+        let wrapped = || self.wrapped_base(operation);
+        let module = |adapter: &Adapter| adapter.module(&self.embedding_module()).cloned();
         match operation["state"].as_str().unwrap_or("adapter") {
             "base" => load(&base, &[], None),
             "noop" => {
                 let module = module(&self.adapter(operation));
                 load(
-                    &base,
+                    &wrapped(),
                     module.as_ref().map_or(&[], AdapterModule::token_indices),
                     None,
                 )
@@ -103,7 +140,7 @@ impl Case {
             "adapter" if operation["base_cast"] == "BF16" => {
                 load_adapter(&base, &self.adapter(operation), DType::BF16)
             }
-            "adapter" => with_adapter(&base, &self.adapter(operation)),
+            "adapter" => with_adapter(&wrapped(), &self.adapter(operation)),
             "merged" if self.path("merged").exists() => {
                 load(&Checkpoint::open(self.path("merged")).unwrap(), &[], None)
             }
@@ -118,7 +155,7 @@ impl Case {
 }
 
 /// A model that an adapter is merged into.
-fn merged(base: &Checkpoint, adapter: &Adapter) -> Decoder {
+fn merged(base: &Checkpoint, adapter: &Adapter) -> LanguageModel {
     let home = tempfile::tempdir().unwrap();
     let out = home.path().join("merged");
     let merge = Merge::new(base).with("default", adapter).unwrap();
@@ -127,13 +164,13 @@ fn merged(base: &Checkpoint, adapter: &Adapter) -> Decoder {
 }
 
 /// A model with all of an adapter beside its weights.
-pub(crate) fn with_adapter(base: &Checkpoint, adapter: &Adapter) -> Decoder {
+pub(crate) fn with_adapter(base: &Checkpoint, adapter: &Adapter) -> LanguageModel {
     load_adapter(base, adapter, DType::F32)
 }
 
-fn load_adapter(base: &Checkpoint, adapter: &Adapter, dtype: DType) -> Decoder {
+fn load_adapter(base: &Checkpoint, adapter: &Adapter, dtype: DType) -> LanguageModel {
     let padding = PaddingRule::NoLookupGradient;
-    Decoder::load_adapter(base, adapter, padding, dtype, &Device::Cpu).unwrap()
+    LanguageModel::load_adapter(base, adapter, padding, dtype, &Device::Cpu).unwrap()
 }
 
 /// The training of `tokens` of a fixture's model on `lines`.
@@ -143,15 +180,20 @@ pub(crate) fn trainer(name: &str, tokens: &[u32], lines: &[Value], options: Trai
     let path = dir.path().join("data.jsonl");
     let text: Vec<String> = lines.iter().map(Value::to_string).collect();
     std::fs::write(&path, text.join("\n")).unwrap();
-    let config = ModelConfig::read(&base.config_path()).unwrap();
+    let config = Architecture::read(&base.config_path()).unwrap();
     let data = Dataset::read(&path, &Vocabulary::of_model(base.dir()), &config, None).unwrap();
     let model = load(&base, tokens, None);
     Trainer::new(model, data, options).unwrap()
 }
 
-fn load(checkpoint: &Checkpoint, tokens: &[u32], rows: Option<&TokenRows>) -> Decoder {
+fn load(checkpoint: &Checkpoint, tokens: &[u32], rows: Option<&TokenRows>) -> LanguageModel {
     let padding = PaddingRule::NoLookupGradient;
-    Decoder::load(checkpoint, tokens, rows, padding, DType::F32, &Device::Cpu).unwrap()
+    LanguageModel::load(checkpoint, tokens, rows, padding, DType::F32, &Device::Cpu).unwrap()
+}
+
+/// The last hidden states of tokens, all of which are seen.
+pub(crate) fn hidden(model: &LanguageModel, ids: &Tensor) -> Tensor {
+    model.hidden(&model.embed(ids).unwrap(), ids, None).unwrap()
 }
 
 pub(crate) fn flat(tensor: &Tensor) -> Vec<f32> {

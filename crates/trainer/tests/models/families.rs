@@ -8,7 +8,8 @@ use serde_json::json;
 use trainable_tokens_core::PaddingRule;
 use trainable_tokens_format::Checkpoint;
 use trainable_tokens_trainer::{
-    ALL_LINEAR, Dataset, Decoder, GenerateOptions, LoraOptions, TrainOptions, Trainer, Vocabulary, generate,
+    ALL_LINEAR, Dataset, Decoder, GenerateOptions, LanguageModel, LoraOptions, TrainOptions, Trainer,
+    Vocabulary, generate,
 };
 
 use crate::case::{check, flat, with_adapter};
@@ -206,17 +207,18 @@ fn rows_and_weights_of_lora_train_in_every_family() {
         let per_layer = if name(&dir).starts_with("gpt2") { 4 } else { 7 };
         assert_eq!(model.low_rank().len(), 2 * per_layer, "{}", name(&dir));
         let input = &expected(&dir)["input_ids"];
-        let logits = |model: &Decoder| {
-            let hidden = model.hidden(&model.embed(input).unwrap().detach()).unwrap();
+        let logits = |model: &LanguageModel| {
+            let embeddings = model.embed(input).unwrap().detach();
+            let hidden = model.hidden(&embeddings, input, None).unwrap();
             flat(&model.logits(&hidden).unwrap())
         };
         assert_eq!(
             logits(&model),
-            logits(&load(&dir, &[])),
+            logits(&load(&dir, &[]).into()),
             "{}: not a no-op",
             name(&dir)
         );
-        let read = Dataset::read(&data, &Vocabulary::of_model(&dir), model.config(), None).unwrap();
+        let read = Dataset::read(&data, &Vocabulary::of_model(&dir), model.input_spec(), None).unwrap();
         let options = TrainOptions {
             steps: Some(5),
             lr: 0.01,

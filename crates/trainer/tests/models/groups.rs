@@ -119,7 +119,7 @@ fn groups_resume_bit_for_bit() {
         let mut first = trainer("llama_untied", &tokens, &lines(), options.clone());
         (0..cut).for_each(|_| assert!(first.step().unwrap().loss > 0.0));
         let set = first.model().embedding().tokens().clone();
-        let adapter = Adapter::builder(first.model().config().embedding_module(), &set, rows(&first))
+        let adapter = Adapter::builder(first.model().embedding_module(), &set, rows(&first))
             .build()
             .unwrap();
         let state = first.training_state().unwrap();

@@ -3,9 +3,9 @@
 use candle_core::{DType, Device, Tensor};
 use serde_json::{Value, json};
 use trainable_tokens_core::PaddingRule;
-use trainable_tokens_trainer::{ALL_LINEAR, Decoder, Graph, LoraOptions};
+use trainable_tokens_trainer::{ALL_LINEAR, Graph, LanguageModel, LoraOptions};
 
-use crate::case::{Case, flat, with_adapter};
+use crate::case::{Case, flat, hidden, with_adapter};
 
 fn options(targets: &[&str]) -> LoraOptions {
     LoraOptions {
@@ -17,9 +17,11 @@ fn options(targets: &[&str]) -> LoraOptions {
     }
 }
 
-fn logits(model: &Decoder) -> Vec<f32> {
+fn logits(model: &LanguageModel) -> Vec<f32> {
     let ids = Tensor::new(&[[1u32, 149, 40, 7], [3, 40, 149, 149]], &Device::Cpu).unwrap();
-    let hidden = model.hidden(&model.embed(&ids).unwrap().detach()).unwrap();
+    let hidden = model
+        .hidden(&model.embed(&ids).unwrap().detach(), &ids, None)
+        .unwrap();
     assert!(!hidden.track_op(), "a pass without a graph keeps one");
     flat(&model.logits(&hidden).unwrap())
 }
@@ -71,7 +73,7 @@ fn weights_of_lora_stay_in_single_precision_over_bf16() {
     let base = case.base(&Value::Null);
     let adapter = case.adapter(&Value::Null);
     let padding = PaddingRule::NoLookupGradient;
-    let model = Decoder::load_adapter(&base, &adapter, padding, DType::BF16, &Device::Cpu).unwrap();
+    let model = LanguageModel::load_adapter(&base, &adapter, padding, DType::BF16, &Device::Cpu).unwrap();
     for low_rank in model.low_rank() {
         let stored = adapter.lora_weights().unwrap();
         let stored = stored
@@ -84,7 +86,7 @@ fn weights_of_lora_stay_in_single_precision_over_bf16() {
         }
     }
     let ids = &case.expected["probe.input_ids"];
-    let hidden = model.hidden(&model.embed(ids).unwrap().detach()).unwrap();
+    let hidden = hidden(&model, ids).detach();
     let ours = flat(&model.logits(&hidden).unwrap().to_dtype(DType::F32).unwrap());
     let theirs = case.flat("logits.trained");
     let norm = |values: &[f32]| values.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
@@ -144,8 +146,8 @@ fn a_head_with_weights_of_lora_trains() {
     ];
     let ids = Tensor::new(&[[1u32, 149, 40, 7]], &Device::Cpu).unwrap();
     let labels = Tensor::new(&[[149i64, -100, 7, 40]], &Device::Cpu).unwrap();
-    let loss = |model: &Decoder| {
-        let hidden = model.hidden(&model.embed(&ids).unwrap()).unwrap();
+    let loss = |model: &LanguageModel| {
+        let hidden = hidden(model, &ids);
         model.cross_entropy(&hidden, &labels, Graph::Keep).unwrap()
     };
     let [ours, frozen] = [loss(&with), loss(&without)].map(|loss| loss.to_scalar::<f32>().unwrap());

@@ -67,12 +67,12 @@ fn saved(case: &Case, trainer: &Trainer) -> Adapter {
     let model = trainer.model();
     let rows = |layer: &TrainableTokens| (layer.tokens().clone(), layer.rows().unwrap());
     let (tokens, values) = rows(model.embedding());
-    let mut builder = Adapter::builder(model.config().embedding_module(), &tokens, values);
+    let mut builder = Adapter::builder(model.embedding_module(), &tokens, values);
     if case.adapter(&Value::Null).config().peft_type() == PeftType::Lora {
         builder = builder.lora(case.adapter(&Value::Null).config().clone());
         if let Some(head) = model.head_rows() {
             let (tokens, values) = rows(head);
-            builder = builder.module_of(model.config().head_module(), &tokens, values);
+            builder = builder.module_of(case.head_module(), &tokens, values);
         }
         builder = model.add_low_rank(builder).unwrap();
     }
@@ -111,9 +111,9 @@ fn train(name: &str) {
     let losses = case.flat("losses");
     let steps = losses.len();
     assert_eq!(trainer.total_steps(), steps as u64);
-    let config = case.config();
-    let mut modules = vec![config.embedding_module()];
-    modules.extend(trainer.model().head_rows().map(|_| config.head_module()));
+    let embedding = trainer.model().embedding_module();
+    let mut modules = vec![embedding.as_str()];
+    modules.extend(trainer.model().head_rows().map(|_| case.head_module()));
     for step in 0..steps {
         let metrics = trainer.step().unwrap();
         #[allow(clippy::cast_possible_truncation)]
@@ -169,6 +169,11 @@ fn expect_same(what: &str, one: &Adapter, other: &Adapter) {
         let bytes = |adapter: &Adapter| adapter.extra_tensor(tensor).unwrap().bytes.to_vec();
         assert_eq!(bytes(one), bytes(other), "{what}: {tensor}");
     }
+}
+
+#[test]
+fn bert_mlm_train() {
+    train("bert_mlm");
 }
 
 #[test]

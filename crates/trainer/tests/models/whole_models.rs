@@ -9,12 +9,13 @@ use trainable_tokens_candle::TrainableTokens;
 use trainable_tokens_core::EmbeddingSource;
 use trainable_tokens_format::BaseCheck;
 use trainable_tokens_testkit::peft::{CASES, NOT_RUN, WholeModel, not_run};
-use trainable_tokens_trainer::{Decoder, Error, ModelConfig};
+use trainable_tokens_trainer::{Architecture, Error, LanguageModel};
 
-use crate::case::{Case, check, flat};
+use crate::case::{self, Case, check, flat};
 
 /// Cases whose training runs in `training.rs`.
-const TRAINED: [&str; 10] = [
+const TRAINED: [&str; 11] = [
+    "bert_mlm",
     "gemma2_tied",
     "gpt2_tied",
     "llama_tied",
@@ -68,7 +69,7 @@ fn what_is_listed_cannot_run() {
     for (name, _, reason) in NOT_RUN {
         let case = Case::open(name);
         if reason.ends_with("decoder") && reason.starts_with("needs a ") || reason.ends_with("encoder") {
-            let config = ModelConfig::read(&case.base(&Value::Null).config_path());
+            let config = Architecture::read(&case.base(&Value::Null).config_path());
             assert!(
                 matches!(config, Err(Error::UnsupportedModel { .. })),
                 "{name}: {reason}, but its config is read"
@@ -89,20 +90,19 @@ fn head(case: &Case, operation: &Value) -> TrainableTokens {
     let module = adapter
         .modules()
         .iter()
-        .find(|module| module.path() == case.config().head_module());
+        .find(|module| module.path() == case.head_module());
     let table = case
         .base(operation)
-        .table(&format!("{}.weight", case.config().head_module()))
+        .table(&format!("{}.weight", case.head_module()))
         .unwrap();
     let shape = [table.vocab_size(), table.embedding_dim()];
     let table = Tensor::from_raw_buffer(table.bytes(), DType::F32, &shape, &Device::Cpu).unwrap();
     TrainableTokens::from_tensor(table, module.unwrap().token_indices()).unwrap()
 }
 
-fn hidden(case: &Case, operation: &Value, model: &Decoder) -> Tensor {
+fn hidden(case: &Case, operation: &Value, model: &LanguageModel) -> Tensor {
     let ids = operation["inputs"]["input_ids"].as_str().unwrap();
-    let embeddings = model.embed(&case.expected[ids]).unwrap();
-    model.hidden(&embeddings).unwrap()
+    case::hidden(model, &case.expected[ids])
 }
 
 fn logits_of(case: &Case, operation: &Value) -> Tensor {
@@ -183,5 +183,5 @@ fn embeddings_of_the_models_are_pefts() {
             }
         }
     }
-    assert_eq!(checked, 21);
+    assert_eq!(checked, 23);
 }

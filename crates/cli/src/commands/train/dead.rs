@@ -80,7 +80,7 @@ pub(crate) fn warnings(trainer: &Trainer, vocabulary: &Vocabulary, after: u64) -
 fn occurs(trainer: &Trainer, id: TokenId) -> bool {
     let mut examples = trainer.data().examples().iter();
     examples.any(|example| {
-        let labels = example.labels.iter().any(|label| *label == i64::from(id.0));
-        labels || example.input_ids.contains(&id.0)
+        let labels = example.labels.iter().flatten();
+        labels.copied().any(|label| label == i64::from(id.0)) || example.input_ids.contains(&id.0)
     })
 }

@@ -7,7 +7,8 @@ use indicatif::{ProgressBar, ProgressStyle};
 use trainable_tokens_core::EmbeddingSource;
 use trainable_tokens_format::Overwrite;
 use trainable_tokens_trainer::{
-    self as trainer, Dataset, GradientCheck, LoraOptions, LowRank, StepMetrics, Trainer, peak_rss_bytes,
+    self as trainer, Dataset, GradientCheck, LoraOptions, LowRank, Objective, Retrieval, StepMetrics,
+    Trainer, peak_rss_bytes,
 };
 
 use super::dead::warnings;
@@ -61,6 +62,7 @@ impl Run<'_> {
     /// Checks the gradient, takes all steps, saves.
     pub(crate) fn execute(&self, trainer: &mut Trainer) -> Result<RunReport> {
         let check = trainer.check_gradient()?;
+        let retrieval_before = self.retrieval(trainer)?;
         let start = self.start(trainer)?;
         let mut history = History::default();
         // A resumed run has taken note of this evaluation before.
@@ -104,7 +106,11 @@ impl Run<'_> {
             self.save(trainer, self.overwrite(saved), Stage::Ended)?;
         }
         let taken = as_f64(history.steps.len() as u64).max(1.0);
-        let mut summary = self.summary(trainer, check, seconds / taken, &history, end)?;
+        let mut summary = Summary {
+            retrieval_before,
+            retrieval_after: self.retrieval(trainer)?,
+            ..self.summary(trainer, check, seconds / taken, &history, end)?
+        };
         self.close(trainer, &start, &mut summary, &mut metrics, &mut history)?;
         Ok(RunReport { summary, history })
     }
@@ -140,6 +146,18 @@ impl Run<'_> {
             trainer.record_evaluation(loss)?;
         }
         Ok(Some(loss))
+    }
+
+    /// How well sentences find their definitions now, where those are taught: in the held-out data, or else in the
+    /// training data.
+    fn retrieval(&self, trainer: &Trainer) -> Result<Option<Retrieval>> {
+        match trainer.objective() {
+            Objective::Teach(_) => {
+                let data = self.eval_data.as_ref().unwrap_or(trainer.data());
+                Ok(trainer.evaluate(data)?.retrieval)
+            }
+            Objective::Causal | Objective::Masked(_) => Ok(None),
+        }
     }
 
     fn summary(
@@ -188,6 +206,9 @@ impl Run<'_> {
             peak_rss_bytes: peak_rss_bytes(),
             gradient_check_error: check.relative_error,
             gradient_check_uncertainty: check.uncertainty,
+            objective: trainer.objective().name(),
+            retrieval_before: None,
+            retrieval_after: None,
             tokens: Vec::new(),
             dead_tokens: Vec::new(),
         })

@@ -87,9 +87,11 @@ impl Run<'_> {
             .adapter_builder(self.model_dir, &tokens, rows, self.initial)?;
         let builder = match self.lora {
             None => builder.target_modules(self.target_modules.to_vec()),
-            Some(lora) => trainer
-                .model()
-                .add_low_rank(builder.lora(lora.config(trainer.model().config())?))?,
+            Some(lora) => {
+                let model = trainer.model();
+                let decoder = model.as_decoder().context("LoRA trains in decoders alone")?;
+                model.add_low_rank(builder.lora(lora.config(decoder.config())?))?
+            }
         };
         Ok(builder.build()?)
     }

@@ -35,7 +35,12 @@ pub(crate) fn composed(query: &Tensor, key: &Tensor, value: &Tensor, kind: &Atte
         None => scores,
     };
     let scores = scores.reshape((batch, kind.query_heads, queries, length))?;
-    let mask = mask(kind.mask, [queries, length], scores.dtype(), scores.device())?;
+    let (dtype, device) = (scores.dtype(), scores.device());
+    let mask = mask(kind.mask, [queries, length], dtype, device)?;
+    let mask = match &kind.lengths {
+        Some(lengths) => mask.broadcast_minimum(&padding(lengths, length, dtype, device)?)?,
+        None => mask,
+    };
     let weights = softmax(&add_frozen(&scores, &mask)?)?;
     let mixed = weights
         .reshape((batch, kind.key_heads, group, length))?
@@ -48,11 +53,7 @@ pub(crate) fn composed(query: &Tensor, key: &Tensor, value: &Tensor, kind: &Atte
 
 /// `[Q, L]`, 0 where a query sees a key and the type's lowest number where not.
 fn mask(mask: Mask, [queries, length]: [usize; 2], dtype: DType, device: &Device) -> Result<Tensor> {
-    let lowest = if dtype == DType::F16 {
-        f32::from(half::f16::MIN)
-    } else {
-        f32::MIN
-    };
+    let lowest = lowest(dtype);
     // Positions are far below 2^24, so they are exact in `f32`.
     let position = Tensor::arange(0f32, length as f32, device)?;
     let of_queries = position.narrow(0, length - queries, queries)?;
@@ -65,6 +66,25 @@ fn mask(mask: Mask, [queries, length]: [usize; 2], dtype: DType, device: &Device
         .le(mask.ahead as f64)?
         .where_cond(&seen, &hidden)?
         .to_dtype(dtype)
+}
+
+/// `[B, 1, 1, L]`, 0 where an example holds something and the type's lowest number behind that.
+fn padding(lengths: &[usize], length: usize, dtype: DType, device: &Device) -> Result<Tensor> {
+    let hidden = lowest(dtype);
+    let row = |held: &usize| {
+        let held = *held;
+        (0..length).map(move |position| if position < held { 0.0 } else { hidden })
+    };
+    let values: Vec<f32> = lengths.iter().flat_map(row).collect();
+    Tensor::from_vec(values, (lengths.len(), 1, 1, length), device)?.to_dtype(dtype)
+}
+
+fn lowest(dtype: DType) -> f32 {
+    if dtype == DType::F16 {
+        f32::from(half::f16::MIN)
+    } else {
+        f32::MIN
+    }
 }
 
 /// Softmax over the last dimension.

@@ -27,6 +27,8 @@ pub(super) struct Group<'a, C> {
     queries: usize,
     /// `L`.
     length: usize,
+    /// How many of its positions hold something.
+    held: usize,
     threads: usize,
 }
 
@@ -49,6 +51,7 @@ impl<'a, C: Real> Group<'a, C> {
         angles: Option<&'a Angles<C>>,
         [mut query, mut key, value]: [Vec<C>; 3],
         head_dim: usize,
+        held: Option<usize>,
         threads: usize,
     ) -> Self {
         let heads = kind.query_heads / kind.key_heads;
@@ -68,6 +71,7 @@ impl<'a, C: Real> Group<'a, C> {
             head_dim,
             queries,
             length,
+            held: held.unwrap_or(length),
             threads,
         }
     }
@@ -156,7 +160,7 @@ impl<'a, C: Real> Group<'a, C> {
     /// The keys that a query sees.
     fn visible(&self, query: usize) -> Range<usize> {
         let position = self.length - self.queries + query;
-        self.kind.mask.visible(position, self.length)
+        self.kind.mask.visible(position, self.held)
     }
 
     /// Where a block's queries, and what belongs to them, lie.

@@ -164,7 +164,16 @@ impl<'a> Sequences<'a> {
             gather(key, self.rows_of_keys(group)),
             gather(value, self.rows_of_keys(group)),
         );
-        Group::new(self.kind, angles, [query, key, value], self.head_dim, threads)
+        let lengths = self.kind.lengths.as_ref();
+        let held = lengths.and_then(|lengths| lengths.get(group / self.kind.key_heads).copied());
+        Group::new(
+            self.kind,
+            angles,
+            [query, key, value],
+            self.head_dim,
+            held,
+            threads,
+        )
     }
 
     /// Where a group's queries, `[Q, heads, head_dim]`, lie in `[B, Q, query_heads * head_dim]`.

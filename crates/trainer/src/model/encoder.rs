@@ -1,0 +1,352 @@
+//! Encoders of the BERT family, differentiable everywhere, frozen but for the trainable tokens.
+
+mod embeddings;
+mod layer;
+mod names;
+mod pooling;
+
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Tensor};
+use candle_nn::Module;
+use trainable_tokens_candle::{FrozenLinear, TrainableTokens};
+use trainable_tokens_core::{
+    CrossEntropyOptions, EmbeddingSource, LayerOptions, LogitsChunk, PaddingRule, TokenRows, TokenSet,
+};
+use trainable_tokens_format::{Adapter, BaseCheck, Checkpoint};
+
+use self::embeddings::Embeddings;
+use self::layer::Layer;
+pub(crate) use self::names::Names;
+pub use self::pooling::{Pooling, PoolingMode};
+use super::LowRank;
+use super::head::Head;
+use super::linear::Linear;
+use super::load::{embedding, low_rank, padding as padding_of};
+use super::weights::Weights;
+use crate::config::WeightLayout;
+use crate::ops::{Norm, activate, recompute};
+use crate::{Activation, EncoderConfig, Error, Graph, Result};
+
+/// An encoder of the BERT family (Devlin et al. 2018; Liu et al. 2019) of which only the rows of some tokens train, and
+/// weights of LoRA where an adapter has some. Every token sees all others of its text.
+///
+/// It has a head of masked language modelling where its checkpoint has one. As in a [`Decoder`](crate::Decoder), a
+/// backward pass makes gradients of activations and of what trains, never of a frozen weight.
+#[derive(Debug)]
+pub struct Encoder {
+    config: EncoderConfig,
+    names: Names,
+    embedding: TrainableTokens,
+    embeddings: Embeddings,
+    layers: Vec<Arc<Layer>>,
+    head: Option<MaskedHead>,
+    low_rank: Vec<LowRank>,
+    num_parameters: usize,
+    recomputes: bool,
+    logits_chunk: LogitsChunk,
+    device: Device,
+}
+
+/// A head of masked language modelling: a dense layer, a norm, and the output layer with its bias.
+#[derive(Debug)]
+struct MaskedHead {
+    dense: Linear,
+    norm: Norm,
+    output: Head,
+}
+
+impl Encoder {
+    /// Loads a checkpoint, its weights converted to `dtype` on `device`, with the rows of `tokens` trainable.
+    ///
+    /// The rows start as `rows`, `[k, D]` in slot order, or else as the checkpoint's own. `padding` is the rule for
+    /// the config's `pad_token_id`, should it be among the tokens.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Config`] and [`Error::UnsupportedModel`]; [`Error::Format`] for a tensor that is missing or does not
+    /// have the config's shape; a token out of range; candle's errors.
+    pub fn load(
+        checkpoint: &Checkpoint,
+        tokens: &[u32],
+        rows: Option<&TokenRows>,
+        padding: PaddingRule,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self> {
+        let config = EncoderConfig::read(&checkpoint.config_path())?;
+        let names = Names::of(&config, checkpoint);
+        let weights = Weights::new(checkpoint, dtype, device);
+        let tensor = format!("{}.weight", names.embedding());
+        // The table first: it shows that the vocabulary, whose size a set of tokens takes in memory, is there.
+        let table = weights.tensor(&tensor, &[config.vocab_size, config.hidden_size])?;
+        let tokens = TokenSet::new(tokens.iter().copied(), config.vocab_size)?;
+        let rows = match rows {
+            Some(rows) => rows.clone(),
+            None => checkpoint.table(&tensor)?.read_rows(tokens.ids())?,
+        };
+        let embedding = embedding(table, &tokens, &rows, options(&config, padding))?;
+        Self::build(config, names, &weights, embedding)
+    }
+
+    /// Loads a checkpoint with an adapter: its rows for the input embedding, and its weights of LoRA for linear layers, all
+    /// trainable.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`load`](Self::load); [`Error::Format`] if the adapter does not fit; [`Error::Setting`] for rows or weights
+    /// of LoRA of another module, or rows beyond the checkpoint's vocabulary, which only merging applies.
+    pub fn load_adapter(
+        checkpoint: &Checkpoint,
+        adapter: &Adapter,
+        padding: PaddingRule,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self> {
+        let config = EncoderConfig::read(&checkpoint.config_path())?;
+        let names = Names::of(&config, checkpoint);
+        adapter.check_against(checkpoint, BaseCheck::SameTable)?;
+        let low_rank = low_rank(checkpoint, adapter, device)?;
+        let weights = Weights::new(checkpoint, dtype, device).with_low_rank(low_rank);
+        let module = names.embedding();
+        let tensor = format!("{module}.weight");
+        weights.expect_shape(&tensor, &[config.vocab_size, config.hidden_size])?;
+        let decoder = names.head().filter(|_| config.tie_word_embeddings);
+        let decoder = decoder.map(|head| head.decoder);
+        let is_placed = |path: &str| path == module || Some(path) == decoder;
+        if let Some(other) = adapter.modules().iter().find(|other| !is_placed(other.path())) {
+            return Err(Error::Setting(format!(
+                "the adapter has rows for {}, which is not the input embedding {module}; `merge` applies them",
+                other.path()
+            )));
+        }
+        let table = adapter.table(&module, checkpoint)?;
+        if table.vocab_size() > config.vocab_size {
+            return Err(Error::Setting(format!(
+                "the adapter has {} tokens, the encoder {}, whose head has no bias for the others; `merge` applies them",
+                table.vocab_size(),
+                config.vocab_size
+            )));
+        }
+        let (tokens, rows) = match adapter.module(&module) {
+            Some(module) => (module.token_set(config.vocab_size)?, module.rows().clone()),
+            None => (
+                TokenSet::new([], config.vocab_size)?,
+                TokenRows::zeros(table.dtype(), 0, config.hidden_size),
+            ),
+        };
+        let table = weights.table(&table)?;
+        let embedding = embedding(table, &tokens, &rows, options(&config, padding))?;
+        Self::build(config, names, &weights, embedding)
+    }
+
+    fn build(
+        config: EncoderConfig,
+        names: Names,
+        weights: &Weights<'_>,
+        embedding: TrainableTokens,
+    ) -> Result<Self> {
+        let layer = |index: usize| {
+            let module = names.module(&format!("encoder.layer.{index}"));
+            Layer::load(weights, &config, &module).map(Arc::new)
+        };
+        let layers = (0..config.num_hidden_layers)
+            .map(layer)
+            .collect::<Result<Vec<_>>>()?;
+        let embeddings = Embeddings::load(weights, &config, &names.module("embeddings"))?;
+        let head = MaskedHead::load(weights, &config, &names, &embedding)?;
+        weights.expect_all_taken()?;
+        let device = embedding.table().tensor().device().clone();
+        Ok(Self {
+            embedding,
+            embeddings,
+            layers,
+            head,
+            low_rank: weights.low_rank(),
+            num_parameters: weights.num_parameters(),
+            recomputes: false,
+            logits_chunk: LogitsChunk::default(),
+            device,
+            config,
+            names,
+        })
+    }
+
+    /// Sets whether the activations of a layer are computed again in the backward pass instead of kept; see
+    /// [`Decoder::with_recomputation`](crate::Decoder::with_recomputation).
+    #[must_use]
+    pub fn with_recomputation(mut self, recomputes: bool) -> Self {
+        self.recomputes = recomputes;
+        self
+    }
+
+    /// Sets how many rows of logits exist at once in a loss.
+    #[must_use]
+    pub fn with_logits_chunk(mut self, chunk: LogitsChunk) -> Self {
+        self.logits_chunk = chunk;
+        self
+    }
+
+    /// The model's configuration.
+    pub fn config(&self) -> &EncoderConfig {
+        &self.config
+    }
+
+    /// The path of the embedding module, as PEFT's files and `target_modules` spell it.
+    pub fn embedding_module(&self) -> String {
+        self.names.embedding()
+    }
+
+    /// Whether the checkpoint has a head of masked language modelling.
+    pub fn has_head(&self) -> bool {
+        self.head.is_some()
+    }
+
+    /// The embedding, whose rows train.
+    pub fn embedding(&self) -> &TrainableTokens {
+        &self.embedding
+    }
+
+    /// The embedding, to step its rows.
+    pub fn embedding_mut(&mut self) -> &mut TrainableTokens {
+        &mut self.embedding
+    }
+
+    /// The weights of LoRA, in the order of the layers.
+    pub fn low_rank(&self) -> &[LowRank] {
+        &self.low_rank
+    }
+
+    /// Parameters loaded, frozen or not; a tied table counts once.
+    pub fn num_parameters(&self) -> usize {
+        self.num_parameters
+    }
+
+    /// Where the weights lie.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// What the module of word embeddings returns for `input_ids` `[B, L]`: `[B, L, D]`.
+    ///
+    /// # Errors
+    ///
+    /// A token out of range; candle's errors.
+    pub fn embed(&self, input_ids: &Tensor) -> Result<Tensor> {
+        Ok(self.embedding.forward(input_ids)?)
+    }
+
+    /// The last hidden states `[B, L, D]` of `embeddings` `[B, L, D]` of the tokens `input_ids` `[B, L]`. Of each row, only
+    /// its first `lengths` tokens are seen, or all without lengths; the states of the others mean nothing.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Setting`] for a sequence longer than the model's positions; candle's errors.
+    pub fn hidden(
+        &self,
+        embeddings: &Tensor,
+        input_ids: &Tensor,
+        lengths: Option<&[usize]>,
+    ) -> Result<Tensor> {
+        let lengths: Option<Arc<[usize]>> = lengths.map(Arc::from);
+        let mut hidden = self.embeddings.forward(embeddings, input_ids)?;
+        for layer in &self.layers {
+            hidden = if self.recomputes {
+                let leaves: Vec<Tensor> = layer.leaves().filter(|_| hidden.track_op()).cloned().collect();
+                let (layer, lengths) = (layer.clone(), lengths.clone());
+                let block = move |x: &Tensor| {
+                    layer
+                        .forward(x, lengths.as_ref())
+                        .map_err(candle_core::Error::wrap)
+                };
+                recompute(&hidden, &leaves, Arc::new(block))?
+            } else {
+                layer.forward(&hidden, lengths.as_ref())?
+            };
+        }
+        Ok(hidden)
+    }
+
+    /// The logits of hidden states `[.., D]`: `[.., V]`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Setting`] if the checkpoint has no head; candle's errors.
+    pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
+        let head = self.expect_head()?;
+        let hidden = head.transform(hidden, &self.config)?;
+        head.output.logits(&hidden, None)
+    }
+
+    /// The mean cross-entropy of the logits of hidden states `[.., D]` for the label of each, `[..]`: the id that it must
+    /// predict, or -100 for none. The logits are never held at once. Without a graph no gradient is prepared.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Setting`] if the checkpoint has no head; a label out of range, or no label; candle's errors.
+    pub fn cross_entropy(&self, hidden: &Tensor, labels: &Tensor, graph: Graph) -> Result<Tensor> {
+        let options = CrossEntropyOptions {
+            chunk: self.logits_chunk,
+            ..CrossEntropyOptions::default()
+        };
+        let head = self.expect_head()?;
+        let hidden = head.transform(hidden, &self.config)?;
+        head.output.cross_entropy(&hidden, labels, options, graph)
+    }
+
+    fn expect_head(&self) -> Result<&MaskedHead> {
+        self.head.as_ref().ok_or_else(|| {
+            Error::Setting(format!(
+                "the checkpoint of this {} has no head of masked language modelling, so that it predicts no tokens; \
+                 with sentences and definitions, its embeddings can be taught",
+                self.config.model_type
+            ))
+        })
+    }
+}
+
+fn options(config: &EncoderConfig, rule: PaddingRule) -> LayerOptions {
+    LayerOptions {
+        padding: padding_of(config.pad_token_id, rule),
+        ..LayerOptions::default()
+    }
+}
+
+impl MaskedHead {
+    fn load(
+        weights: &Weights<'_>,
+        config: &EncoderConfig,
+        names: &Names,
+        embedding: &TrainableTokens,
+    ) -> Result<Option<Self>> {
+        let Some(names) = names.head() else {
+            return Ok(None);
+        };
+        let (vocab_size, hidden_size) = (config.vocab_size, config.hidden_size);
+        let bias = names.bias.into_iter().find(|name| weights.contains(name));
+        let bias = weights.tensor(bias.unwrap_or(names.bias[0]), &[vocab_size])?;
+        let output = if config.tie_word_embeddings {
+            Head::Tied(embedding.tied_head().with_bias(&bias)?)
+        } else {
+            let weight = weights.tensor(&format!("{}.weight", names.decoder), &[vocab_size, hidden_size])?;
+            Head::Untied(weights.with_low_rank_of(names.decoder, FrozenLinear::new(weight, Some(bias))?))
+        };
+        Ok(Some(Self {
+            dense: weights.linear(names.dense, [hidden_size, hidden_size], true, WeightLayout::OutIn)?,
+            norm: layer::norm(weights, names.norm, config)?,
+            output,
+        }))
+    }
+
+    /// What the output layer reads.
+    fn transform(&self, hidden: &Tensor, config: &EncoderConfig) -> Result<Tensor> {
+        // RoBERTa's head has its own nonlinearity, whatever the layers have.
+        let activation = if config.model_type == "bert" {
+            config.hidden_act
+        } else {
+            Activation::Gelu
+        };
+        let hidden = activate(activation, &self.dense.forward(hidden)?)?;
+        Ok(self.norm.forward(&hidden)?)
+    }
+}
