@@ -2,6 +2,7 @@
 
 mod check;
 mod family;
+mod layers;
 mod model;
 mod names;
 mod parse;
