@@ -16,7 +16,7 @@ use crate::{Decoder, Encoder, EncoderConfig, Error, Graph, LowRank, ModelConfig,
 #[derive(Clone, Debug, PartialEq)]
 pub enum Architecture {
     /// A causal language model.
-    Decoder(ModelConfig),
+    Decoder(Box<ModelConfig>),
     /// An encoder of the BERT family.
     Encoder(EncoderConfig),
 }
@@ -53,7 +53,7 @@ impl Architecture {
         if family.is_some_and(|family| EncoderConfig::is_family(&family)) {
             return EncoderConfig::read(path).map(Self::Encoder);
         }
-        ModelConfig::read(path).map(Self::Decoder)
+        Ok(Self::Decoder(Box::new(ModelConfig::read(path)?)))
     }
 
     /// `model_type`.
@@ -67,7 +67,7 @@ impl Architecture {
     /// What a data set must know of the model.
     pub fn input_spec(&self) -> InputSpec {
         match self {
-            Self::Decoder(config) => config.into(),
+            Self::Decoder(config) => config.as_ref().into(),
             Self::Encoder(config) => config.into(),
         }
     }

@@ -4,6 +4,7 @@ mod group;
 
 use candle_core::backprop::GradStore;
 use sha2::{Digest, Sha256};
+use std::fmt::Write as _;
 use trainable_tokens_candle::{Candle, CandleDelta};
 use trainable_tokens_core::{
     Backend, ClipGradNorm, DeltaStore, Error as CoreError, OptimizerState, TokenId, TokenRows, TokenSet,
@@ -169,7 +170,12 @@ pub(crate) fn digest(parts: &[Part], values: &[TokenRows]) -> String {
         hash.update(part.describe());
         hash.update(values.to_dtype(part.delta.dtype()).to_le_bytes());
     }
-    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+    let mut text = String::new();
+    for byte in hash.finalize() {
+        // Writing to a string does not fail.
+        let _ = write!(text, "{byte:02x}");
+    }
+    text
 }
 
 /// Gives each optimizer its memory again, and each matrix its values. A state or an adapter that does not fit changes no
