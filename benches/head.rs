@@ -1,4 +1,4 @@
-//! The tied head beside the frozen product of the same framework, and merging into the table.
+//! The tied head beside the frozen product of the same framework, its fused loss, and merging into the table.
 //!
 //! `cargo bench --features ndarray,candle,burn,dfdx --bench head`, with a part of a name behind it for some of them
 #![allow(missing_docs, clippy::unwrap_used)]
@@ -6,7 +6,7 @@
 mod support;
 
 use ::burn::module::Param;
-use ::burn::tensor::{Device as BurnDevice, Tensor as BurnTensor, TensorData};
+use ::burn::tensor::{Device as BurnDevice, Int, Tensor as BurnTensor, TensorData};
 use ::dfdx::shapes::Axes2;
 use ::dfdx::tensor::{Cpu, Tensor as DfdxTensor, TensorFromVec, Trace};
 use ::dfdx::tensor_ops::{Backward, PermuteTo, SumTo, TryMatMul};
@@ -16,7 +16,7 @@ use candle_nn::Module;
 use criterion::{Criterion, criterion_group, criterion_main};
 use support::{Workload, quick};
 use trainable_tokens::ndarray::{NdTable, TrainableTokens, TrainableTokensExt};
-use trainable_tokens::{TokenRows, burn as on_burn, candle, dfdx as on_dfdx};
+use trainable_tokens::{CrossEntropyOptions, TokenRows, burn as on_burn, candle, dfdx as on_dfdx};
 
 /// Hidden states of a batch.
 const HIDDEN: usize = 256;
@@ -30,6 +30,11 @@ fn hidden() -> Vec<f32> {
     let mut values = WORKLOAD.upstream();
     values.truncate(HIDDEN * WORKLOAD.dim);
     values
+}
+
+/// The id that each hidden state must predict.
+fn labels() -> Vec<i64> {
+    WORKLOAD.batch().into_iter().take(HIDDEN).map(i64::from).collect()
 }
 
 /// Rows that differ from the base's, so that the head overrides their columns.
@@ -56,6 +61,10 @@ fn ndarray_head(criterion: &mut Criterion) {
                 .unwrap()
         });
     });
+    group.bench_function("loss, forward and backward", |b| {
+        let (labels, options) = (labels(), CrossEntropyOptions::default());
+        b.iter(|| layer.cross_entropy(hidden.view(), &labels, options).unwrap());
+    });
     group.bench_function("merge and unmerge", |b| {
         b.iter(|| {
             layer.merge().unwrap();
@@ -77,6 +86,12 @@ fn candle_head(criterion: &mut Criterion) {
     group.bench_function("trained", |b| b.iter(|| head.forward(&hidden).unwrap()));
     group.bench_function("trained, forward and backward", |b| {
         b.iter(|| head.forward(&hidden).unwrap().backward().unwrap());
+    });
+    group.bench_function("loss, forward and backward", |b| {
+        let labels = Tensor::from_vec(labels(), HIDDEN, &Device::Cpu).unwrap();
+        let options = CrossEntropyOptions::default();
+        let loss = || head.cross_entropy(&hidden, &labels, options).unwrap();
+        b.iter(|| loss().backward().unwrap());
     });
     group.bench_function("merge and unmerge", |b| {
         b.iter(|| {
@@ -109,6 +124,16 @@ fn burn_head(criterion: &mut Criterion) {
     });
     group.bench_function("trained, forward and backward", |b| {
         b.iter(|| on_burn::backward(&layer.tied_head().forward(hidden.clone()).sum()).unwrap());
+    });
+    group.bench_function("loss, forward and backward", |b| {
+        let labels = BurnTensor::<1, Int>::from_data(TensorData::new(labels(), [HIDDEN]), &device);
+        let options = CrossEntropyOptions::default();
+        let head = layer.tied_head();
+        let loss = || {
+            head.cross_entropy(hidden.clone(), labels.clone(), options)
+                .unwrap()
+        };
+        b.iter(|| on_burn::backward(&loss()).unwrap());
     });
     group.bench_function("merge and unmerge", |b| {
         b.iter(|| {

@@ -1,6 +1,7 @@
 """The same on a GPU: a step of the embedding and of whole models, ours and PEFT's on one card."""
 import os
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -38,7 +39,8 @@ def cuda(rounds, smoke, out):
 
 def card():
     properties = torch.cuda.get_device_properties(0)
-    return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB; CUDA {torch.version.cuda}"
+    packages = ", ".join(f"{name} {version(name)}" for name in ["peft", "torch", "transformers"])
+    return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB; {packages}"
 
 
 def layers(rounds):

@@ -133,7 +133,7 @@ def check_kind(cli, report, what: str, base: Path, out: Path, auto, kind: str):
 
 
 def check_flags(cli, report, base: Path, out: Path):
-    texts = [text.format(NEW[0]) for text in ("{}", "the {} cat", "the{}cat", "  {}  the", "{}{}", "a {}, b")]
+    texts = [text.format(NEW[0]) for text in ("{}", "the {} cat", "the{}cat", "  {}  the", "{0}{0}", "a {}, b")]
     for flags in (["lstrip"], ["rstrip"], ["lstrip", "rstrip"], ["single_word"]):
         cli("add-tokens", model=base, tokens=NEW[0], out=out, force=True, **dict.fromkeys(flags, True))
         ours, theirs = AutoTokenizer.from_pretrained(out), AutoTokenizer.from_pretrained(base)

@@ -247,7 +247,7 @@ fn adapters_are_compared_token_by_token() {
     }
     assert_eq!((&row["in"], &row["token"]), (&json!("both"), &json!("<answer>")));
     let text = run(&args!["diff", first, second]).ok();
-    for part in ["model.embed_tokens: ", "cosine", "299 \"<answer>\"", "only in A"] {
+    for part in ["model.embed_tokens: ", "cosine", "299  \"<answer>\"", "only in A"] {
         assert!(text.stdout.contains(part), "{part}: {text:#?}");
     }
 }

@@ -3,6 +3,7 @@
 mod check;
 mod encoder;
 mod family;
+mod layers;
 mod model;
 mod names;
 mod parse;

@@ -77,6 +77,9 @@ struct Saved {
     run: RunIdentity,
     #[serde(default)]
     evaluations: Evaluations,
+    /// The digest of the values that it was saved beside.
+    #[serde(default)]
+    values: Option<String>,
 }
 
 fn one() -> usize {
@@ -392,6 +395,7 @@ impl Trainer {
         let saved = Saved {
             run: self.identity(),
             evaluations: self.evaluations,
+            values: Some(part::digest(&self.parts, &self.values()?)),
         };
         let extra = serde_json::to_value(saved).map_err(|error| Error::Setting(error.to_string()))?;
         Ok(TrainingState {
@@ -406,7 +410,8 @@ impl Trainer {
     /// # Errors
     ///
     /// [`Error::Resume`] if the state belongs to a run with another optimizer, objective, other tokens, data, batch size,
-    /// seed or order, or if other matrices train; [`Error::Setting`] if the adapter lacks one of them; core's errors if tensors
+    /// seed or order, if other matrices train, or if the adapter is that of another step; [`Error::Setting`] if the adapter
+    /// lacks one of them; core's errors if tensors
     /// do not fit.
     pub fn resume(&mut self, adapter: &Adapter, state: TrainingState, path: &Path) -> Result<()> {
         let refuse = |reason: String| Error::Resume {
@@ -416,6 +421,7 @@ impl Trainer {
         let Saved {
             run: saved,
             evaluations,
+            values,
         } = serde_json::from_value(state.extra)
             .map_err(|error| refuse(format!("is not the state of a training run: {error}")))?;
         let current = self.identity();
@@ -430,6 +436,12 @@ impl Trainer {
             return Err(refuse(format!(
                 "has taken {step} steps already, of the {} asked for",
                 self.total_steps
+            )));
+        }
+        let found = part::digest(&self.parts, &part::values(&self.parts, adapter)?);
+        if values.is_some_and(|values| values != found) {
+            return Err(refuse(format!(
+                "is not the state of the adapter beside it, but of other values, after step {step}"
             )));
         }
         part::load(&mut self.parts, state.optimizer, adapter)?;

@@ -2,8 +2,9 @@
 
 use serde::{Deserialize, Deserializer};
 
-use super::family::{Family, Window};
-use super::model::{Activation, LayerType, ModelConfig, Positions};
+use super::family::Family;
+use super::layers::{activation, layer_types, window};
+use super::model::{ModelConfig, Positions};
 use super::rope::{self, RawRope};
 use crate::json::parse_object;
 
@@ -56,8 +57,8 @@ pub(super) struct Raw {
     #[serde(alias = "layer_norm_epsilon")]
     rms_norm_eps: Option<f64>,
     #[serde(alias = "activation_function")]
-    hidden_act: Option<String>,
-    hidden_activation: Option<String>,
+    pub(super) hidden_act: Option<String>,
+    pub(super) hidden_activation: Option<String>,
     pub(super) rope_theta: Option<f64>,
     pub(super) rope_local_base_freq: Option<f64>,
     pub(super) rope_scaling: Option<RawRope>,
@@ -65,11 +66,11 @@ pub(super) struct Raw {
     #[serde(alias = "n_positions")]
     max_position_embeddings: Option<usize>,
     #[serde(default)]
-    sliding_window: Field<usize>,
-    layer_types: Option<Vec<String>>,
-    sliding_window_pattern: Option<usize>,
-    use_sliding_window: Option<bool>,
-    max_window_layers: Option<usize>,
+    pub(super) sliding_window: Field<usize>,
+    pub(super) layer_types: Option<Vec<String>>,
+    pub(super) sliding_window_pattern: Option<usize>,
+    pub(super) use_sliding_window: Option<bool>,
+    pub(super) max_window_layers: Option<usize>,
     query_pre_attn_scalar: Option<f64>,
     #[serde(default)]
     attn_logit_softcapping: Field<f64>,
@@ -256,77 +257,6 @@ fn refuse_settings(raw: &Raw) -> Result<(), Refusal> {
         }
         _ => Ok(()),
     }
-}
-
-fn activation(raw: &Raw, family: &Family) -> Result<Activation, Refusal> {
-    // Gemma 2 and 3 renamed the field; the first Gemma's configs mean the approximation by plain `gelu`.
-    let (field, name) = if family.query_pre_attn_scalar.is_some() {
-        ("hidden_activation", &raw.hidden_activation)
-    } else {
-        ("hidden_act", &raw.hidden_act)
-    };
-    match name.as_deref() {
-        None => Ok(family.activation),
-        Some("gelu") if family.model_type == "gemma" => Ok(Activation::GeluTanh),
-        Some(name) => {
-            let known = Activation::named(name);
-            let known = known.filter(|it| matches!(it, Activation::Silu | Activation::GeluTanh));
-            let hint = "the decoder implements silu, gelu_new and gelu_pytorch_tanh";
-            known.ok_or_else(|| unsupported(field, name, hint))
-        }
-    }
-}
-
-fn window(raw: &Raw, family: &Family) -> Option<usize> {
-    match family.window {
-        Window::Never => None,
-        Window::Late if raw.use_sliding_window != Some(true) => None,
-        _ => raw.sliding_window.or(family.sliding_window),
-    }
-}
-
-fn layer_types(raw: &Raw, family: &Family, layers: usize) -> Result<Vec<LayerType>, Refusal> {
-    let slides = |slides: bool| {
-        if slides {
-            LayerType::Sliding
-        } else {
-            LayerType::Full
-        }
-    };
-    let window = window(raw, family);
-    let pattern =
-        |is_sliding: &dyn Fn(usize) -> bool| Ok((0..layers).map(|at| slides(is_sliding(at))).collect());
-    match (family.window, &raw.layer_types) {
-        (Window::Never, _) => pattern(&|_| false),
-        (Window::Everywhere, _) => pattern(&|_| window.is_some()),
-        (_, Some(names)) => listed(names, layers),
-        (Window::Late, None) => {
-            let first = raw.max_window_layers.unwrap_or(28);
-            pattern(&|at| window.is_some() && at >= first)
-        }
-        (Window::AllBut(period), None) => match raw.sliding_window_pattern.unwrap_or(period) {
-            0 => Err(Refusal::Invalid("sliding_window_pattern is 0".to_owned())),
-            period => pattern(&|at| !(at + 1).is_multiple_of(period)),
-        },
-    }
-}
-
-fn listed(names: &[String], layers: usize) -> Result<Vec<LayerType>, Refusal> {
-    if names.len() != layers {
-        return Err(Refusal::Invalid(format!(
-            "layer_types lists {} layers, but num_hidden_layers is {layers}",
-            names.len()
-        )));
-    }
-    let types = names.iter().map(|name| match name.as_str() {
-        "full_attention" => Ok(LayerType::Full),
-        "sliding_attention" => Ok(LayerType::Sliding),
-        other => {
-            let hint = "the decoder implements full_attention and sliding_attention";
-            Err(unsupported("layer type", other, hint))
-        }
-    });
-    types.collect()
 }
 
 #[cfg(test)]
