@@ -11,7 +11,7 @@ use trainable_tokens_format::{
 };
 
 use crate::config::WeightLayout;
-use crate::{Error, LanguageModel, ModelConfig, Result};
+use crate::{Architecture, Error, LanguageModel, ModelConfig, Result};
 
 /// The word for all linear layers of the decoder but the head, as in PEFT.
 pub const ALL_LINEAR: &str = "all-linear";
@@ -92,15 +92,23 @@ impl LoraOptions {
     ///
     /// # Errors
     ///
-    /// Those of [`config`](Self::config); [`Error::Setting`] if a target is no linear layer of the model;
-    /// [`Error::Format`] for tokens and rows that do not fit.
+    /// Those of [`config`](Self::config); [`Error::Setting`] if a target is no linear layer of the model,
+    /// and for an encoder; [`Error::Format`] for tokens and rows that do not fit.
     pub fn start(
         &self,
         checkpoint: &Checkpoint,
         tokens: &[u32],
         rows: Option<&TokenRows>,
     ) -> Result<Adapter> {
-        let model = ModelConfig::read(&checkpoint.config_path())?;
+        let model = match Architecture::read(&checkpoint.config_path())? {
+            Architecture::Decoder(model) => model,
+            Architecture::Encoder(model) => {
+                return Err(Error::Setting(format!(
+                    "weights of LoRA train in decoders, but a {} is an encoder",
+                    model.model_type
+                )));
+            }
+        };
         let config = self.config(&model)?;
         let table = checkpoint.table(&model.embedding_tensor())?;
         let tokens = TokenSet::new(tokens.iter().copied(), table.vocab_size())?;

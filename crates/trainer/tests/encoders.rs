@@ -10,8 +10,8 @@ use serde_json::{Value, json};
 use trainable_tokens_core::PaddingRule;
 use trainable_tokens_format::{Adapter, Checkpoint};
 use trainable_tokens_trainer::{
-    Architecture, Dataset, Error, LanguageModel, MaskTrainable, Masking, Objective, OptimizerKind, Pooling,
-    PoolingMode, Teach, TeachLoss, TrainOptions, Trainer, Vocabulary, evaluate,
+    Architecture, Dataset, EarlyStopping, Error, LanguageModel, MaskTrainable, Masking, Objective,
+    OptimizerKind, Pooling, PoolingMode, Teach, TeachLoss, TrainOptions, Trainer, Vocabulary, evaluate,
 };
 
 const TOKENS: [u32; 3] = [77, 12, 40];
@@ -485,4 +485,108 @@ fn pooling_is_what_modules_say() {
     let hidden = &expected("sentences")["hidden"];
     let first = pooling.pool(hidden, &[8, 5, 7, 3]).unwrap();
     assert_eq!(flat(&first), flat(&hidden.narrow(1, 0, 1).unwrap()));
+}
+
+/// The mean is over all targets, or sentences, of a step, however they are cut into batches; and so is what was seen of tokens.
+#[test]
+fn accumulated_batches_are_one_large_batch() {
+    for (name, lines, objective) in [
+        ("bert", labelled("bert"), Objective::Masked(None)),
+        ("roberta", unlabelled(), Objective::Masked(Some(masking()))),
+        ("sentences", defined(), teach(TeachLoss::Cosine)),
+    ] {
+        let whole = lines.lines().count();
+        let run = |batch_size: usize, accumulate: usize| {
+            let options = TrainOptions {
+                objective: Some(objective.clone()),
+                steps: Some(4),
+                batch_size,
+                accumulate,
+                lr: 0.01,
+                shuffle: true,
+                ..TrainOptions::default()
+            };
+            let mut trainer = trainer(name, &lines, options).unwrap();
+            let steps: Vec<_> = (0..4).map(|_| trainer.step().unwrap()).collect();
+            let rows = trainer.model().embedding().rows().unwrap().to_f32_vec();
+            (steps, rows, trainer.activity().to_vec())
+        };
+        let (steps, rows, activity) = run(whole, 1);
+        let (others, accumulated, same) = run(1, whole);
+        assert_eq!(same, activity, "{name}");
+        for (one, other) in steps.iter().zip(&others) {
+            assert_eq!(one.tokens, other.tokens, "{name}");
+            assert!((one.loss - other.loss).abs() < 1e-6, "{name}: {one:?} {other:?}");
+            let relative = (one.grad_norm / other.grad_norm - 1.0).abs();
+            assert!(relative < 1e-5, "{name}: {one:?} {other:?}");
+        }
+        assert_close(name, &accumulated, &rows, 1e-5);
+    }
+}
+
+/// A token that no example has is dead, though the tied head of BERT gives its row a gradient.
+#[test]
+fn rows_that_no_step_reaches_are_told() {
+    let without = |lines: &str, id: u32| {
+        let has = |line: &str| {
+            let line: Value = serde_json::from_str(line).unwrap();
+            let ids = line["input_ids"].as_array().unwrap();
+            ids.iter().any(|other| *other == id)
+        };
+        let kept = lines.lines().filter(|line| !has(line));
+        kept.map(|line| format!("{line}\n")).collect::<String>()
+    };
+    let objective = Objective::Masked(Some(masking()));
+    let options = TrainOptions {
+        objective: Some(objective),
+        steps: Some(6),
+        batch_size: 2,
+        ..TrainOptions::default()
+    };
+    let mut trainer = trainer("bert", &without(&unlabelled(), 40), options).unwrap();
+    (0..6).for_each(|_| assert!(trainer.step().unwrap().loss.is_finite()));
+    let dead: Vec<_> = trainer
+        .activity()
+        .iter()
+        .map(|it| (it.id.0, it.is_dead()))
+        .collect();
+    assert_eq!(dead, [(77, false), (12, false), (40, true)]);
+}
+
+/// Noted evaluations end a run and give its best rows back.
+#[test]
+fn the_best_rows_are_kept() {
+    let options = TrainOptions {
+        objective: Some(teach(TeachLoss::Cosine)),
+        steps: Some(9),
+        lr: 0.01,
+        early_stopping: Some(EarlyStopping {
+            patience: 2,
+            min_delta: 0.0,
+        }),
+        keep_best: true,
+        ..TrainOptions::default()
+    };
+    let mut trainer = trainer("sentences", &defined(), options).unwrap();
+    let rows = |trainer: &Trainer| trainer.model().embedding().rows().unwrap();
+    trainer.step().unwrap();
+    let loss = trainer.evaluate(trainer.data()).unwrap().loss;
+    assert!(trainer.record_evaluation(loss).unwrap());
+    let best = rows(&trainer);
+    for worse in [false, true] {
+        assert!(!trainer.stops_early());
+        trainer.step().unwrap();
+        assert!(
+            !trainer
+                .record_evaluation(loss + 0.1 + f64::from(u8::from(worse)))
+                .unwrap()
+        );
+    }
+    assert!(trainer.stops_early() && !rows(&trainer).bits_eq(&best));
+    trainer.restore_best().unwrap();
+    assert!(rows(&trainer).bits_eq(&best));
+    let again = trainer.evaluate(trainer.data()).unwrap().loss;
+    assert_eq!(trainer.best_evaluation().unwrap().loss.to_bits(), loss.to_bits());
+    // Definitions are embedded with the rows as they are.
+    assert_eq!(again.to_bits(), loss.to_bits());
 }

@@ -136,7 +136,7 @@ impl OneOrMany {
 
 /// What a model type that is none of them is told.
 pub(super) const FAMILY_HINT: &str = "the decoder implements model_type llama, mistral, qwen2, qwen3, gemma, gemma2, \
-                                      gemma3_text and gpt2";
+                                      gemma3_text and gpt2, the encoder bert, roberta and xlm-roberta";
 
 /// More layers than any model has: each is listed before a weight shows that it is there.
 const MOST_LAYERS: usize = 1 << 16;
