@@ -327,7 +327,12 @@ fn the_frozen_operand_gets_no_gradient() {
     type Frozen = fn(&Tensor, &Tensor) -> Result<Tensor>;
     let x = Var::new(&[1f32, 2.0], &Device::Cpu).unwrap();
     let frozen = Var::new(&[3f32, 4.0], &Device::Cpu).unwrap();
-    for operation in [mul_frozen as Frozen, |x, weight| rms_norm(x, weight, 1e-6)] {
+    let layer_norm = |x: &Tensor, weight: &Tensor| {
+        let (weight, bias, eps) = (weight.clone(), weight.clone(), 1e-6);
+        Norm::Layer { weight, bias, eps }.forward(x)
+    };
+    let rms_norm = |x: &Tensor, weight: &Tensor| rms_norm(x, weight, 1e-6);
+    for operation in [mul_frozen as Frozen, add_frozen, rms_norm, layer_norm] {
         let out = operation(x.as_tensor(), frozen.as_tensor()).unwrap();
         let gradients = out.sum_all().unwrap().backward().unwrap();
         assert!(gradients.get(frozen.as_tensor()).is_none());
