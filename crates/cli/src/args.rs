@@ -156,7 +156,7 @@ pub(crate) struct ComputeArgs {
 #[derive(Debug, Args)]
 pub(crate) struct TrainArgs {
     /// TOML file with any of these options; those on the command line win. Its keys are their names, as in `batch-size = 4` or
-    /// `batch_size = 4`. The options of a run are written beside its adapter, as train_config.toml.
+    /// `batch_size = 4`. The options of a run are written beside its adapter, in `train_config.toml`.
     #[arg(long, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
     /// All options as such a file.
@@ -216,6 +216,9 @@ pub(crate) struct TrainArgs {
     /// Steps in which the learning rate rises from 0.
     #[arg(long, default_value_t = 0)]
     pub(crate) warmup_steps: u64,
+    /// With the schedules linear and cosine: where the learning rate ends, relative to --lr.
+    #[arg(long, value_name = "RATIO", default_value_t = 0.0)]
+    pub(crate) min_lr_ratio: f64,
     /// Clip the gradient of all that trains together to this L2 norm.
     #[arg(long)]
     pub(crate) max_grad_norm: Option<f64>,
@@ -492,9 +495,14 @@ pub(crate) enum DecayToward {
 /// Courses of the learning rate.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub(crate) enum Schedule {
+    /// Always the same.
     Constant,
+    /// Straight down to 0 at the last step.
     Linear,
+    /// Down to 0 along half a cosine.
     Cosine,
+    /// By the inverse root of the steps, from the warm-up's last or else with a time scale of 10000 steps.
+    InverseSqrt,
 }
 
 /// Element types of weights.

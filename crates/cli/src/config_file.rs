@@ -30,13 +30,14 @@ pub(crate) fn parse(args: Vec<OsString>) -> Result<Cli> {
     let file = named_file(&args)
         .map(|path| ConfigFile::read(&path))
         .transpose()?;
+    let given = given(&args);
     let added = match &file {
         None => Vec::new(),
-        Some(file) => file.arguments(&options(&command), &given(&args))?,
+        Some(file) => file.arguments(&options(&command), &given)?,
     };
     let matches = match command.try_get_matches_from_mut(args.into_iter().chain(added)) {
         Ok(matches) => matches,
-        Err(error) => match file.and_then(|file| file.blame(&error)) {
+        Err(error) => match file.and_then(|file| file.blame(&error, &given)) {
             Some(blamed) => return Err(blamed),
             None => error.exit(),
         },
@@ -153,10 +154,13 @@ impl ConfigFile {
     }
 
     /// What the file has to do with wrong usage, if it has.
-    fn blame(&self, error: &clap::Error) -> Option<anyhow::Error> {
+    fn blame(&self, error: &clap::Error, given: &BTreeSet<String>) -> Option<anyhow::Error> {
         let culprit = error.get(ContextKind::InvalidArg)?.to_string();
         let name = culprit.strip_prefix("--")?;
-        let name = name.split([' ', '=', '[']).next()?;
+        let name = name
+            .split([' ', '=', '['])
+            .next()
+            .filter(|name| !given.contains(*name))?;
         let entry = self.entries.iter().find(|entry| entry.name == name)?;
         let message = error.to_string();
         let message = message.lines().next()?.trim_start_matches("error: ").to_owned();

@@ -870,6 +870,14 @@ fn states_that_cannot_be_resumed() {
     }
     fs::copy(workspace.path(ROWS), &path).unwrap();
     workspace.refuses(&resume(&[]), &[state]);
+    // The state of another step of the same run.
+    let earlier = workspace.path("earlier");
+    run(&set(train(&["--steps=2", "--save-every=1"]), "--out", &earlier)).ok();
+    fs::copy(earlier.join(state), &path).unwrap();
+    workspace.refuses(
+        &resume(&[]),
+        &[state, "not the state of the adapter beside it", "step 2"],
+    );
     fs::write(&path, healthy).unwrap();
     // Rows of another run.
     fs::write(part.join("adapter_model.safetensors"), "").unwrap();

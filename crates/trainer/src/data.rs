@@ -104,6 +104,21 @@ impl Dataset {
         })
     }
 
+    /// At most `length` tokens of the example at `index` around its token at `at`; none if there is no target behind it.
+    pub(crate) fn window(&self, index: usize, at: usize, length: usize) -> Option<Batch> {
+        let whole = self.examples.get(index)?;
+        let start = at.saturating_sub(length / 2);
+        let end = whole.input_ids.len().min(start + length);
+        let behind = whole.labels.get(at + 1..end)?;
+        behind.iter().find(|label| **label != IGNORED)?;
+        let part = Example {
+            input_ids: whole.input_ids.get(start..end)?.to_vec(),
+            labels: whole.labels.get(start..end)?.to_vec(),
+            line: whole.line,
+        };
+        Batch::new(&[&part], self.pad_id)
+    }
+
     /// The lines of some examples, for messages.
     pub fn lines_of(&self, indices: &[usize]) -> String {
         let lines: Vec<String> = indices
@@ -170,4 +185,36 @@ fn windows(
         })
     });
     examples.collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_window_has_its_token_and_a_target_behind_it() {
+        let mut labels = vec![IGNORED; 100];
+        labels[60] = 7;
+        let example = Example {
+            input_ids: (0..100).collect(),
+            labels,
+            line: 1,
+        };
+        let data = Dataset {
+            path: PathBuf::new(),
+            examples: vec![example],
+            pad_id: 0,
+        };
+        let window = data.window(0, 55, 20).unwrap();
+        assert_eq!(window.input_ids(), (45..65).collect::<Vec<u32>>());
+        assert_eq!(
+            (window.target_positions(), window.targets()),
+            (&[14][..], &[7][..])
+        );
+        assert_eq!(data.window(0, 55, 1000).unwrap().length(), 100);
+        assert_eq!(data.window(0, 51, 20).unwrap().length(), 20);
+        for (at, length) in [(60, 20), (40, 20), (55, 8), (99, 20), (200, 20)] {
+            assert!(data.window(0, at, length).is_none(), "{at} {length}");
+        }
+    }
 }

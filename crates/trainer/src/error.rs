@@ -107,14 +107,22 @@ pub enum Error {
         /// The largest error accepted.
         tolerance: f64,
     },
-    /// The loss or its gradient stopped being a number.
-    #[error(
-        "the {what} is not finite at step {step}, where the loss is {loss}: lower the learning rate, or check the data \
-         of {lines}"
-    )]
+    /// The loss stopped being a number.
+    #[error("the loss is {loss} at step {step}: lower the learning rate, or check the data of {lines}")]
     Diverged {
-        /// `loss` or `gradient`.
-        what: &'static str,
+        /// The step, from 1.
+        step: u64,
+        /// The loss.
+        loss: f64,
+        /// The lines of the batch.
+        lines: String,
+    },
+    /// The gradient stopped being a number, though the loss is one.
+    #[error(
+        "the gradient is not finite at step {step}, where the loss is {loss:.3e}: lower the learning rate, or check the \
+         data of {lines}"
+    )]
+    DivergedGradient {
         /// The step, from 1.
         step: u64,
         /// The loss.
@@ -148,7 +156,9 @@ impl BackendError for Error {
             Self::UnsupportedModel { .. } => ErrorKind::Unsupported,
             Self::NotOneToken { .. } | Self::NoPieces { .. } => ErrorKind::TokenOutOfRange,
             Self::Setting(_) => ErrorKind::Hyperparameter,
-            Self::GradientMismatch { .. } | Self::Diverged { .. } => ErrorKind::NoGradient,
+            Self::GradientMismatch { .. } | Self::Diverged { .. } | Self::DivergedGradient { .. } => {
+                ErrorKind::NoGradient
+            }
         }
     }
 }

@@ -69,6 +69,8 @@ pub struct TrainOptions {
     pub schedule: Schedule,
     /// Steps in which the learning rate rises from 0.
     pub warmup_steps: u64,
+    /// Where the learning rate of a schedule that falls ends, relative to `lr`.
+    pub min_lr_ratio: f64,
     /// Largest L2 norm of the gradient of all that trains together.
     pub max_grad_norm: Option<f64>,
     /// Learning rates of the rows of single tokens, in the place of `lr`; the schedule applies to them too. The row of a token
@@ -114,6 +116,7 @@ impl Default for TrainOptions {
             decay_toward: DecayToward::default(),
             schedule: Schedule::default(),
             warmup_steps: 0,
+            min_lr_ratio: 0.0,
             max_grad_norm: None,
             token_lr: Vec::new(),
             match_norm: None,
@@ -211,6 +214,17 @@ impl TrainOptions {
                 let message = format!("token id {id} is given two learning rates");
                 return Err(Error::Setting(message));
             }
+        }
+        if !(0.0..=1.0).contains(&self.min_lr_ratio) {
+            let message = format!(
+                "min-lr-ratio is {}, but it must be from 0 to 1",
+                self.min_lr_ratio
+            );
+            return Err(Error::Setting(message));
+        }
+        if self.min_lr_ratio > 0.0 && !self.schedule.ends_at_zero() {
+            let message = "min-lr-ratio is for the schedules linear and cosine, which fall to 0 without it";
+            return Err(Error::Setting(message.to_owned()));
         }
         if let Some(stopping) = self.early_stopping {
             stopping.check()?;

@@ -3,6 +3,7 @@
 mod group;
 
 use candle_core::backprop::GradStore;
+use sha2::{Digest, Sha256};
 use trainable_tokens_candle::{Candle, CandleDelta};
 use trainable_tokens_core::{
     Backend, ClipGradNorm, DeltaStore, Error as CoreError, OptimizerState, TokenId, TokenRows, TokenSet,
@@ -150,6 +151,16 @@ pub(crate) fn state(parts: &[Part]) -> Result<OptimizerState> {
     Ok(all)
 }
 
+/// The SHA-256 of the values of all parts, in hexadecimal: what a saved state belongs to.
+pub(crate) fn digest(parts: &[Part], values: &[TokenRows]) -> String {
+    let mut hash = Sha256::new();
+    for (part, values) in parts.iter().zip(values) {
+        hash.update(part.describe());
+        hash.update(values.to_dtype(part.delta.dtype()).to_le_bytes());
+    }
+    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
 /// Gives each optimizer its memory again, and each matrix its values. A state or an adapter that does not fit changes no
 /// value.
 pub(crate) fn load(parts: &mut [Part], mut state: OptimizerState, adapter: &Adapter) -> Result<()> {
@@ -195,7 +206,8 @@ pub(crate) fn write_all(parts: &mut [Part], values: &[TokenRows]) -> Result<()> 
     pairs.try_for_each(|(part, values)| part.write(values))
 }
 
-fn values(parts: &[Part], adapter: &Adapter) -> Result<Vec<TokenRows>> {
+/// The values of all parts in an adapter.
+pub(crate) fn values(parts: &[Part], adapter: &Adapter) -> Result<Vec<TokenRows>> {
     let lora = adapter.lora_weights()?;
     parts.iter().map(|part| part.values(adapter, &lora)).collect()
 }

@@ -24,6 +24,9 @@ use crate::{
     OptimizerKind, Result, Sampler, TrainOptions, causal_loss, check_gradient, evaluate, peak_rss_bytes,
 };
 
+/// Tokens of the example that the gradient is checked on: each of many losses costs by them, and by the vocabulary.
+const PROBE_LENGTH: usize = 64;
+
 /// What one step did, as it is written to a metrics file.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct StepMetrics {
@@ -71,6 +74,9 @@ struct Saved {
     run: RunIdentity,
     #[serde(default)]
     evaluations: Evaluations,
+    /// The digest of the values that it was saved beside.
+    #[serde(default)]
+    values: Option<String>,
 }
 
 fn one() -> usize {
@@ -241,23 +247,28 @@ impl Trainer {
     }
 
     /// The first example of the run that meets a trainable token, or else simply the first: in a tied model, or
-    /// with no trainable token in sight, it still says whether the graph is whole.
+    /// with no trainable token in sight, it still says whether the graph is whole. Of a long one, a part around that token.
     fn probe_batch(&self) -> Result<Batch> {
         let tokens = self.model.embedding().tokens();
-        let trains = |index: &usize| {
+        let meets = |index: &usize| {
             let example = &self.data.examples()[*index];
             let seen = &example.input_ids[..example.input_ids.len() - 1];
-            seen.iter().any(|id| tokens.contains(TokenId(*id))) && self.data.batch(&[*index]).is_ok()
+            let at = seen.iter().position(|id| tokens.contains(TokenId(*id)))?;
+            self.data.batch(&[*index]).is_ok().then_some((*index, at))
         };
-        let found = (0..self.data.examples().len()).find(trains);
-        self.data.batch(&[found.unwrap_or(0)])
+        let found = (0..self.data.examples().len()).find_map(|index| meets(&index));
+        let (index, at) = found.unwrap_or((0, 0));
+        match self.data.window(index, at, PROBE_LENGTH) {
+            Some(batch) => Ok(batch),
+            None => self.data.batch(&[index]),
+        }
     }
 
     /// Takes one step.
     ///
     /// # Errors
     ///
-    /// [`Error::Diverged`] if the loss or its gradient is not finite (the rows are as before then); [`Error::Dataset`]
+    /// [`Error::Diverged`] and [`Error::DivergedGradient`] if the loss or its gradient is not finite (the rows are as before then); [`Error::Dataset`]
     /// if no batch of the step has a target; those of the model, the hooks and the optimizer.
     pub fn step(&mut self) -> Result<StepMetrics> {
         let started = Instant::now();
@@ -267,10 +278,13 @@ impl Trainer {
         if let Some(at) = self.parts.iter().position(is_rows) {
             self.activity.end_step(&gradients[at]);
         }
-        let factor = self
-            .options
-            .schedule
-            .factor(self.step, self.options.warmup_steps, self.total_steps);
+        let TrainOptions {
+            schedule,
+            warmup_steps,
+            min_lr_ratio,
+            ..
+        } = self.options;
+        let factor = schedule.factor(self.step, warmup_steps, self.total_steps, min_lr_ratio);
         let lr = self.options.lr * factor;
         let grad_norm = part::step(&mut self.parts, gradients, self.clip.as_ref(), factor)?;
         self.step += 1;
@@ -294,18 +308,23 @@ impl Trainer {
         for (indices, batch) in batches {
             let loss = causal_loss(&self.model, &batch, Graph::Keep)?;
             let value = scalar(&loss)?;
-            let diverged = |what| Error::Diverged {
-                what,
-                step: self.step + 1,
-                loss: value,
-                lines: self.data.lines_of(&indices),
-            };
+            let (step, lines) = (self.step + 1, || self.data.lines_of(&indices));
             if !value.is_finite() {
-                return Err(diverged("loss"));
+                let lines = lines();
+                return Err(Error::Diverged {
+                    step,
+                    loss: value,
+                    lines,
+                });
             }
             let gradients = part::gradients(&self.parts, &loss.backward()?)?;
             if !joint_norm(&gradients).is_finite() {
-                return Err(diverged("gradient"));
+                let lines = lines();
+                return Err(Error::DivergedGradient {
+                    step,
+                    loss: value,
+                    lines,
+                });
             }
             let examples = indices
                 .iter()
@@ -350,6 +369,7 @@ impl Trainer {
         let saved = Saved {
             run: self.identity(),
             evaluations: self.evaluations,
+            values: Some(part::digest(&self.parts, &self.values()?)),
         };
         let extra = serde_json::to_value(saved).map_err(|error| Error::Setting(error.to_string()))?;
         Ok(TrainingState {
@@ -364,7 +384,7 @@ impl Trainer {
     /// # Errors
     ///
     /// [`Error::Resume`] if the state belongs to a run with another optimizer, other tokens, data, batch size, seed
-    /// or order, or if other matrices train; [`Error::Setting`] if the adapter lacks one of them; core's errors if tensors
+    /// or order, if other matrices train, or if the adapter is that of another step; [`Error::Setting`] if the adapter lacks one of them; core's errors if tensors
     /// do not fit.
     pub fn resume(&mut self, adapter: &Adapter, state: TrainingState, path: &Path) -> Result<()> {
         let refuse = |reason: String| Error::Resume {
@@ -374,6 +394,7 @@ impl Trainer {
         let Saved {
             run: saved,
             evaluations,
+            values,
         } = serde_json::from_value(state.extra)
             .map_err(|error| refuse(format!("is not the state of a training run: {error}")))?;
         let current = self.identity();
@@ -388,6 +409,12 @@ impl Trainer {
             return Err(refuse(format!(
                 "has taken {step} steps already, of the {} asked for",
                 self.total_steps
+            )));
+        }
+        let found = part::digest(&self.parts, &part::values(&self.parts, adapter)?);
+        if values.is_some_and(|values| values != found) {
+            return Err(refuse(format!(
+                "is not the state of the adapter beside it, but of other values, after step {step}"
             )));
         }
         part::load(&mut self.parts, state.optimizer, adapter)?;

@@ -138,8 +138,10 @@ fn options(args: &TrainArgs) -> TrainOptions {
             args::Schedule::Constant => trainer::Schedule::Constant,
             args::Schedule::Linear => trainer::Schedule::Linear,
             args::Schedule::Cosine => trainer::Schedule::Cosine,
+            args::Schedule::InverseSqrt => trainer::Schedule::InverseSqrt,
         },
         warmup_steps: args.warmup_steps,
+        min_lr_ratio: args.min_lr_ratio,
         max_grad_norm: args.max_grad_norm,
         token_lr: Vec::new(),
         match_norm: args.match_norm.map(|choice| match choice {

@@ -9,7 +9,7 @@ use crate::{Error, NormTarget, Result, TrainOptions};
 
 /// The rows of a matrix by their learning rates, as torch has parameter groups.
 pub(super) struct Groups {
-    groups: Vec<Group>,
+    trained: Vec<Group>,
     frozen: Vec<usize>,
     num_rows: usize,
 }
@@ -32,7 +32,7 @@ impl Groups {
     pub(super) fn whole(tokens: TokenSet, start: &TokenRows, options: &TrainOptions) -> Result<Self> {
         let slots = (0..start.num_rows()).collect();
         Ok(Self {
-            groups: vec![Group::new(slots, tokens, start, options.lr, options)?],
+            trained: vec![Group::new(slots, tokens, start, options.lr, options)?],
             frozen: Vec::new(),
             num_rows: start.num_rows(),
         })
@@ -69,7 +69,7 @@ impl Groups {
             })
         });
         Ok(Self {
-            groups: groups.collect::<Result<_>>()?,
+            trained: groups.collect::<Result<_>>()?,
             frozen,
             num_rows: tokens.len(),
         })
@@ -77,7 +77,7 @@ impl Groups {
 
     /// Whether every row is frozen.
     pub(super) fn is_frozen(&self) -> bool {
-        self.groups.is_empty()
+        self.trained.is_empty()
     }
 
     /// A gradient with zeros for frozen rows.
@@ -91,7 +91,7 @@ impl Groups {
 
     /// One step of all rows that are not frozen, the learning rates times `factor`.
     pub(super) fn step(&mut self, rows: &mut TokenRows, gradient: &mut TokenRows, factor: f64) -> Result<()> {
-        for group in &mut self.groups {
+        for group in &mut self.trained {
             if group.slots.len() == self.num_rows {
                 group.step(rows, gradient, factor)?;
             } else {
@@ -106,7 +106,7 @@ impl Groups {
     /// The memory of all optimizers as that of one, with zeros for frozen rows.
     pub(super) fn state(&self) -> Result<OptimizerState> {
         let mut all = OptimizerState::default();
-        for group in &self.groups {
+        for group in &self.trained {
             let state = group.optimizer.state();
             all.step = state.step;
             for (name, own) in state.tensors {
@@ -131,7 +131,7 @@ impl Groups {
                 return Err(CoreError::OptimizerState { name, reason }.into());
             }
         }
-        for group in &mut self.groups {
+        for group in &mut self.trained {
             let tensors = state
                 .tensors
                 .iter()

@@ -81,7 +81,7 @@ impl Trainer {
     }
 
     /// The values of all parts.
-    fn values(&self) -> Result<Vec<TokenRows>> {
+    pub(super) fn values(&self) -> Result<Vec<TokenRows>> {
         self.parts.iter().map(Part::read).collect()
     }
 

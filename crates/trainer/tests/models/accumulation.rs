@@ -109,9 +109,12 @@ fn accumulated_batches_are_one_large_batch() {
 
 #[test]
 fn a_batch_without_a_target_adds_nothing() {
-    let line = |ids: &[u32], target: bool| match target {
-        true => json!({"input_ids": ids}),
-        false => json!({"input_ids": ids, "labels": vec![-100; ids.len()]}),
+    let line = |ids: &[u32], target: bool| {
+        if target {
+            json!({"input_ids": ids})
+        } else {
+            json!({"input_ids": ids, "labels": vec![-100; ids.len()]})
+        }
     };
     let run = |lines: &[Value], accumulate| {
         let options = TrainOptions {

@@ -128,11 +128,8 @@ pub(crate) fn trainer(name: &str, tokens: &[u32], lines: &[Value], options: Trai
     let base = Checkpoint::open(fixtures().join(name).join("base")).unwrap();
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("data.jsonl");
-    std::fs::write(
-        &path,
-        lines.iter().map(|line| format!("{line}\n")).collect::<String>(),
-    )
-    .unwrap();
+    let text: Vec<String> = lines.iter().map(Value::to_string).collect();
+    std::fs::write(&path, text.join("\n")).unwrap();
     let config = ModelConfig::read(&base.config_path()).unwrap();
     let data = Dataset::read(&path, &Vocabulary::of_model(base.dir()), &config, None).unwrap();
     let model = load(&base, tokens, None);

@@ -164,7 +164,7 @@ fn rows_keep_their_norms() {
     let mean = table.iter().map(norm).sum::<f64>() / table.len() as f64;
     close(&run(&tokens, matched(NormTarget::Mean)).row_norms(), &[mean; 3]);
 
-    let limit = (plain[0] + plain[1]) / 2.0;
+    let limit = f64::midpoint(plain[0], plain[1]);
     let clamped = run(
         &tokens,
         TrainOptions {

@@ -36,20 +36,24 @@ fn write_batches(case: &Case, path: &Path) {
 }
 
 fn trainer(case: &Case, data: &Path, recompute: bool) -> Trainer {
+    trainer_with(case, data, |options| options.recompute = recompute)
+}
+
+fn trainer_with(case: &Case, data: &Path, change: impl FnOnce(&mut TrainOptions)) -> Trainer {
     let operation = training(case);
     let spec = &operation["optimizer"];
     assert_eq!(spec["type"], "AdamW");
     let number = |name: &str| spec[name].as_f64().unwrap();
-    let options = TrainOptions {
+    let mut options = TrainOptions {
         batch_size: 2,
         lr: number("lr"),
         beta1: spec["betas"][0].as_f64().unwrap(),
         beta2: spec["betas"][1].as_f64().unwrap(),
         eps: number("eps"),
         weight_decay: number("weight_decay"),
-        recompute,
         ..TrainOptions::default()
     };
+    change(&mut options);
     let base = case.base(&Value::Null);
     let config = ModelConfig::read(&base.config_path()).unwrap();
     let data = Dataset::read(data, &Vocabulary::of_model(base.dir()), &config, None).unwrap();
@@ -196,4 +200,54 @@ fn lora_dict_untied_train() {
 #[test]
 fn lora_dict_tied_same_train() {
     train("lora_dict_tied_same");
+}
+
+/// What an evaluation found best stays so, weights of LoRA included, while the run goes on and is resumed.
+#[test]
+fn the_best_values_are_kept_and_resumed() {
+    const LOSSES: [f64; 6] = [5.0, 4.0, 4.5, 3.5, 3.75, 4.0];
+    for name in ["llama_tied", "lora_list_untied"] {
+        let case = Case::open(name);
+        let dir = tempfile::tempdir().unwrap();
+        let data = dir.path().join("batches.jsonl");
+        write_batches(&case, &data);
+        let start = || trainer_with(&case, &data, |options| options.keep_best = true);
+        let advance = |trainer: &mut Trainer, losses: &[f64]| {
+            for loss in losses {
+                trainer.step().unwrap();
+                let lowest = trainer.best_evaluation().is_none_or(|best| *loss < best.loss);
+                assert_eq!(trainer.record_evaluation(*loss).unwrap(), lowest);
+            }
+        };
+        let mut whole = start();
+        advance(&mut whole, &LOSSES);
+        let last = saved(&case, &whole);
+        let best = whole.best_evaluation().unwrap();
+        assert_eq!((best.step, best.loss), (4, 3.5));
+
+        let mut until_best = start();
+        advance(&mut until_best, &LOSSES[..4]);
+        let of_best = saved(&case, &until_best);
+        let seen = whole.at_best(|trainer| Ok::<_, trainable_tokens_trainer::Error>(saved(&case, trainer)));
+        expect_same(name, &seen.unwrap(), &of_best);
+        expect_same(name, &saved(&case, &whole), &last);
+
+        for cut in 1..LOSSES.len() {
+            let mut first = start();
+            advance(&mut first, &LOSSES[..cut]);
+            let mut second = start();
+            let state = first.training_state().unwrap();
+            second
+                .resume(&saved(&case, &first), state, Path::new("state"))
+                .unwrap();
+            let best =
+                first.at_best(|trainer| Ok::<_, trainable_tokens_trainer::Error>(saved(&case, trainer)));
+            second.resume_best(&best.unwrap()).unwrap();
+            expect_same(name, &saved(&case, &second), &saved(&case, &first));
+            advance(&mut second, &LOSSES[cut..]);
+            expect_same(name, &saved(&case, &second), &last);
+            second.restore_best().unwrap();
+            expect_same(name, &saved(&case, &second), &of_best);
+        }
+    }
 }

@@ -29,7 +29,7 @@ impl Run<'_> {
     /// keeps the best has no state: the state is that of the last step.
     pub(super) fn save(&self, trainer: &mut Trainer, overwrite: Overwrite, stage: Stage) -> Result<()> {
         let adapter = self.adapter(trainer)?;
-        let (has_state, has_best) = match stage {
+        let (resumable, has_best) = match stage {
             Stage::UnderWay => (true, trainer.remembers_best()),
             Stage::Ended => (self.outputs.save_every.is_some() && !self.keep_best, false),
         };
@@ -38,7 +38,7 @@ impl Run<'_> {
         } else {
             None
         };
-        let state = has_state.then(|| trainer.training_state()).transpose()?;
+        let training_state = resumable.then(|| trainer.training_state()).transpose()?;
         write_dir_atomically(self.outputs.adapter, overwrite, |dir| -> Result<()> {
             adapter.write_into(dir)?;
             if let Some(best) = &best {
@@ -46,8 +46,8 @@ impl Run<'_> {
                 fs::create_dir(&inside).with_context(|| format!("cannot create {}", inside.display()))?;
                 best.write_into(&inside)?;
             }
-            if let Some(state) = &state {
-                state.write_into(dir)?;
+            if let Some(training_state) = &training_state {
+                training_state.write_into(dir)?;
             }
             if let Some(config) = self.outputs.config {
                 let path = dir.join(CONFIG_FILE);
