@@ -534,7 +534,7 @@ fn rows_that_no_step_reaches_are_told() {
             ids.iter().any(|other| *other == id)
         };
         let kept = lines.lines().filter(|line| !has(line));
-        kept.map(|line| format!("{line}\n")).collect::<String>()
+        kept.fold(String::new(), |text, line| text + line + "\n")
     };
     let objective = Objective::Masked(Some(masking()));
     let options = TrainOptions {
