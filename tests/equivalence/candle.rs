@@ -19,7 +19,7 @@ impl Model for Harness {
         plan: &LookupPlan,
         targets: &[u32],
     ) -> (f64, GradStore) {
-        let projection = harness::tensor::<f32>(projection).unwrap();
+        let projection = harness::tensor::<harness::Cpu, f32>(projection).unwrap();
         let hidden = layer.lookup_planned(plan).unwrap().matmul(&projection).unwrap();
         let logits = layer.logits(hidden).unwrap();
         let targets = Tensor::from_slice(targets, targets.len(), &Device::Cpu).unwrap();
