@@ -305,11 +305,7 @@ fn texts_are_masked_by_their_seed() {
     let place = |name: &str| home.path().join(name);
     let (model, data) = (place("model"), place("data.jsonl"));
     copy_dir(&encoder("bert"), &model);
-    let line = |row: usize| {
-        let words = (0..8).map(|at| format!("w{}", 4 + (row * 31 + at * 17) % 86));
-        format!("{}\n", json!({ "text": words.collect::<Vec<_>>().join(" ") }))
-    };
-    fs::write(&data, (0..6).map(line).collect::<String>()).unwrap();
+    write_texts(&data);
     run(&args!["eval", "--model", model, "--data", data]).refused(&["tokenizer.json"]);
     write_tokenizer(&model);
     let train = |out: &str, seed: &str| {
@@ -354,4 +350,182 @@ fn texts_are_masked_by_their_seed() {
     run(&wrong).refused(&["the mask probability is 1.5"]);
     let causal = args!["eval", "--model", model, "--data", data, "--objective", "causal"];
     run(&causal).refused(&["the objective causal is not for an encoder"]);
+}
+
+/// Texts of `w4` to `w89` for a model with [`write_tokenizer`]'s tokenizer.
+fn write_texts(path: &Path) {
+    let line = |row: usize| {
+        let words = (0..8).map(|at| format!("w{}", 4 + (row * 31 + at * 17) % 86));
+        format!("{}\n", json!({ "text": words.collect::<Vec<_>>().join(" ") }))
+    };
+    fs::write(path, (0..6).map(line).collect::<String>()).unwrap();
+}
+
+/// The file beside an adapter trains the same adapter again.
+fn trains_again(adapter: &Path, again: &Path) {
+    run(&args![
+        "train",
+        "--config",
+        adapter.join("train_config.toml"),
+        "--out",
+        again
+    ])
+    .ok();
+    let bytes = |dir: &Path| fs::read(dir.join("adapter_model.safetensors")).unwrap();
+    assert!(bytes(adapter) == bytes(again));
+}
+
+#[test]
+fn objectives_are_options_in_a_file() {
+    let home = TempDir::new().unwrap();
+    let place = |name: &str| home.path().join(name);
+    let (data, masked, taught) = (place("data.jsonl"), place("masked"), place("taught"));
+    let model = place("model");
+    copy_dir(&encoder("bert"), &model);
+    write_tokenizer(&model);
+    write_texts(&data);
+    let file = |name: &str, text: &str| {
+        let path = place(name);
+        fs::write(&path, text).unwrap();
+        path
+    };
+    let config = file(
+        "masked.toml",
+        &format!(
+            "model = {model:?}\ndata = {data:?}\ntokens = [\"w4\", \"w21\"]\nobjective = \"masked\"\n\
+             mask_probability = 0.3\nmask_trainable = \"always\"\nsteps = 3\nbatch_size = 2\naccumulate = 2\n"
+        ),
+    );
+    run(&args!["train", "--config", config, "--out", masked]).ok();
+    let recorded = fs::read_to_string(masked.join("train_config.toml")).unwrap();
+    for line in [
+        "objective = \"masked\"",
+        "mask-probability = 0.3",
+        "mask-trainable = \"always\"",
+        "accumulate = 2",
+    ] {
+        assert!(recorded.lines().any(|it| it == line), "no {line} in {recorded}");
+    }
+    trains_again(&masked, &place("masked-again"));
+
+    let sentences = place("sentences.jsonl");
+    fs::write(&sentences, defined()).unwrap();
+    let model = encoder("sentences");
+    let config = file(
+        "taught.toml",
+        &format!(
+            "model = {model:?}\ndata = {sentences:?}\ntoken_ids = \"77,12,40\"\nobjective = \"teach\"\n\
+             teach_loss = \"ranking\"\nranking_scale = 10\nsteps = 3\n"
+        ),
+    );
+    run(&args!["train", "--config", config, "--out", taught]).ok();
+    let recorded = fs::read_to_string(taught.join("train_config.toml")).unwrap();
+    for line in ["teach-loss = \"ranking\"", "ranking-scale = 10.0"] {
+        assert!(recorded.lines().any(|it| it == line), "no {line} in {recorded}");
+    }
+    trains_again(&taught, &place("taught-again"));
+    let wrong = file("wrong.toml", "objective = \"clm\"\n");
+    run(&args![
+        "train",
+        "--config",
+        wrong,
+        "--model",
+        model,
+        "--data",
+        sentences,
+        "--token-ids",
+        "7",
+        "--out",
+        place("none")
+    ])
+    .refused(&["wrong.toml, line 1", "clm"]);
+}
+
+/// New tokens, a run that is watched, and a look at what became of the rows.
+#[test]
+fn new_tokens_of_an_encoder_train_and_are_looked_at() {
+    let home = TempDir::new().unwrap();
+    let place = |name: &str| home.path().join(name);
+    let (base, model, data) = (place("base"), place("model"), place("data.jsonl"));
+    copy_dir(&encoder("bert"), &base);
+    write_tokenizer(&base);
+    let added = run(&args![
+        "add-tokens",
+        "--json",
+        "--model",
+        base,
+        "--tokens",
+        "glorp,blick",
+        "--out",
+        model
+    ])
+    .ok()
+    .json();
+    let tables = added["tensors"].as_array().unwrap();
+    for tensor in ["bert.embeddings.word_embeddings.weight", "cls.predictions.bias"] {
+        assert!(tables.contains(&json!(tensor)), "{added}");
+    }
+    let lines: String = (0..8)
+        .map(|row| {
+            format!(
+                "{}\n",
+                json!({ "text": format!("w{} glorp w{} w9", 10 + row, 30 + row) })
+            )
+        })
+        .collect();
+    fs::write(&data, lines).unwrap();
+    let (adapter, metrics, report) = (place("adapter"), place("metrics.jsonl"), place("report.html"));
+    let summary = run(&args![
+        "train",
+        "--json",
+        "--model",
+        model,
+        "--data",
+        data,
+        "--eval-data",
+        data,
+        "--tokens",
+        "glorp,blick",
+        "--mask-trainable",
+        "always",
+        "--steps",
+        "6",
+        "--eval-every",
+        "2",
+        "--batch-size",
+        "4",
+        "--accumulate",
+        "2",
+        "--early-stopping-patience",
+        "3",
+        "--keep-best",
+        "--lr",
+        "0.01",
+        "--metrics",
+        metrics,
+        "--report",
+        report,
+        "--out",
+        adapter
+    ])
+    .ok()
+    .json();
+    assert_eq!(summary["objective"], "masked");
+    let dead = summary["dead_tokens"].as_array().unwrap();
+    assert!(dead.len() == 1 && dead[0]["token"] == "blick", "{summary}");
+    assert!(fs::read_to_string(&report).unwrap().contains("glorp"));
+    run(&args!["plot", metrics, "--out", place("plot.svg")]).ok();
+
+    let fits = run(&args!["verify", "--json", "--model", model, "--adapter", adapter])
+        .ok()
+        .json();
+    assert_eq!(fits["fits"], true, "{fits}");
+    let looked = run(&args!["inspect", "--json", adapter, "--model", model])
+        .ok()
+        .json();
+    let row = &looked["modules"][0]["rows"][0];
+    assert_eq!(row["token"], "glorp");
+    assert!(!row["neighbours"].as_array().unwrap().is_empty(), "{row}");
+    run(&args!["generate", "--model", model, "--prompt", "w4 w5"])
+        .refused(&["is a bert, an encoder: only a decoder continues a prompt"]);
 }
