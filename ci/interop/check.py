@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import reference
 from cli import Cli
+from decoders import check_decoders
 from encoders import ENCODERS, check_encoders
 from extract import check_extract
 from lora import check_lora
@@ -317,6 +318,7 @@ def main() -> int:
             (work / case.name).mkdir()
             groups[case.name] = lambda case=case: CaseChecks(case, cli, report, work / case.name).run()
         groups["tokenizer"] = lambda: check_tokenizer(cli, report, work)
+        groups["decoders"] = lambda: check_decoders(cli, report, work / "decoders")
         groups["extract"] = lambda: check_extract(cli, report, work / "extract")
         groups[ENCODERS] = lambda: check_encoders(cli, report, work / ENCODERS)
         groups["split"] = lambda: check_split(cli, report, work / "split")

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import reference
-from models import SHAPE, VOCAB_SIZE, save_random_model
+from models import GEMMA, SHAPE, VOCAB_SIZE, save_random_model
 
 # The sums that torch takes in another order. Halves may then round to the neighbour, but seldom.
 F32, NEIGHBOURS = 1e-6, 0.01
@@ -34,6 +34,7 @@ def gpt2(**options):
 MODELS = {
     "llama": (LlamaForCausalLM, LlamaConfig(**SHAPE)),
     "llama-tied": (LlamaForCausalLM, LlamaConfig(**SHAPE, tie_word_embeddings=True)),
+    "gemma2": (Gemma2ForCausalLM, Gemma2Config(**SHAPE, **GEMMA)),
     "gpt2": (GPT2LMHeadModel, gpt2()),
     "gpt2-untied": (GPT2LMHeadModel, gpt2(tie_word_embeddings=False)),
 }
@@ -100,7 +101,7 @@ def check_lora(cli, report, work: Path):
     for number, case in enumerate(CASES):
         check_case(cli, report, case, model_path(work, case.model, case.dtype), work / f"case-{number}")
     check_refusals(cli, report, model_path(work, "llama", torch.float32), work / "refused")
-    for name in ("llama", "llama-tied"):
+    for name in ("llama", "llama-tied", "gemma2", "gpt2"):
         check_training(cli, report, model_path(work, name, torch.float32), work / f"trained-{name}")
 
 
@@ -118,7 +119,8 @@ def check_training(cli, report, model: Path, work: Path):
     options |= dict(padding_idx="torch", lora_rank=4, lora_alpha=12, lora_targets="all-linear", weight_decay=0.1)
     cli("train", **options, out=start, steps=1, lr=0)
     summary = cli("train", **options, out=ours, steps=8, lr=1e-2, metrics=metrics)
-    report.equal(f"{what} layers", summary["lora_modules"], 7 * SHAPE["num_hidden_layers"])
+    per_layer = 4 if model.name.startswith("gpt2") else 7
+    report.equal(f"{what} layers", summary["lora_modules"], per_layer * SHAPE["num_hidden_layers"])
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -10,12 +10,18 @@ from transformers import (
     BartForConditionalGeneration,
     BertConfig,
     BertForMaskedLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -32,6 +38,10 @@ SHAPE = dict(
     initializer_range=0.15,
     bos_token_id=1,
     eos_token_id=2,
+)
+GEMMA = dict(head_dim=12, sliding_window=6, query_pre_attn_scalar=12, tie_word_embeddings=True)
+GPT2_SHAPE = dict(
+    vocab_size=VOCAB_SIZE, n_embd=48, n_layer=2, n_head=4, n_positions=64, initializer_range=0.15, eos_token_id=2
 )
 LLAMA3_ROPE = dict(
     rope_type="llama3",
@@ -70,6 +80,10 @@ def make_cases(work: Path, fixtures: Path) -> list[Case]:
         ),
         ("bf16-shards-tied", LlamaForCausalLM, LlamaConfig(**SHAPE, tie_word_embeddings=True), SHARDS),
         ("bf16-shards-untied", LlamaForCausalLM, LlamaConfig(**SHAPE), SHARDS),
+        ("qwen3-bf16", Qwen3ForCausalLM, Qwen3Config(**SHAPE, head_dim=12), SHARDS),
+        ("gemma2-bf16", Gemma2ForCausalLM, Gemma2Config(**SHAPE, **GEMMA), SHARDS),
+        ("gemma3-tied", Gemma3ForCausalLM, Gemma3TextConfig(**SHAPE, **GEMMA, sliding_window_pattern=2), {}),
+        ("gpt2-bf16", GPT2LMHeadModel, GPT2Config(**GPT2_SHAPE), SHARDS),
     ]
     cases = []
     for seed, (name, cls, config, options) in enumerate(made):

@@ -26,10 +26,15 @@ def load_adapter(model_path: Path, adapter: Path, dtype=torch.float32):
 
 def new_adapter(model_path: Path, tokens: list[int]):
     """A fresh adapter on the model, and the warnings on the way."""
-    config = TrainableTokensConfig(token_indices=tokens, target_modules=["embed_tokens"], task_type="CAUSAL_LM")
+    base = load_model(model_path)
+    embedding = base.get_input_embeddings()
+    path = next(path for path, module in base.named_modules() if module is embedding)
+    config = TrainableTokensConfig(
+        token_indices=tokens, target_modules=[path.split(".")[-1]], task_type="CAUSAL_LM"
+    )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        model = get_peft_model(load_model(model_path), config).eval()
+        model = get_peft_model(base, config).eval()
     return model, [str(warning.message) for warning in caught]
 
 

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
-use trainable_tokens_trainer::LoraOptions;
+use trainable_tokens_trainer::{GenerateOptions, LoraOptions};
 
 use crate::initial::{InitSpec, TokenInit};
 use crate::objective::ObjectiveArgs;
@@ -41,6 +41,8 @@ pub(crate) enum Command {
     Eval(EvalArgs),
     /// Write the embeddings and logits of token ids, for comparing implementations.
     Forward(ForwardArgs),
+    /// Continue a prompt with a model, with or without an adapter.
+    Generate(GenerateArgs),
     /// Write an adapter that changes nothing yet, or whose rows start anew.
     Init(InitArgs),
     /// Bake adapters into a copy of a model.
@@ -95,14 +97,8 @@ pub(crate) struct LoraArgs {
     /// Also train weights of LoRA, of this rank.
     #[arg(long, value_name = "R", value_parser = positive)]
     lora_rank: Option<usize>,
-    /// Linear layers that get them, as PEFT names them, or all-linear.
-    #[arg(
-        long,
-        value_delimiter = ',',
-        default_value = "q_proj,v_proj",
-        requires = "lora_rank",
-        value_name = "MODULES"
-    )]
+    /// Linear layers that get them, as PEFT names them, or all-linear [default: those of queries and values].
+    #[arg(long, value_delimiter = ',', requires = "lora_rank", value_name = "MODULES")]
     lora_targets: Vec<String>,
     /// LoRA's alpha: the product of the weights is multiplied by alpha / rank.
     #[arg(long, default_value_t = 8.0, requires = "lora_rank")]
@@ -209,9 +205,9 @@ pub(crate) struct TrainArgs {
     pub(crate) recompute: bool,
     #[command(flatten)]
     pub(crate) compute: ComputeArgs,
-    /// Module whose rows train, as PEFT names it; only the input embedding can be [default: its name].
+    /// Module whose rows train, as PEFT names it; only the input embedding can be, and is without this option.
     #[arg(long, value_delimiter = ',', value_name = "MODULES")]
-    pub(crate) target_modules: Vec<String>,
+    pub(crate) target_modules: Option<Vec<String>>,
     /// What the gradient of a chosen token does that is the model's padding token.
     #[arg(long, value_enum)]
     pub(crate) padding_idx: Option<PaddingChoice>,
@@ -273,6 +269,44 @@ pub(crate) struct ForwardArgs {
     /// [B, L, D]; of one that embeds sentences, `sentence_embeddings` [B, D] too.
     #[arg(long, value_name = "FILE")]
     pub(crate) out: PathBuf,
+    #[command(flatten)]
+    pub(crate) compute: ComputeArgs,
+}
+
+/// What is continued.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+pub(crate) struct PromptArgs {
+    /// Text to continue, through the model's tokenizer.
+    #[arg(long = "prompt", value_name = "TEXT")]
+    pub(crate) text: Option<String>,
+    /// The ids of its tokens instead, separated by commas.
+    #[arg(long = "prompt-ids", value_delimiter = ',', value_name = "IDS")]
+    pub(crate) ids: Vec<u32>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct GenerateArgs {
+    /// Model directory.
+    #[arg(long)]
+    pub(crate) model: PathBuf,
+    /// Adapter directory.
+    #[arg(long)]
+    pub(crate) adapter: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) prompt: PromptArgs,
+    /// The most tokens to generate.
+    #[arg(long, value_name = "N", default_value_t = GenerateOptions::default().max_new_tokens)]
+    pub(crate) max_new_tokens: usize,
+    /// What logits are divided by before a token is drawn; at 0 the likeliest token is taken.
+    #[arg(long, value_name = "T", default_value_t = 0.0)]
+    pub(crate) temperature: f64,
+    /// Draw from the likeliest tokens whose probabilities sum up to P.
+    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    pub(crate) top_p: f64,
+    /// Seed of the draws.
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
     #[command(flatten)]
     pub(crate) compute: ComputeArgs,
 }

@@ -5,6 +5,7 @@ mod diff;
 mod eval;
 mod extract;
 mod forward;
+mod generate;
 mod init;
 mod inspect;
 mod merge;
@@ -27,6 +28,7 @@ pub(crate) fn run(cli: &Cli) -> Result<()> {
         Command::Train(args) => train::run(args, cli),
         Command::Eval(args) => eval::run(args, cli),
         Command::Forward(args) => forward::run(args, cli),
+        Command::Generate(args) => generate::run(args, cli),
         Command::Init(args) => init::run(args, cli),
         Command::Merge(args) => merge::run(args, cli),
         Command::Extract(args) => extract::run(args, cli),

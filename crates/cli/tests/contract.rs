@@ -22,6 +22,7 @@ fn every_command_prints_one_json_object_or_text() {
             "train" => &["adapter", "loss_after", "steps"],
             "eval" => &["loss", "perplexity", "tokens"],
             "forward" => &["embeddings", "logits", "out"],
+            "generate" => &["prompt", "text", "token_ids", "new_tokens", "tokens_per_second"],
             "init" => &["adapter", "token_indices", "tokens"],
             "merge" => &["out", "rewritten", "rows"],
             "verify" => &["checks", "fits"],
@@ -220,7 +221,8 @@ fn help_and_version_succeed() {
     );
     let help = run(&args!["--help"]).ok();
     for command in [
-        "demo", "train", "eval", "forward", "init", "merge", "extract", "diff", "split", "inspect", "verify",
+        "demo", "train", "eval", "forward", "generate", "init", "merge", "extract", "diff", "split",
+        "inspect", "verify",
     ] {
         assert!(help.stdout.contains(&format!("\n  {command} ")), "{help:#?}");
         let own = run(&args![command, "--help"]).ok();

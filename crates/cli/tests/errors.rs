@@ -149,11 +149,11 @@ fn malformed_configs() {
         ("num_hidden_layers", json!(null)),
         ("max_position_embeddings", json!("many")),
         ("pad_token_id", json!(300)),
-        ("rope_parameters", json!({"rope_type": "yarn", "factor": 2.0})),
+        ("rope_parameters", json!({"rope_type": "longrope", "factor": 2.0})),
         ("rope_parameters", json!({"rope_type": "linear"})),
         ("hidden_act", json!("gelu")),
         ("model_type", json!(null)),
-        ("model_type", json!("gpt2")),
+        ("model_type", json!("gpt_neox")),
         ("tie_word_embeddings", json!("no")),
     ] {
         // A config without the field, where the value is null.
@@ -167,10 +167,9 @@ fn malformed_configs() {
     }
     refuse(
         &WITH_DECODER,
-        &["model/config.json", "gpt2", "llama"],
+        &["model/config.json", "gpt_neox", "llama"],
         edit_config(|config| {
-            *config =
-                json!({"model_type": "gpt2", "vocab_size": 300, "n_embd": 48, "n_layer": 2, "n_head": 4});
+            *config = json!({"model_type": "gpt_neox", "vocab_size": 300, "hidden_size": 48, "num_hidden_layers": 2});
         }),
     );
 }

@@ -10,16 +10,13 @@ use trainable_tokens_format::{Adapter, Checkpoint};
 
 use crate::json::parse_object;
 use crate::model::Names;
-use crate::{
-    Decoder, EMBEDDING_MODULE, Encoder, EncoderConfig, Error, Graph, HEAD_MODULE, LowRank, ModelConfig,
-    Result,
-};
+use crate::{Decoder, Encoder, EncoderConfig, Error, Graph, LowRank, ModelConfig, Result};
 
 /// The configuration of a model of any family that this crate implements.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Architecture {
     /// A causal language model.
-    Decoder(ModelConfig),
+    Decoder(Box<ModelConfig>),
     /// An encoder of the BERT family.
     Encoder(EncoderConfig),
 }
@@ -56,7 +53,7 @@ impl Architecture {
         if family.is_some_and(|family| EncoderConfig::is_family(&family)) {
             return EncoderConfig::read(path).map(Self::Encoder);
         }
-        ModelConfig::read(path).map(Self::Decoder)
+        ModelConfig::read(path).map(|config| Self::Decoder(Box::new(config)))
     }
 
     /// `model_type`.
@@ -70,7 +67,7 @@ impl Architecture {
     /// What a data set must know of the model.
     pub fn input_spec(&self) -> InputSpec {
         match self {
-            Self::Decoder(config) => config.into(),
+            Self::Decoder(config) => config.as_ref().into(),
             Self::Encoder(config) => config.into(),
         }
     }
@@ -86,7 +83,7 @@ impl Architecture {
     /// The path of the embedding module in a checkpoint of this architecture, as PEFT's files spell it.
     pub fn embedding_module(&self, checkpoint: &Checkpoint) -> String {
         match self {
-            Self::Decoder(_) => EMBEDDING_MODULE.to_owned(),
+            Self::Decoder(config) => config.embedding_module().to_owned(),
             Self::Encoder(config) => Names::of(config, checkpoint).embedding(),
         }
     }
@@ -97,7 +94,7 @@ impl Architecture {
             return None;
         }
         match self {
-            Self::Decoder(_) => Some(HEAD_MODULE.to_owned()),
+            Self::Decoder(config) => Some(config.head_module().to_owned()),
             Self::Encoder(config) => {
                 let head = Names::of(config, checkpoint).head();
                 head.map(|head| head.decoder.to_owned())
@@ -110,7 +107,7 @@ impl From<&ModelConfig> for InputSpec {
     fn from(config: &ModelConfig) -> Self {
         Self {
             vocab_size: config.vocab_size,
-            max_length: config.max_position_embeddings,
+            max_length: config.max_length(),
             pad_token_id: config.pad_token_id,
         }
     }
@@ -245,8 +242,16 @@ impl LanguageModel {
     /// The path of the embedding module, as PEFT's files and `target_modules` spell it.
     pub fn embedding_module(&self) -> String {
         match self {
-            Self::Decoder(_) => EMBEDDING_MODULE.to_owned(),
+            Self::Decoder(decoder) => decoder.config().embedding_module().to_owned(),
             Self::Encoder(encoder) => encoder.embedding_module(),
+        }
+    }
+
+    /// The path of the output layer, if the model has one.
+    pub fn head_module(&self) -> Option<String> {
+        match self {
+            Self::Decoder(decoder) => Some(decoder.config().head_module().to_owned()),
+            Self::Encoder(encoder) => encoder.head_module().map(str::to_owned),
         }
     }
 

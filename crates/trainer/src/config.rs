@@ -1,26 +1,38 @@
-//! `config.json` of the decoders that this crate implements.
+//! `config.json` of the models that this crate implements.
 
+mod check;
 mod encoder;
+mod family;
 mod model;
+mod names;
 mod parse;
+mod rope;
 
 use std::path::Path;
 
-pub use encoder::{Activation, EncoderConfig};
-pub use model::{ModelConfig, RopeScaling};
+pub use encoder::EncoderConfig;
+pub use model::{Activation, LayerType, ModelConfig, NormKind, Positions, Rope, RopeScaling};
+pub(crate) use names::{ProjectionNames, WeightLayout};
 use parse::Refusal;
 
 use crate::{Error, Result};
 
 impl ModelConfig {
-    /// Reads `config.json`.
+    /// Reads `config.json`, and from `generation_config.json` beside it, if there is one, which tokens end a text.
     ///
     /// # Errors
     ///
     /// [`Error::Read`], [`Error::Config`] for a missing or impossible field, [`Error::UnsupportedModel`] for another
     /// family or a setting that would change the result and is not implemented.
     pub fn read(path: &Path) -> Result<Self> {
-        read(path, parse::config)
+        let mut config = read(path, parse::config)?;
+        let generation = path.with_file_name("generation_config.json");
+        if generation.exists()
+            && let Some(ids) = read(&generation, parse::ends)?
+        {
+            config.eos_token_ids = ids;
+        }
+        Ok(config)
     }
 }
 

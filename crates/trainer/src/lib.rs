@@ -1,7 +1,8 @@
 //! Trains chosen token rows of Hugging Face checkpoints with differentiable models on candle.
 //!
-//! - [`Decoder`]: a causal language model of the Llama family ([`ModelConfig`]), every weight frozen but the rows
-//!   of some tokens; no backward pass makes a gradient of a frozen weight.
+//! - [`Decoder`]: a causal language model configured by its `config.json` ([`ModelConfig`]: Llama, Mistral, Qwen 2 and 3,
+//!   Gemma, Gemma 2 and 3, GPT-2), every weight frozen but the rows of some tokens; no backward pass makes a gradient of a
+//!   frozen weight.
 //! - [`Encoder`]: the same for the BERT family ([`EncoderConfig`]), sentence encoders too ([`Pooling`]).
 //!   [`LanguageModel`] is either, as `config.json` says.
 //! - [`Objective`]: the next token, masked tokens ([`Masking`]), or a word taught to a sentence encoder ([`Teach`],
@@ -11,7 +12,8 @@
 //! - [`Trainer`]: steps, schedules ([`Schedule`]), clipping, evaluation, exact resumption. Before the first step,
 //!   [`check_gradient`] compares the gradient with finite differences of the loss and refuses to train on a wrong
 //!   one.
-//! - [`generate`], [`token_loss`]: what training is measured by.
+//! - [`generate`]: continues a prompt, greedily or by draws ([`GenerateOptions`]), with a [`KeyValueCache`].
+//! - [`evaluate`], [`token_loss`]: what training is measured by.
 
 mod architecture;
 mod config;
@@ -34,17 +36,15 @@ mod trainer;
 mod vocabulary;
 
 pub use architecture::{Architecture, InputSpec, LanguageModel};
-pub use config::{Activation, EncoderConfig, ModelConfig, RopeScaling};
+pub use config::{Activation, EncoderConfig, LayerType, ModelConfig, NormKind, Positions, Rope, RopeScaling};
 pub use data::{Batch, Dataset, Example, IGNORED, Sampler};
 pub use error::{Error, Result};
 pub use evaluate::{Evaluation, evaluate};
-pub use generate::generate;
+pub use generate::{GenerateOptions, Generated, generate};
 pub use lora::{ALL_LINEAR, LoraOptions};
 pub use loss::Graph;
 pub use memory::peak_rss_bytes;
-pub use model::{
-    Decoder, EMBEDDING_MODULE, EMBEDDING_TENSOR, Encoder, HEAD_MODULE, LowRank, Pooling, PoolingMode,
-};
+pub use model::{Decoder, Encoder, KeyValueCache, LowRank, Pooling, PoolingMode};
 pub use objective::{MaskTrainable, Masking, Objective, Retrieval, Teach, TeachLoss, token_loss};
 pub use options::{DecayToward, OptimizerKind, TrainOptions};
 pub use probe::{GradientCheck, check_gradient};

@@ -10,19 +10,11 @@ use trainable_tokens_format::{
     Adapter, AdapterBuilder, AdapterConfig, Checkpoint, TargetModules, TokenIndices, is_path_or_suffix,
 };
 
-use crate::{EMBEDDING_MODULE, EMBEDDING_TENSOR, Error, HEAD_MODULE, LanguageModel, ModelConfig, Result};
+use crate::config::WeightLayout;
+use crate::{Error, LanguageModel, ModelConfig, Result};
 
 /// The word for all linear layers of the decoder but the head, as in PEFT.
 pub const ALL_LINEAR: &str = "all-linear";
-const LINEAR: [&str; 7] = [
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "o_proj",
-    "gate_proj",
-    "up_proj",
-    "down_proj",
-];
 
 /// Weights of LoRA that train beside rows of tokens (Hu et al. 2021), named as in PEFT's `LoraConfig`.
 #[derive(Clone, Debug, PartialEq)]
@@ -33,32 +25,33 @@ pub struct LoraOptions {
     pub alpha: f64,
     /// `use_rslora`: by `alpha / sqrt(r)` instead (Kalajdzievski 2023).
     pub rank_stabilized: bool,
-    /// Layers by path, or by the end of it after a dot; [`ALL_LINEAR`] stands for all but the head.
+    /// Layers by path, or by the end of it after a dot; [`ALL_LINEAR`] stands for all but the head. None for PEFT's choice:
+    /// the projections to queries and values.
     pub targets: Vec<String>,
     /// Seed of the factors `A`.
     pub seed: u64,
 }
 
 impl Default for LoraOptions {
-    /// PEFT's rank and alpha, 8 each, and its targets in a Llama.
+    /// PEFT's rank and alpha, 8 each, and its targets.
     fn default() -> Self {
         Self {
             rank: 8,
             alpha: 8.0,
             rank_stabilized: false,
-            targets: vec!["q_proj".to_owned(), "v_proj".to_owned()],
+            targets: Vec::new(),
             seed: 0,
         }
     }
 }
 
 impl LoraOptions {
-    /// The config that PEFT reads.
+    /// The config that PEFT reads, for layers of `model`.
     ///
     /// # Errors
     ///
     /// [`Error::Setting`] for a rank of 0, an alpha that is not a finite number, or no target.
-    pub fn config(&self) -> Result<AdapterConfig> {
+    pub fn config(&self, model: &ModelConfig) -> Result<AdapterConfig> {
         if self.rank == 0 || !self.alpha.is_finite() {
             let message = format!(
                 "LoRA's rank is {} and its alpha {}: a rank above 0 and a finite alpha are needed",
@@ -66,24 +59,28 @@ impl LoraOptions {
             );
             return Err(Error::Setting(message));
         }
+        let names = self.targets.iter().flat_map(|target| match target.as_str() {
+            ALL_LINEAR => model.linear_layers(),
+            name => vec![name],
+        });
         let mut targets: Vec<String> = Vec::new();
-        for target in &self.targets {
-            let names = match target.as_str() {
-                ALL_LINEAR => &LINEAR[..],
-                name => &[name],
-            };
-            for name in names.iter().filter(|name| !name.is_empty()) {
-                if !targets.iter().any(|target| target == name) {
-                    targets.push((*name).to_owned());
-                }
+        for name in names.filter(|name| !name.is_empty()) {
+            if !targets.iter().any(|target| target == name) {
+                targets.push(name.to_owned());
             }
+        }
+        if self.targets.is_empty() {
+            targets = model.lora_targets().into_iter().map(str::to_owned).collect();
         }
         if targets.is_empty() {
             return Err(Error::Setting(
                 "LoRA has no target: name a linear layer".to_owned(),
             ));
         }
+        // PEFT corrects this field by the class of a layer, and warns.
+        let fan_in_fan_out = model.names.layer.layout == WeightLayout::InOut;
         Ok(AdapterConfig::lora(&TokenIndices::ByModule(BTreeMap::new()))?
+            .with_field("fan_in_fan_out", &json!(fan_in_fan_out))?
             .with_field("r", &json!(self.rank))?
             .with_field("lora_alpha", &number(self.alpha))?
             .with_field("use_rslora", &json!(self.rank_stabilized))?
@@ -104,8 +101,8 @@ impl LoraOptions {
         rows: Option<&TokenRows>,
     ) -> Result<Adapter> {
         let model = ModelConfig::read(&checkpoint.config_path())?;
-        let config = self.config()?;
-        let table = checkpoint.table(EMBEDDING_TENSOR)?;
+        let config = self.config(&model)?;
+        let table = checkpoint.table(&model.embedding_tensor())?;
         let tokens = TokenSet::new(tokens.iter().copied(), table.vocab_size())?;
         let rows = match rows {
             Some(rows) => rows.clone(),
@@ -113,10 +110,13 @@ impl LoraOptions {
         };
         let modules = config.lora_modules(checkpoint)?;
         self.expect_layers(&modules, &model)?;
-        let mut builder = Adapter::builder(EMBEDDING_MODULE, &tokens, rows).lora(config);
+        let mut builder = Adapter::builder(model.embedding_module(), &tokens, rows).lora(config);
         for (stream, module) in (0..).zip(&modules) {
             let weight = checkpoint.table(&format!("{module}.weight"))?;
-            let (outputs, inputs) = (weight.vocab_size(), weight.embedding_dim());
+            let (mut outputs, mut inputs) = (weight.vocab_size(), weight.embedding_dim());
+            if module != model.head_module() && model.names.layer.layout == WeightLayout::InOut {
+                (outputs, inputs) = (inputs, outputs);
+            }
             let mut random = ChaCha8Rng::seed_from_u64(self.seed);
             random.set_stream(stream);
             let bound = 1.0 / (inputs as f32).sqrt();
@@ -132,22 +132,23 @@ impl LoraOptions {
 
     /// Every target must be a linear layer, and what is targeted must be of the decoder.
     fn expect_layers(&self, modules: &[String], model: &ModelConfig) -> Result<()> {
+        let (linear, head) = (model.linear_layers(), model.head_module());
         let refuse = |message: String| Err(Error::Setting(message));
         for target in self.targets.iter().filter(|target| *target != ALL_LINEAR) {
             if !modules.iter().any(|module| is_path_or_suffix(target, module)) {
                 return refuse(format!(
-                    "no linear layer is named '{target}': LoRA's targets can be {}, {HEAD_MODULE} or {ALL_LINEAR}",
-                    LINEAR.join(", ")
+                    "no linear layer is named '{target}': LoRA's targets can be {}, {head} or {ALL_LINEAR}",
+                    linear.join(", ")
                 ));
             }
         }
-        let is_layer = |module: &&String| LINEAR.iter().any(|name| is_path_or_suffix(name, module));
+        let is_layer = |module: &&String| linear.iter().any(|name| is_path_or_suffix(name, module));
         match modules.iter().find(|module| !is_layer(module)) {
-            Some(module) if module != HEAD_MODULE => refuse(format!(
+            Some(module) if module != head => refuse(format!(
                 "module {module} is no linear layer, so that LoRA cannot train beside it"
             )),
             Some(_) if model.tie_word_embeddings => refuse(format!(
-                "{HEAD_MODULE} shares the table of the input embedding, so that LoRA cannot train beside it"
+                "{head} shares the table of the input embedding, so that LoRA cannot train beside it"
             )),
             _ => Ok(()),
         }

@@ -16,8 +16,8 @@ mod tests;
 
 pub(crate) use attention::{AttentionKind, Mask, Rotation, attention};
 pub(crate) use frozen::{add_frozen, mul_frozen};
-pub(crate) use gate::silu_gate;
-pub(crate) use norm::rms_norm;
+pub(crate) use gate::{activate, gate};
+pub(crate) use norm::Norm;
 pub(crate) use recompute::recompute;
 
 use candle_core::DType;

@@ -8,7 +8,7 @@ use trainable_tokens_core::{
 };
 use trainable_tokens_format::{Adapter, LoraWeights};
 
-use crate::{Error, HEAD_MODULE, LanguageModel, Result, TrainOptions};
+use crate::{Error, LanguageModel, Result, TrainOptions};
 
 /// One trained matrix: rows of a table, or a factor of LoRA's.
 pub(crate) struct Part {
@@ -24,10 +24,10 @@ pub(crate) struct Part {
 /// Which matrix of the model it is.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Matrix {
-    /// The rows of the input embedding, a module at a path.
+    /// The rows of the input embedding, at its path.
     Embedding(String),
-    /// The rows of the table of another module.
-    Rows(&'static str),
+    /// The rows of an untied head, at its path.
+    Head(String),
     /// One of LoRA's factors of the layer at a path, with its scaling.
     Factor {
         path: String,
@@ -45,7 +45,7 @@ impl Matrix {
     fn name(&self) -> String {
         match self {
             Self::Embedding(_) => String::new(),
-            Self::Rows(module) => format!("{module}."),
+            Self::Head(module) => format!("{module}."),
             Self::Factor { path, name, .. } => format!("{path}.{name}."),
         }
     }
@@ -62,12 +62,13 @@ impl Matrix {
 /// All that trains in a model: the rows of the embedding, those of an untied head, and LoRA's factors.
 pub(crate) fn parts(model: &LanguageModel, options: &TrainOptions) -> Result<Vec<Part>> {
     let mut found = Vec::new();
+    let head = model.head_module().unwrap_or_default();
     let tables = [
         (
             Matrix::Embedding(model.embedding_module()),
             Some(model.embedding()),
         ),
-        (Matrix::Rows(HEAD_MODULE), model.head_rows()),
+        (Matrix::Head(head), model.head_rows()),
     ];
     for (matrix, layer) in tables {
         let Some(layer) = layer.filter(|layer| !layer.tokens().is_empty()) else {
@@ -215,8 +216,7 @@ impl Part {
             None => refuse(format!("the adapter has no rows for {module}")),
         };
         match &self.matrix {
-            Matrix::Embedding(module) => rows(module),
-            Matrix::Rows(module) => rows(module),
+            Matrix::Embedding(module) | Matrix::Head(module) => rows(module),
             Matrix::Factor { path, name, scaling } => {
                 let Some(weights) = lora.iter().find(|weights| weights.path() == path) else {
                     return refuse(format!("the adapter has no weights of LoRA for {path}"));

@@ -11,7 +11,9 @@ use trainable_tokens_core::PaddingRule;
 use trainable_tokens_format::{
     Adapter, Overwrite, merge_checkpoint, write_dir_atomically, write_file_atomically,
 };
-use trainable_tokens_trainer::{Dataset, LanguageModel, TrainOptions, Trainer, Vocabulary, generate};
+use trainable_tokens_trainer::{
+    Dataset, GenerateOptions, LanguageModel, TrainOptions, Trainer, Vocabulary, generate,
+};
 
 use super::train::{Outputs, Run};
 use crate::args::{Cli, ComputeArgs, DemoArgs, DeviceArg, WeightType};
@@ -173,8 +175,12 @@ fn train(mut output: Output, out: &Path) -> Result<Output> {
 fn continue_all(model: &LanguageModel, vocabulary: &Vocabulary, prompts: &[String]) -> Result<Vec<String>> {
     let model = model.as_decoder().context("the demo's model is no decoder")?;
     let continuation = |prompt: &String| -> Result<String> {
-        let ids = generate(model, &vocabulary.encode(prompt)?, NEW_TOKENS)?;
-        Ok(vocabulary.decode(&ids)?.trim().to_owned())
+        let options = GenerateOptions {
+            max_new_tokens: NEW_TOKENS,
+            ..GenerateOptions::default()
+        };
+        let generated = generate(model, &vocabulary.encode(prompt)?, &options)?;
+        Ok(vocabulary.decode(&generated.token_ids)?.trim().to_owned())
     };
     prompts.iter().map(continuation).collect()
 }

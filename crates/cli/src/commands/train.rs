@@ -35,7 +35,8 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
     check_apart(&args.out, others)?;
 
     let model = Model::open(&args.model)?;
-    let target_modules = target_modules(&args.target_modules, &model.embedding_module)?;
+    let embedding = &model.embedding_module;
+    let target_modules = target(args.target_modules.as_deref(), embedding)?;
     let InputSpec {
         vocab_size,
         pad_token_id,
@@ -116,18 +117,17 @@ fn options(args: &TrainArgs, objective: Objective) -> TrainOptions {
     }
 }
 
-/// The rows of the input embedding train, and no others; PEFT matches a path or a suffix after a dot. Without modules,
-/// that is the last part of its path.
-fn target_modules(modules: &[String], embedding: &str) -> Result<Vec<String>> {
-    if modules.is_empty() {
-        return Ok(embedding.rsplit('.').take(1).map(str::to_owned).collect());
-    }
-    match modules.iter().find(|name| !is_path_or_suffix(name, embedding)) {
-        None => Ok(modules.to_vec()),
+/// The names of the module whose rows train: the input embedding at `path`, and no other. PEFT matches a path or a suffix
+/// after a dot.
+fn target(named: Option<&[String]>, path: &str) -> Result<Vec<String>> {
+    let Some(named) = named else {
+        let last = path.rsplit('.').next().unwrap_or(path);
+        return Ok(vec![last.to_owned()]);
+    };
+    match named.iter().find(|name| !is_path_or_suffix(name, path)) {
+        None => Ok(named.to_vec()),
         Some(name) => {
-            bail!(
-                "target module '{name}' is not the input embedding {embedding}, the only module that can train"
-            )
+            bail!("target module '{name}' is not the input embedding {path}, the only module that can train")
         }
     }
 }

@@ -194,10 +194,11 @@ pub(crate) struct Workspace {
 }
 
 /// Every command, on the things of a [`Workspace`].
-pub(crate) const COMMANDS: [&str; 11] = [
+pub(crate) const COMMANDS: [&str; 12] = [
     "train",
     "eval",
     "forward",
+    "generate",
     "init",
     "merge",
     "verify",
@@ -208,10 +209,11 @@ pub(crate) const COMMANDS: [&str; 11] = [
     "diff",
 ];
 /// Those that read the model's directory as a model.
-pub(crate) const WITH_MODEL: [&str; 10] = [
+pub(crate) const WITH_MODEL: [&str; 11] = [
     "train",
     "eval",
     "forward",
+    "generate",
     "init",
     "merge",
     "verify",
@@ -221,11 +223,18 @@ pub(crate) const WITH_MODEL: [&str; 10] = [
     "diff",
 ];
 /// Those that need its `config.json`.
-pub(crate) const WITH_CONFIG: [&str; 5] = ["train", "eval", "forward", "init", "inspect model"];
+pub(crate) const WITH_CONFIG: [&str; 6] = ["train", "eval", "forward", "generate", "init", "inspect model"];
 /// Those that run it.
-pub(crate) const WITH_DECODER: [&str; 3] = ["train", "eval", "forward"];
+pub(crate) const WITH_DECODER: [&str; 4] = ["train", "eval", "forward", "generate"];
 /// Those that read the adapter.
-pub(crate) const WITH_ADAPTER: [&str; 5] = ["eval", "forward", "merge", "verify", "inspect adapter"];
+pub(crate) const WITH_ADAPTER: [&str; 6] = [
+    "eval",
+    "forward",
+    "generate",
+    "merge",
+    "verify",
+    "inspect adapter",
+];
 /// Those that read data.
 pub(crate) const WITH_DATA: [&str; 2] = ["train", "eval"];
 /// Those that write something.
@@ -310,6 +319,17 @@ impl Workspace {
                     ids,
                     "--out",
                     out
+                ]
+            }
+            "generate" => {
+                args![
+                    "generate",
+                    "--model",
+                    model,
+                    "--adapter",
+                    adapter,
+                    "--prompt-ids",
+                    "1,299,12,40",
                 ]
             }
             "init" => args!["init", "--model", model, "--token-ids", "299,12", "--out", out],

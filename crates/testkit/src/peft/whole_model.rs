@@ -23,11 +23,7 @@ const MODEL: &[&str] = &[LOGITS[0], LOGITS[1], LOGITS[2], LOGITS[3], "train"];
 /// `trainable-tokens-trainer`.
 pub const NOT_RUN: &[(&str, &[&str], &str)] = &[
     ("bart_tied", MODEL, "needs a bart decoder"),
-    ("gemma2_tied", MODEL, "needs a gemma2 decoder"),
-    ("gpt2_tied", MODEL, "needs a gpt2 decoder"),
-    ("qwen2_sharded", MODEL, "needs a qwen2 decoder"),
     ("t5_tied", MODEL, "needs a t5 decoder"),
-    ("lora_list_gemma2", MODEL, "needs a gemma2 decoder"),
     (
         "lora_dict_tied_different",
         &[LOGITS[2], LOGITS[3], "train"],

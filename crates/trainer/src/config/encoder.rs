@@ -2,22 +2,9 @@
 
 use serde::Deserialize;
 
+use super::model::Activation;
 use super::parse::Refusal;
 use crate::json::parse_object;
-
-/// The nonlinearity of a feed-forward layer, by transformers' names.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Activation {
-    /// `gelu`: `x · Φ(x)` (Hendrycks and Gimpel 2016).
-    #[default]
-    Gelu,
-    /// `gelu_new`, `gelu_pytorch_tanh`: the same with `Φ` approximated by tanh.
-    GeluTanh,
-    /// `relu`.
-    Relu,
-    /// `silu`, `swish`: `x · sigmoid(x)`.
-    Silu,
-}
 
 /// What the encoder needs of a model of the BERT family (`bert`, `roberta`, `xlm-roberta`), with transformers' defaults.
 #[derive(Clone, Debug, PartialEq)]

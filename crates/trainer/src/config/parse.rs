@@ -1,8 +1,10 @@
-//! Checks the fields of a `config.json`.
+//! Reads the fields of a `config.json`.
 
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 
-use super::model::{ModelConfig, RopeScaling};
+use super::family::{Family, Window};
+use super::model::{Activation, LayerType, ModelConfig, Positions};
+use super::rope::{self, RawRope};
 use crate::json::parse_object;
 
 /// Why a config is refused.
@@ -22,232 +24,314 @@ pub(crate) enum Refusal {
 /// Parses the bytes of a `config.json`.
 pub(crate) fn config(json: &[u8]) -> Result<ModelConfig, Refusal> {
     let raw = parse_object(json);
-    ModelConfig::from_raw(raw.map_err(|reason| Refusal::Invalid(format!("not a model config: {reason}")))?)
+    ModelConfig::from_raw(&raw.map_err(|reason| Refusal::Invalid(format!("not a model config: {reason}")))?)
 }
 
-/// `config.json` as it is written, in both spellings of rotary settings.
+/// The tokens that end a text, by the bytes of a `generation_config.json`.
+pub(crate) fn ends(json: &[u8]) -> Result<Option<Vec<u32>>, Refusal> {
+    #[derive(Deserialize)]
+    struct Generation {
+        eos_token_id: Option<OneOrMany>,
+    }
+    let generation: Generation = parse_object(json)
+        .map_err(|reason| Refusal::Invalid(format!("not a generation config: {reason}")))?;
+    Ok(generation.eos_token_id.map(OneOrMany::ids))
+}
+
+/// `config.json` as it is written, in both spellings of rotary settings, and in GPT-2's of sizes.
 #[derive(Deserialize)]
-struct Raw {
+pub(super) struct Raw {
     model_type: Option<String>,
     vocab_size: Option<usize>,
+    #[serde(alias = "n_embd")]
     hidden_size: Option<usize>,
+    #[serde(alias = "n_inner")]
     intermediate_size: Option<usize>,
+    #[serde(alias = "n_layer")]
     num_hidden_layers: Option<usize>,
+    #[serde(alias = "n_head")]
     num_attention_heads: Option<usize>,
     num_key_value_heads: Option<usize>,
     head_dim: Option<usize>,
+    #[serde(alias = "layer_norm_epsilon")]
     rms_norm_eps: Option<f64>,
+    #[serde(alias = "activation_function")]
     hidden_act: Option<String>,
-    rope_theta: Option<f64>,
-    rope_scaling: Option<RawRope>,
-    rope_parameters: Option<RawRope>,
+    hidden_activation: Option<String>,
+    pub(super) rope_theta: Option<f64>,
+    pub(super) rope_local_base_freq: Option<f64>,
+    pub(super) rope_scaling: Option<RawRope>,
+    pub(super) rope_parameters: Option<RawRope>,
+    #[serde(alias = "n_positions")]
     max_position_embeddings: Option<usize>,
-    sliding_window: Option<usize>,
     #[serde(default)]
-    attention_bias: bool,
+    sliding_window: Field<usize>,
+    layer_types: Option<Vec<String>>,
+    sliding_window_pattern: Option<usize>,
+    use_sliding_window: Option<bool>,
+    max_window_layers: Option<usize>,
+    query_pre_attn_scalar: Option<f64>,
     #[serde(default)]
-    mlp_bias: bool,
+    attn_logit_softcapping: Field<f64>,
+    #[serde(default)]
+    final_logit_softcapping: Field<f64>,
+    attention_bias: Option<bool>,
+    mlp_bias: Option<bool>,
+    scale_attn_weights: Option<bool>,
+    scale_attn_by_inverse_layer_idx: Option<bool>,
+    add_cross_attention: Option<bool>,
+    use_bidirectional_attention: Option<bool>,
+    partial_rotary_factor: Option<f64>,
     tie_word_embeddings: Option<bool>,
-    pad_token_id: Option<i64>,
-    eos_token_id: Option<OneOrMany>,
+    #[serde(default)]
+    pad_token_id: Field<i64>,
+    #[serde(default)]
+    eos_token_id: Field<OneOrMany>,
 }
 
-#[derive(Deserialize)]
-struct RawRope {
-    #[serde(alias = "type")]
-    rope_type: Option<String>,
-    rope_theta: Option<f64>,
-    factor: Option<f64>,
-    low_freq_factor: Option<f64>,
-    high_freq_factor: Option<f64>,
-    original_max_position_embeddings: Option<f64>,
+/// A field that may be `null`, which is not the same as left out.
+#[derive(Clone, Copy, Default)]
+enum Field<T> {
+    #[default]
+    Absent,
+    Null,
+    Given(T),
 }
 
-#[derive(Deserialize)]
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Field<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        Ok(Option::deserialize(deserializer)?.map_or(Self::Null, Self::Given))
+    }
+}
+
+impl<T: Clone> Field<T> {
+    fn or(&self, default: Option<T>) -> Option<T> {
+        match self {
+            Self::Absent => default,
+            Self::Null => None,
+            Self::Given(value) => Some(value.clone()),
+        }
+    }
+}
+
+/// A token, or several.
+#[derive(Clone, Deserialize)]
 #[serde(untagged)]
-enum OneOrMany {
+pub(super) enum OneOrMany {
     One(i64),
     Many(Vec<i64>),
 }
 
-const FAMILIES: &str = "the decoder implements model_type llama and mistral";
+impl OneOrMany {
+    /// The tokens that can be any.
+    pub(super) fn ids(self) -> Vec<u32> {
+        let ids = match self {
+            Self::One(id) => vec![id],
+            Self::Many(ids) => ids,
+        };
+        ids.into_iter().filter_map(|id| u32::try_from(id).ok()).collect()
+    }
+}
+
+/// What a model type that is none of them is told.
+pub(super) const FAMILY_HINT: &str = "the decoder implements model_type llama, mistral, qwen2, qwen3, gemma, gemma2, \
+                                      gemma3_text and gpt2";
+
+/// More layers than any model has: each is listed before a weight shows that it is there.
+const MOST_LAYERS: usize = 1 << 16;
 
 impl ModelConfig {
-    fn from_raw(raw: Raw) -> Result<Self, Refusal> {
-        let unsupported = |what: String, hint| Refusal::Unsupported { what, hint };
+    fn from_raw(raw: &Raw) -> Result<Self, Refusal> {
         let model_type = raw.model_type.clone().unwrap_or_default();
-        if !matches!(model_type.as_str(), "llama" | "mistral") {
-            return Err(unsupported(
-                format!("model_type '{}'", model_type.escape_debug()),
-                FAMILIES,
-            ));
-        }
-        if let Some(act) = raw
-            .hidden_act
-            .as_deref()
-            .filter(|act| !matches!(*act, "silu" | "swish"))
-        {
-            return Err(unsupported(
-                format!("hidden_act '{}'", act.escape_debug()),
-                "the decoder implements silu",
-            ));
-        }
-        let need = |name: &str, value: Option<usize>| match value {
-            Some(0) => Err(Refusal::Invalid(format!("{name} is 0"))),
-            Some(value) => Ok(value),
-            None => Err(Refusal::Invalid(format!("{name} is missing"))),
+        let Some(family) = Family::named(&model_type) else {
+            return Err(unsupported("model_type", &model_type, FAMILY_HINT));
         };
+        refuse_settings(raw)?;
         let hidden_size = need("hidden_size", raw.hidden_size)?;
         let num_attention_heads = need("num_attention_heads", raw.num_attention_heads)?;
+        let num_hidden_layers = need("num_hidden_layers", raw.num_hidden_layers)?;
+        if num_hidden_layers > MOST_LAYERS {
+            let reason = format!("num_hidden_layers is {num_hidden_layers}, more than {MOST_LAYERS}");
+            return Err(Refusal::Invalid(reason));
+        }
+        let max_position_embeddings = need(
+            "max_position_embeddings",
+            raw.max_position_embeddings
+                .or(Some(family.max_position_embeddings)),
+        )?;
+        let head_dim = raw.head_dim.or(family.head_dim);
+        let head_dim = need("head_dim", head_dim.or(Some(hidden_size / num_attention_heads)))?;
+        let is_gpt2 = family.names.positions.is_some();
+        let inner = raw
+            .intermediate_size
+            .or(is_gpt2.then(|| hidden_size.saturating_mul(4)));
+        let asked = raw.attention_bias == Some(true);
+        let scalar = family
+            .query_pre_attn_scalar
+            .map(|scalar| raw.query_pre_attn_scalar.unwrap_or(scalar));
+        let scalar = if raw.scale_attn_weights == Some(false) {
+            Some(1.0)
+        } else {
+            scalar
+        };
+        let pad_token_id = raw
+            .pad_token_id
+            .or(family.pad_token_id)
+            .filter(|_| family.has_padding);
+        let eos_token_id = raw.eos_token_id.or(family.eos_token_id.map(OneOrMany::One));
         let config = Self {
             vocab_size: need("vocab_size", raw.vocab_size)?,
             hidden_size,
-            intermediate_size: need("intermediate_size", raw.intermediate_size)?,
-            num_hidden_layers: need("num_hidden_layers", raw.num_hidden_layers)?,
+            intermediate_size: need("intermediate_size", inner)?,
+            num_hidden_layers,
             num_attention_heads,
             num_key_value_heads: need(
                 "num_key_value_heads",
                 raw.num_key_value_heads.or(Some(num_attention_heads)),
             )?,
-            head_dim: need(
-                "head_dim",
-                raw.head_dim.or(Some(hidden_size / num_attention_heads)),
-            )?,
-            rms_norm_eps: raw.rms_norm_eps.unwrap_or(1e-6),
-            rope_theta: rope_theta(&raw),
-            rope_scaling: rope_scaling(&raw)?,
-            max_position_embeddings: need(
-                "max_position_embeddings",
-                raw.max_position_embeddings.or(Some(2048)),
-            )?,
-            sliding_window: raw.sliding_window.filter(|_| model_type == "mistral"),
-            attention_bias: raw.attention_bias,
-            mlp_bias: raw.mlp_bias,
-            tie_word_embeddings: raw.tie_word_embeddings.unwrap_or(false),
-            pad_token_id: raw.pad_token_id.and_then(|id| u32::try_from(id).ok()),
-            eos_token_ids: match raw.eos_token_id {
-                None => Vec::new(),
-                Some(OneOrMany::One(id)) => u32::try_from(id).into_iter().collect(),
-                Some(OneOrMany::Many(ids)) => {
-                    ids.into_iter().filter_map(|id| u32::try_from(id).ok()).collect()
-                }
+            head_dim,
+            activation: activation(raw, family)?,
+            norm: family.norm,
+            norm_eps: raw.rms_norm_eps.unwrap_or(family.norm_eps),
+            embed_scale: family.scales_embeddings.then(|| (hidden_size as f64).sqrt()),
+            positions: if is_gpt2 {
+                Positions::Learned
+            } else {
+                rope::positions(raw, family, max_position_embeddings)?
             },
+            max_position_embeddings,
+            layer_types: layer_types(raw, family, num_hidden_layers)?,
+            sliding_window: window(raw, family),
+            query_pre_attn_scalar: scalar.unwrap_or(head_dim as f64),
+            attn_logit_softcapping: family
+                .attn_logit_softcapping
+                .and_then(|default| raw.attn_logit_softcapping.or(Some(default))),
+            final_logit_softcapping: raw.final_logit_softcapping.or(family.final_logit_softcapping),
+            qkv_bias: family.qkv_bias.resolve(asked),
+            output_bias: family.output_bias.resolve(asked),
+            mlp_bias: family.mlp_bias.resolve(raw.mlp_bias == Some(true)),
+            tie_word_embeddings: raw.tie_word_embeddings.unwrap_or(family.tie_word_embeddings),
+            pad_token_id: pad_token_id.and_then(|id| u32::try_from(id).ok()),
+            eos_token_ids: eos_token_id.map_or_else(Vec::new, OneOrMany::ids),
+            names: family.names,
             model_type,
         };
         config.check().map_err(Refusal::Invalid)?;
         Ok(config)
     }
+}
 
-    fn check(&self) -> Result<(), String> {
-        if !self.num_attention_heads.is_multiple_of(self.num_key_value_heads) {
-            return Err(format!(
-                "num_attention_heads {} is not a multiple of num_key_value_heads {}",
-                self.num_attention_heads, self.num_key_value_heads
-            ));
-        }
-        if !self.head_dim.is_multiple_of(2) {
-            return Err(format!(
-                "head_dim {} is odd, so it cannot be rotated",
-                self.head_dim
-            ));
-        }
-        if self.num_attention_heads.checked_mul(self.head_dim).is_none() {
-            return Err(format!(
-                "num_attention_heads {} of head_dim {} are wider than any tensor",
-                self.num_attention_heads, self.head_dim
-            ));
-        }
-        if self.sliding_window == Some(0) {
-            return Err("sliding_window is 0, so no position would see any other".to_owned());
-        }
-        if let Some(id) = self.pad_token_id.filter(|id| *id as usize >= self.vocab_size) {
-            return Err(format!(
-                "pad_token_id {id} is outside vocab_size {}",
-                self.vocab_size
-            ));
-        }
-        if !(self.rms_norm_eps >= 0.0 && self.rms_norm_eps.is_finite()) {
-            return Err(format!(
-                "rms_norm_eps is {}, expected 0 or more",
-                self.rms_norm_eps
-            ));
-        }
-        positive("rope_theta", self.rope_theta)?;
-        match self.rope_scaling {
-            RopeScaling::Default => Ok(()),
-            RopeScaling::Linear { factor } => positive("factor", factor),
-            RopeScaling::Llama3 {
-                factor,
-                low_freq_factor,
-                high_freq_factor,
-                original_max_position_embeddings,
-            } => {
-                positive("factor", factor)?;
-                positive("low_freq_factor", low_freq_factor)?;
-                positive("high_freq_factor", high_freq_factor)?;
-                positive(
-                    "original_max_position_embeddings",
-                    original_max_position_embeddings,
-                )?;
-                if low_freq_factor < high_freq_factor {
-                    return Ok(());
-                }
-                Err(format!(
-                    "low_freq_factor {low_freq_factor} is not below high_freq_factor {high_freq_factor}"
-                ))
-            }
-        }
+fn need(name: &str, value: Option<usize>) -> Result<usize, Refusal> {
+    match value {
+        Some(0) => Err(Refusal::Invalid(format!("{name} is 0"))),
+        Some(value) => Ok(value),
+        None => Err(Refusal::Invalid(format!("{name} is missing"))),
     }
 }
 
-/// Rotary settings are divided by in single precision: they must be positive and finite there.
-#[allow(clippy::cast_possible_truncation)]
-fn positive(name: &str, value: f64) -> Result<(), String> {
-    let single = value as f32;
-    if single > 0.0 && single.is_finite() {
-        return Ok(());
+pub(super) fn unsupported(field: &str, value: &str, hint: &'static str) -> Refusal {
+    let what = format!("{field} '{}'", value.escape_debug());
+    Refusal::Unsupported { what, hint }
+}
+
+/// Refuses what would change the result.
+fn refuse_settings(raw: &Raw) -> Result<(), Refusal> {
+    let is_set = |value: Option<bool>| value == Some(true);
+    for (name, value) in [
+        (
+            "scale_attn_by_inverse_layer_idx",
+            raw.scale_attn_by_inverse_layer_idx,
+        ),
+        ("add_cross_attention", raw.add_cross_attention),
+        ("use_bidirectional_attention", raw.use_bidirectional_attention),
+    ] {
+        if is_set(value) {
+            return Err(unsupported(name, "true", "the decoder implements false"));
+        }
     }
-    Err(format!(
-        "{name} is {value}, expected a positive number in single precision"
-    ))
+    match raw.partial_rotary_factor {
+        Some(factor) if factor != 1.0 => {
+            let hint = "the decoder rotates whole heads";
+            Err(unsupported("partial_rotary_factor", &factor.to_string(), hint))
+        }
+        _ => Ok(()),
+    }
 }
 
-fn rope_theta(raw: &Raw) -> f64 {
-    let nested = raw.rope_parameters.as_ref().and_then(|rope| rope.rope_theta);
-    nested.or(raw.rope_theta).unwrap_or(10_000.0)
-}
-
-fn rope_scaling(raw: &Raw) -> Result<RopeScaling, Refusal> {
-    let Some(rope) = raw.rope_parameters.as_ref().or(raw.rope_scaling.as_ref()) else {
-        return Ok(RopeScaling::Default);
+fn activation(raw: &Raw, family: &Family) -> Result<Activation, Refusal> {
+    // Gemma 2 and 3 renamed the field; the first Gemma's configs mean the approximation by plain `gelu`.
+    let (field, name) = if family.query_pre_attn_scalar.is_some() {
+        ("hidden_activation", &raw.hidden_activation)
+    } else {
+        ("hidden_act", &raw.hidden_act)
     };
-    let need = |name: &str, value: Option<f64>| {
-        let reason = format!("{name} of the rotary settings is missing");
-        value.ok_or(Refusal::Invalid(reason))
-    };
-    match rope.rope_type.as_deref().unwrap_or("default") {
-        "default" => Ok(RopeScaling::Default),
-        "linear" => Ok(RopeScaling::Linear {
-            factor: need("factor", rope.factor)?,
-        }),
-        "llama3" => Ok(RopeScaling::Llama3 {
-            factor: need("factor", rope.factor)?,
-            low_freq_factor: need("low_freq_factor", rope.low_freq_factor)?,
-            high_freq_factor: need("high_freq_factor", rope.high_freq_factor)?,
-            original_max_position_embeddings: need(
-                "original_max_position_embeddings",
-                rope.original_max_position_embeddings,
-            )?,
-        }),
-        other => Err(Refusal::Unsupported {
-            what: format!("rope_type '{}'", other.escape_debug()),
-            hint: "the decoder implements default, linear and llama3",
-        }),
+    match name.as_deref() {
+        None => Ok(family.activation),
+        Some("silu" | "swish") => Ok(Activation::Silu),
+        Some("gelu_pytorch_tanh" | "gelu_new") => Ok(Activation::GeluTanh),
+        Some("gelu") if family.model_type == "gemma" => Ok(Activation::GeluTanh),
+        Some(other) => {
+            let hint = "the decoder implements silu, gelu_new and gelu_pytorch_tanh";
+            Err(unsupported(field, other, hint))
+        }
     }
+}
+
+fn window(raw: &Raw, family: &Family) -> Option<usize> {
+    match family.window {
+        Window::Never => None,
+        Window::Late if raw.use_sliding_window != Some(true) => None,
+        _ => raw.sliding_window.or(family.sliding_window),
+    }
+}
+
+fn layer_types(raw: &Raw, family: &Family, layers: usize) -> Result<Vec<LayerType>, Refusal> {
+    let slides = |slides: bool| {
+        if slides {
+            LayerType::Sliding
+        } else {
+            LayerType::Full
+        }
+    };
+    let window = window(raw, family);
+    let pattern =
+        |is_sliding: &dyn Fn(usize) -> bool| Ok((0..layers).map(|at| slides(is_sliding(at))).collect());
+    match (family.window, &raw.layer_types) {
+        (Window::Never, _) => pattern(&|_| false),
+        (Window::Everywhere, _) => pattern(&|_| window.is_some()),
+        (_, Some(names)) => listed(names, layers),
+        (Window::Late, None) => {
+            let first = raw.max_window_layers.unwrap_or(28);
+            pattern(&|at| window.is_some() && at >= first)
+        }
+        (Window::AllBut(period), None) => match raw.sliding_window_pattern.unwrap_or(period) {
+            0 => Err(Refusal::Invalid("sliding_window_pattern is 0".to_owned())),
+            period => pattern(&|at| !(at + 1).is_multiple_of(period)),
+        },
+    }
+}
+
+fn listed(names: &[String], layers: usize) -> Result<Vec<LayerType>, Refusal> {
+    if names.len() != layers {
+        return Err(Refusal::Invalid(format!(
+            "layer_types lists {} layers, but num_hidden_layers is {layers}",
+            names.len()
+        )));
+    }
+    let types = names.iter().map(|name| match name.as_str() {
+        "full_attention" => Ok(LayerType::Full),
+        "sliding_attention" => Ok(LayerType::Sliding),
+        other => {
+            let hint = "the decoder implements full_attention and sliding_attention";
+            Err(unsupported("layer type", other, hint))
+        }
+    });
+    types.collect()
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::model::{Rope, RopeScaling};
     use super::*;
 
     fn parse(json: &str) -> Result<ModelConfig, Refusal> {
@@ -266,7 +350,15 @@ mod tests {
         ));
         let (old, new) = (old.unwrap(), new.unwrap());
         assert_eq!(old, new);
-        assert_eq!(new.rope_scaling, RopeScaling::Linear { factor: 2.0 });
+        let rope = Rope {
+            theta: 5e5,
+            scaling: RopeScaling::Linear { factor: 2.0 },
+        };
+        let positions = Positions::Rotary {
+            full: rope,
+            sliding: rope,
+        };
+        assert_eq!(new.positions, positions);
         assert_eq!(
             (new.head_dim, new.num_key_value_heads, new.tie_word_embeddings),
             (4, 2, false)
@@ -276,15 +368,15 @@ mod tests {
     #[test]
     fn what_is_not_implemented_is_refused_by_name() {
         for (json, name) in [
-            (r#"{"model_type":"gpt2"}"#.to_owned(), "model_type 'gpt2'"),
+            (r#"{"model_type":"gpt3"}"#.to_owned(), "model_type 'gpt3'"),
             ("{}".to_owned(), "model_type ''"),
             (
                 format!(r#"{{"model_type":"llama",{MINIMAL},"hidden_act":"gelu"}}"#),
                 "hidden_act 'gelu'",
             ),
             (
-                format!(r#"{{"model_type":"llama",{MINIMAL},"rope_scaling":{{"rope_type":"yarn"}}}}"#),
-                "rope_type 'yarn'",
+                format!(r#"{{"model_type":"llama",{MINIMAL},"rope_scaling":{{"rope_type":"longrope"}}}}"#),
+                "rope_type 'longrope'",
             ),
             (
                 r#"{"model_type":"llama","vocab_size":3}"#.to_owned(),

@@ -1,7 +1,6 @@
 //! Encoders of the BERT family, differentiable everywhere, frozen but for the trainable tokens.
 
 mod embeddings;
-mod functions;
 mod layer;
 mod names;
 mod pooling;
@@ -17,15 +16,16 @@ use trainable_tokens_core::{
 use trainable_tokens_format::{Adapter, BaseCheck, Checkpoint};
 
 use self::embeddings::Embeddings;
-use self::functions::activate;
-use self::layer::{Layer, Norm};
+use self::layer::Layer;
 pub(crate) use self::names::Names;
 pub use self::pooling::{Pooling, PoolingMode};
+use super::LowRank;
 use super::head::Head;
 use super::linear::Linear;
+use super::load::{embedding, low_rank};
 use super::weights::Weights;
-use super::{LowRank, embedding, low_rank};
-use crate::ops::recompute;
+use crate::config::WeightLayout;
+use crate::ops::{Norm, activate, recompute};
 use crate::{Activation, EncoderConfig, Error, Graph, Result};
 
 /// An encoder of the BERT family (Devlin et al. 2018; Liu et al. 2019) of which only the rows of some tokens train, and
@@ -85,7 +85,7 @@ impl Encoder {
             Some(rows) => rows.clone(),
             None => checkpoint.table(&tensor)?.read_rows(tokens.ids())?,
         };
-        let embedding = embedding(table, &tokens, &rows, padding, config.pad_token_id)?;
+        let embedding = embedding(table, &tokens, &rows, padding, config.pad_token_id, None)?;
         Self::build(config, names, &weights, embedding)
     }
 
@@ -136,7 +136,7 @@ impl Encoder {
             ),
         };
         let table = weights.table(&table)?;
-        let embedding = embedding(table, &tokens, &rows, padding, config.pad_token_id)?;
+        let embedding = embedding(table, &tokens, &rows, padding, config.pad_token_id, None)?;
         Self::build(config, names, &weights, embedding)
     }
 
@@ -195,6 +195,11 @@ impl Encoder {
     /// The path of the embedding module, as PEFT's files and `target_modules` spell it.
     pub fn embedding_module(&self) -> String {
         self.names.embedding()
+    }
+
+    /// The path of the output layer, if the checkpoint has a head of masked language modelling.
+    pub fn head_module(&self) -> Option<&str> {
+        self.names.head().map(|head| head.decoder)
     }
 
     /// Whether the checkpoint has a head of masked language modelling.
@@ -274,7 +279,7 @@ impl Encoder {
     /// [`Error::Setting`] if the checkpoint has no head; candle's errors.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
         let head = self.expect_head()?;
-        head.output.logits(&head.transform(hidden, &self.config)?)
+        head.output.logits(&head.transform(hidden, &self.config)?, None)
     }
 
     /// The mean cross-entropy of the logits of hidden states `[.., D]` for the label of each, `[..]`: the id that it must
@@ -324,8 +329,8 @@ impl MaskedHead {
             Head::Untied(weights.with_low_rank_of(names.decoder, FrozenLinear::new(weight, Some(bias))?))
         };
         Ok(Some(Self {
-            dense: weights.linear(names.dense, hidden_size, hidden_size, true)?,
-            norm: Norm::load(weights, names.norm, config)?,
+            dense: weights.linear(names.dense, [hidden_size; 2], true, WeightLayout::OutIn)?,
+            norm: layer::norm(weights, names.norm, config)?,
             output,
         }))
     }
@@ -338,7 +343,7 @@ impl MaskedHead {
         } else {
             Activation::Gelu
         };
-        let hidden = activate(&self.dense.forward(hidden)?, activation)?;
+        let hidden = activate(activation, &self.dense.forward(hidden)?)?;
         Ok(self.norm.forward(&hidden)?)
     }
 }

@@ -3,7 +3,7 @@
 use candle_core::Tensor;
 use candle_nn::Module;
 use trainable_tokens_candle::{TiedHead, TrainableTokens};
-use trainable_tokens_core::CrossEntropyOptions;
+use trainable_tokens_core::{CrossEntropyOptions, Softcap};
 
 use super::linear::Linear;
 use crate::loss::cross_entropy;
@@ -19,11 +19,15 @@ pub(super) enum Head {
 
 impl Head {
     /// The logits of hidden states `[.., D]`: `[.., V]`.
-    pub(super) fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        Ok(match self {
+    pub(super) fn logits(&self, hidden: &Tensor, softcap: Option<Softcap>) -> Result<Tensor> {
+        let logits = match self {
             Self::Tied(head) => head.forward(hidden)?,
             Self::Untied(head) => head.forward(hidden)?,
             Self::Rows(head) => head.tied_head().forward(hidden)?,
+        };
+        Ok(match softcap.map(Softcap::get) {
+            Some(softcap) => ((logits / softcap)?.tanh()? * softcap)?,
+            None => logits,
         })
     }
 
@@ -46,7 +50,7 @@ impl Head {
             (Self::Untied(head), _) => match (head.frozen(), graph) {
                 (Some(head), Graph::Keep) => head.cross_entropy(hidden, labels, options)?,
                 (Some(head), Graph::Drop) => head.evaluate_cross_entropy(hidden, labels, options)?,
-                (None, _) => cross_entropy(&head.forward(hidden)?, labels)?,
+                (None, _) => cross_entropy(&self.logits(hidden, options.softcap)?, labels)?,
             },
         })
     }

@@ -1,47 +1,84 @@
 //! The angles of rotary position embeddings (Su et al. 2021).
 
-use std::f32::consts::PI;
+use std::f64::consts::PI;
 
 use candle_core::{DType, Device, Result, Tensor};
 
-use crate::config::{ModelConfig, RopeScaling};
+use crate::config::{LayerType, ModelConfig, Positions, Rope, RopeScaling};
 use crate::ops::Rotation;
 
-/// The angular frequencies of a model.
+/// How the heads of a model turn.
 #[derive(Clone, Debug)]
 pub(super) struct Rotary {
-    inverse_frequencies: Vec<f32>,
+    full: Rope,
+    sliding: Rope,
+    head_dim: usize,
+    max_position_embeddings: usize,
 }
 
-// Positions and dimensions are far below 2^24, so they are exact in `f32`.
-#[allow(clippy::cast_possible_truncation)]
+/// The rotations of a sequence, for each type of layer; none where positions are learned.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Rotations {
+    full: Option<Rotation>,
+    sliding: Option<Rotation>,
+}
+
+impl Rotations {
+    pub(super) fn of(&self, layer_type: LayerType) -> Option<&Rotation> {
+        match layer_type {
+            LayerType::Full => self.full.as_ref(),
+            LayerType::Sliding => self.sliding.as_ref(),
+        }
+    }
+}
+
 impl Rotary {
-    pub(super) fn new(config: &ModelConfig) -> Self {
-        let theta = config.rope_theta as f32;
-        let dim = config.head_dim;
-        let frequency = |pair: usize| 1.0 / theta.powf((2 * pair) as f32 / dim as f32);
-        let scaled = (0..dim / 2).map(|pair| stretch(frequency(pair), config.rope_scaling));
-        Self {
-            inverse_frequencies: scaled.collect(),
+    pub(super) fn new(config: &ModelConfig) -> Option<Self> {
+        match config.positions {
+            Positions::Learned => None,
+            Positions::Rotary { full, sliding } => Some(Self {
+                full,
+                sliding,
+                head_dim: config.head_dim,
+                max_position_embeddings: config.max_position_embeddings,
+            }),
         }
     }
 
-    /// The rotation at `length` positions.
-    pub(super) fn rotation(&self, length: usize, dtype: DType, device: &Device) -> Result<Rotation> {
+    /// The rotations at `length` positions.
+    pub(super) fn rotations(&self, length: usize, dtype: DType, device: &Device) -> Result<Rotations> {
+        let full = self.rotation(self.full, length, dtype, device)?;
+        let sliding = if self.sliding == self.full {
+            full.clone()
+        } else {
+            self.rotation(self.sliding, length, dtype, device)?
+        };
+        Ok(Rotations {
+            full: Some(full),
+            sliding: Some(sliding),
+        })
+    }
+
+    // Positions are far below 2^24, so they are exact in `f32`.
+    #[allow(clippy::cast_possible_truncation)]
+    fn rotation(&self, rope: Rope, length: usize, dtype: DType, device: &Device) -> Result<Rotation> {
+        let frequencies = self.frequencies(rope, length);
         let angles: Vec<f32> = (0..length)
             .flat_map(|position| {
-                let half = self
-                    .inverse_frequencies
+                let half = frequencies
                     .iter()
                     .map(move |frequency| position as f32 * frequency);
                 half.clone().chain(half)
             })
             .collect();
-        let shape = (length, 2 * self.inverse_frequencies.len());
+        let factor = match rope.scaling {
+            RopeScaling::Yarn { attention_factor, .. } => attention_factor as f32,
+            _ => 1.0,
+        };
         let table = |f: fn(f32) -> f32| {
             Tensor::from_vec(
-                angles.iter().map(|angle| f(*angle)).collect::<Vec<_>>(),
-                shape,
+                angles.iter().map(|angle| f(*angle) * factor).collect::<Vec<_>>(),
+                (length, 2 * frequencies.len()),
                 device,
             )?
             .to_dtype(dtype)
@@ -51,35 +88,87 @@ impl Rotary {
             sin: table(f32::sin)?,
         })
     }
-}
 
-#[allow(clippy::cast_possible_truncation)]
-fn stretch(frequency: f32, scaling: RopeScaling) -> f32 {
-    match scaling {
-        RopeScaling::Default => frequency,
-        RopeScaling::Linear { factor } => frequency / factor as f32,
-        RopeScaling::Llama3 {
-            factor,
-            low_freq_factor,
-            high_freq_factor,
-            original_max_position_embeddings,
-        } => {
-            let [factor, low, high, context] = [
+    /// The angular frequencies of pairs of dimensions, for a sequence of `length`
+    /// (`transformers/modeling_rope_utils.py`).
+    #[allow(clippy::cast_possible_truncation)]
+    fn frequencies(&self, rope: Rope, length: usize) -> Vec<f32> {
+        let theta = match rope.scaling {
+            RopeScaling::Dynamic { factor } => self.stretched_theta(rope.theta, factor, length),
+            _ => rope.theta as f32,
+        };
+        let dim = self.head_dim as f32;
+        let frequency = |pair: usize| 1.0 / theta.powf((2 * pair) as f32 / dim);
+        let pairs = 0..self.head_dim / 2;
+        match rope.scaling {
+            RopeScaling::Default | RopeScaling::Dynamic { .. } => pairs.map(frequency).collect(),
+            RopeScaling::Linear { factor } => pairs.map(|pair| frequency(pair) / factor as f32).collect(),
+            RopeScaling::Llama3 {
                 factor,
                 low_freq_factor,
                 high_freq_factor,
                 original_max_position_embeddings,
-            ]
-            .map(|x| x as f32);
-            let wavelength = 2.0 * PI / frequency;
-            if wavelength < context / high {
-                frequency
-            } else if wavelength > context / low {
-                frequency / factor
-            } else {
-                let smooth = (context / wavelength - low) / (high - low);
-                (1.0 - smooth) * frequency / factor + smooth * frequency
+            } => {
+                let context = original_max_position_embeddings;
+                let parameters = [factor, low_freq_factor, high_freq_factor, context].map(|x| x as f32);
+                pairs.map(|pair| llama3(frequency(pair), parameters)).collect()
+            }
+            RopeScaling::Yarn { factor, .. } => {
+                let ramp = self.yarn_ramp(rope);
+                let mix = |pair: usize| {
+                    let (kept, kept_part) = (frequency(pair), 1.0 - ramp(pair));
+                    kept / factor as f32 * (1.0 - kept_part) + kept * kept_part
+                };
+                pairs.map(mix).collect()
             }
         }
+    }
+
+    /// The base for a sequence that may be longer than the model's positions.
+    #[allow(clippy::cast_possible_truncation)]
+    fn stretched_theta(&self, theta: f64, factor: f64, length: usize) -> f32 {
+        let (dim, positions) = (self.head_dim as f64, self.max_position_embeddings as f64);
+        let length = (length as f64).max(positions);
+        let growth = factor * length / positions - (factor - 1.0);
+        (theta * growth.powf(dim / (dim - 2.0))) as f32
+    }
+
+    /// How much of the stretching each pair of dimensions gets, from 0 to 1.
+    #[allow(clippy::cast_possible_truncation)]
+    fn yarn_ramp(&self, rope: Rope) -> impl Fn(usize) -> f32 + use<> {
+        let (mut low, mut high) = (0.0, 0.0);
+        if let RopeScaling::Yarn {
+            beta_fast,
+            beta_slow,
+            original_max_position_embeddings: context,
+            truncate,
+            ..
+        } = rope.scaling
+        {
+            let dim = self.head_dim as f64;
+            let pair_that_turns =
+                |times: f64| dim * (context / (times * 2.0 * PI)).ln() / (2.0 * rope.theta.ln());
+            (low, high) = (pair_that_turns(beta_fast), pair_that_turns(beta_slow));
+            if truncate {
+                (low, high) = (low.floor(), high.ceil());
+            }
+            (low, high) = (low.max(0.0), high.min(dim - 1.0));
+            if low == high {
+                high += 0.001;
+            }
+        }
+        move |pair| ((pair as f32 - low as f32) / (high - low) as f32).clamp(0.0, 1.0)
+    }
+}
+
+fn llama3(frequency: f32, [factor, low, high, context]: [f32; 4]) -> f32 {
+    let wavelength = 2.0 * std::f32::consts::PI / frequency;
+    if wavelength < context / high {
+        frequency
+    } else if wavelength > context / low {
+        frequency / factor
+    } else {
+        let smooth = (context / wavelength - low) / (high - low);
+        (1.0 - smooth) * frequency / factor + smooth * frequency
     }
 }

@@ -10,6 +10,7 @@ use trainable_tokens_core::{Element, EmbeddingSource, RowRef};
 use trainable_tokens_format::{Checkpoint, ExtendedTable, TensorRef};
 
 use super::linear::{Linear, LowRank};
+use crate::config::WeightLayout;
 use crate::{Error, Result};
 
 /// Loads tensors by name, checks their shapes, converts them in one pass.
@@ -86,6 +87,18 @@ impl<'a> Weights<'a> {
 
     /// Refuses a tensor that does not have the shape that follows from the config.
     pub(super) fn expect_shape(&self, name: &str, shape: &[usize]) -> Result<TensorRef<'a>> {
+        if !self.checkpoint.contains(name)
+            && let Some((model, rest)) = name.split_once('.')
+            && self.checkpoint.contains(rest)
+        {
+            return Err(Error::Config {
+                path: self.checkpoint.config_path(),
+                reason: format!(
+                    "tensor {name} is stored as {rest}: this is the checkpoint of a bare {model}, without the part that \
+                     predicts tokens; load it in transformers as a causal language model, and save that"
+                ),
+            });
+        }
         let tensor = self.checkpoint.tensor(name)?;
         if tensor.shape != shape {
             return Err(Error::Config {
@@ -132,9 +145,19 @@ impl<'a> Weights<'a> {
         Ok(Tensor::from_vec(values, shape, self.device)?)
     }
 
-    /// A linear layer `[out, in]`, with its bias where the model has one, and with its weights of LoRA.
-    pub(super) fn linear(&self, module: &str, out: usize, input: usize, bias: bool) -> Result<Linear> {
-        let weight = self.tensor(&format!("{module}.weight"), &[out, input])?;
+    /// A linear layer, with its bias where the model has one, and with its weights of LoRA.
+    pub(super) fn linear(
+        &self,
+        module: &str,
+        [out, input]: [usize; 2],
+        bias: bool,
+        layout: WeightLayout,
+    ) -> Result<Linear> {
+        let name = format!("{module}.weight");
+        let weight = match layout {
+            WeightLayout::OutIn => self.tensor(&name, &[out, input])?,
+            WeightLayout::InOut => self.tensor(&name, &[input, out])?.t()?.contiguous()?,
+        };
         let bias = if bias {
             Some(self.tensor(&format!("{module}.bias"), &[out])?)
         } else {

@@ -1,4 +1,4 @@
-//! Attention over whole sequences.
+//! Attention over whole sequences, or of their last positions.
 
 mod composed;
 mod group;
@@ -68,18 +68,23 @@ impl Mask {
     }
 }
 
-/// Attention of queries `[B, L, query_heads * head_dim]` to keys and values `[B, L, key_heads * head_dim]`, each
-/// rotated first: `[B, L, query_heads * head_dim]`. Computed in `f32` at least.
+/// Attention of queries `[B, Q, query_heads * head_dim]` to keys and values `[B, L, key_heads * head_dim]`, each
+/// rotated first: `[B, Q, query_heads * head_dim]`. The queries are those of the last `Q` of `L` positions. Computed in
+/// `f32` at least.
 pub(crate) fn attention(
     query: &Tensor,
     key: &Tensor,
     value: &Tensor,
     kind: &AttentionKind,
 ) -> Result<Tensor> {
-    let (batch, length, width) = query.dims3()?;
+    let (batch, queries, width) = query.dims3()?;
+    let (_, length, _) = key.dims3()?;
     let heads = [kind.query_heads, kind.key_heads];
     if heads.contains(&0) || !width.is_multiple_of(heads[0]) || !heads[0].is_multiple_of(heads[1]) {
         bail!("queries of width {width} cannot be cut into {heads:?} heads of queries and keys");
+    }
+    if queries > length {
+        bail!("{queries} queries cannot be the last of {length} keys");
     }
     let expected = [batch, length, width / heads[0] * heads[1]];
     for tensor in [key, value] {

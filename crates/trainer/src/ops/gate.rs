@@ -1,34 +1,121 @@
-//! The gate of a gated feed-forward layer.
+//! Nonlinearities of feed-forward layers, with and without a gate.
 
-use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, WithDType};
-use num_traits::{Float, One, Zero};
+use std::f64::consts::FRAC_1_SQRT_2;
+
+use candle_core::cpu::erf::erf_f64;
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor, WithDType};
+use num_traits::Zero;
+use trainable_tokens_core::Element;
 
 use super::parallel;
-use super::storage::{Number, elements, for_dtype, with_elements};
+use super::storage::{Number, Real, elements, for_dtype, real, with_elements};
+use crate::config::Activation;
 
-/// `silu(gate) * up` (Shazeer 2020), for tensors of one shape.
-pub(crate) fn silu_gate(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+/// `activation(gate) * up` (Shazeer 2020), for tensors of one shape.
+pub(crate) fn gate(activation: Activation, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     if !gate.device().is_cpu() {
-        return composed(gate, up);
+        return composed(activation, gate)? * up;
     }
     if gate.shape() != up.shape() {
         let (gate, up) = (gate.shape(), up.shape());
         candle_core::bail!("a gate of shape {gate:?} does not fit {up:?}");
     }
-    gate.contiguous()?.apply_op2(&up.contiguous()?, SiluGate)
+    gate.contiguous()?.apply_op2(&up.contiguous()?, OnCpu(activation))
 }
 
-/// The gate, composed of candle's operations.
-pub(super) fn composed(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
-    gate.silu()? * up
+/// `activation(x)`.
+pub(crate) fn activate(activation: Activation, x: &Tensor) -> Result<Tensor> {
+    if !x.device().is_cpu() {
+        return composed(activation, x);
+    }
+    x.contiguous()?.apply_op1(OnCpu(activation))
 }
 
-/// The gate as one operation, for the CPU.
-struct SiluGate;
+/// The nonlinearity, composed of candle's operations. Its own GELU has a rounded constant in its gradient.
+pub(super) fn composed(activation: Activation, x: &Tensor) -> Result<Tensor> {
+    match activation {
+        Activation::Silu => x.silu(),
+        Activation::Gelu => x.gelu_erf(),
+        Activation::Relu => x.relu(),
+        Activation::GeluTanh => {
+            let inner = (x + (x.sqr()? * x)?.affine(CUBIC, 0.0)?)?.affine(SLOPE, 0.0)?;
+            x * inner.tanh()?.affine(0.5, 0.5)?
+        }
+    }
+}
 
-impl CustomOp2 for SiluGate {
+/// `sqrt(2 / pi)`.
+const SLOPE: f64 = 0.797_884_560_802_865_4;
+/// That of the normal distribution: `1 / sqrt(2 pi)`.
+const DENSITY_AT_0: f64 = 0.398_942_280_401_432_7;
+/// What the cube adds in the argument of GELU's hyperbolic tangent.
+const CUBIC: f64 = 0.044_715;
+
+/// The value of a nonlinearity at `x`, and its slope there.
+#[inline]
+fn value_and_slope<C: Real>(activation: Activation, x: C) -> [C; 2] {
+    match activation {
+        Activation::Silu => {
+            let sigmoid = (C::one() + (-x).exp()).recip();
+            [x * sigmoid, sigmoid * (C::one() + x * (C::one() - sigmoid))]
+        }
+        Activation::Gelu => {
+            let wide = Element::to_f64(x);
+            let below = 0.5 * (1.0 + erf_f64(wide * FRAC_1_SQRT_2));
+            let density = DENSITY_AT_0 * (-0.5 * wide * wide).exp();
+            [real(wide * below), real(below + wide * density)]
+        }
+        Activation::Relu => [x.max(C::zero()), if x > C::zero() { C::one() } else { C::zero() }],
+        Activation::GeluTanh => {
+            let (half, cubic, slope): (C, C, C) = (real(0.5), real(CUBIC), real(SLOPE));
+            let square = x * x;
+            let tanh = (slope * x * (C::one() + cubic * square)).tanh();
+            let outer = half * (C::one() + tanh);
+            let inner = slope * (C::one() + real::<C>(3.0) * cubic * square);
+            [x * outer, outer + half * x * (C::one() - tanh * tanh) * inner]
+        }
+    }
+}
+
+/// A nonlinearity as one operation, for the CPU.
+struct OnCpu(Activation);
+
+/// Without a gate.
+impl CustomOp1 for OnCpu {
     fn name(&self) -> &'static str {
-        "silu-gate"
+        "activation"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        use candle_core::backend::BackendStorage;
+        let out = for_dtype!(x.dtype(), T => {
+            let x = elements::<T>(x, layout)?;
+            let value = |[x]: [&T; 1]| T::from_compute(value_and_slope(self.0, x.to_compute())[0]);
+            T::to_cpu_storage_owned(map([x], value))
+        });
+        Ok((out, layout.shape().clone()))
+    }
+
+    fn bwd(&self, x: &Tensor, _: &Tensor, upstream: &Tensor) -> Result<Option<Tensor>> {
+        let gradient = for_dtype!(x.dtype(), T => {
+            let gradient = with_elements::<T, _>(x, |x| {
+                with_elements::<T, _>(upstream, |upstream| {
+                    Ok(map([x, upstream], |[x, upstream]| {
+                        let [_, slope] = value_and_slope(self.0, x.to_compute());
+                        T::from_compute(upstream.to_compute() * slope)
+                    }))
+                })
+            })?;
+            Tensor::from_vec(gradient, x.shape(), x.device())?
+        });
+        Ok(Some(gradient))
+    }
+}
+
+/// With a gate. The nonlinearity is rounded before it is multiplied, as in transformers.
+impl CustomOp2 for OnCpu {
+    fn name(&self) -> &'static str {
+        "gate"
     }
 
     fn cpu_fwd(
@@ -40,8 +127,11 @@ impl CustomOp2 for SiluGate {
     ) -> Result<(CpuStorage, Shape)> {
         use candle_core::backend::BackendStorage;
         let out = for_dtype!(gate.dtype(), T => {
-            let out = forward::<T>(elements(gate, gate_layout)?, elements(up, up_layout)?);
-            T::to_cpu_storage_owned(out)
+            let (gate, up) = (elements::<T>(gate, gate_layout)?, elements::<T>(up, up_layout)?);
+            T::to_cpu_storage_owned(map([gate, up], |[gate, up]| {
+                let [value, _] = value_and_slope(self.0, gate.to_compute());
+                T::from_compute(T::from_compute(value).to_compute() * up.to_compute())
+            }))
         });
         Ok((out, gate_layout.shape().clone()))
     }
@@ -54,8 +144,10 @@ impl CustomOp2 for SiluGate {
         upstream: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let tensors = for_dtype!(gate.dtype(), T => {
-            let gradients = with_elements(gate, |gate| {
-                with_elements(up, |up| with_elements(upstream, |upstream| Ok(backward::<T>(gate, up, upstream))))
+            let gradients = with_elements::<T, _>(gate, |gate| {
+                with_elements::<T, _>(up, |up| {
+                    with_elements::<T, _>(upstream, |upstream| Ok(backward(self.0, gate, up, upstream)))
+                })
             })?;
             gradients.map(|gradient| Tensor::from_vec(gradient, gate.shape(), gate.device()))
         });
@@ -64,23 +156,17 @@ impl CustomOp2 for SiluGate {
     }
 }
 
-fn sigmoid<C: Float>(x: C) -> C {
-    (C::one() + (-x).exp()).recip()
-}
-
-fn forward<T: Number>(gate: &[T], up: &[T]) -> Vec<T> {
-    let mut out = vec![<T as Zero>::zero(); gate.len()];
-    let share = parallel::share(gate.len(), 1);
-    let parts = out
-        .chunks_mut(share)
-        .zip(gate.chunks(share))
-        .zip(up.chunks(share));
-    parallel::run(parts.map(|((out, gate), up)| {
+/// `f` of the elements at each place of equally long operands.
+fn map<T: Number, const N: usize>(operands: [&[T]; N], f: impl Fn([&T; N]) -> T + Sync) -> Vec<T> {
+    let length = operands.first().map_or(0, |operand| operand.len());
+    let mut out = vec![<T as Zero>::zero(); length];
+    let share = parallel::share(length, 1);
+    let f = &f;
+    parallel::run(out.chunks_mut(share).enumerate().map(|(job, out)| {
+        let operands = operands.map(|operand| &operand[job * share..][..out.len()]);
         move || {
-            for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
-                let x = gate.to_compute();
-                let silu = T::from_compute(x * sigmoid(x));
-                *out = T::from_compute(silu.to_compute() * up.to_compute());
+            for (at, out) in out.iter_mut().enumerate() {
+                *out = f(operands.map(|operand| &operand[at]));
             }
         }
     }));
@@ -88,7 +174,7 @@ fn forward<T: Number>(gate: &[T], up: &[T]) -> Vec<T> {
 }
 
 /// The gradients of the gate and of what it gates.
-fn backward<T: Number>(gate: &[T], up: &[T], upstream: &[T]) -> [Vec<T>; 2] {
+fn backward<T: Number>(activation: Activation, gate: &[T], up: &[T], upstream: &[T]) -> [Vec<T>; 2] {
     let mut gradients = [
         vec![<T as Zero>::zero(); gate.len()],
         vec![<T as Zero>::zero(); up.len()],
@@ -104,11 +190,10 @@ fn backward<T: Number>(gate: &[T], up: &[T], upstream: &[T]) -> [Vec<T>; 2] {
         move || {
             let out = of_gate.iter_mut().zip(of_up);
             for (((out, gate), up), upstream) in out.zip(gate).zip(up).zip(upstream) {
-                let (x, up, upstream) = (gate.to_compute(), up.to_compute(), upstream.to_compute());
-                let sigmoid = sigmoid(x);
-                let slope = sigmoid * (T::Compute::one() + x * (T::Compute::one() - sigmoid));
+                let (up, upstream) = (up.to_compute(), upstream.to_compute());
+                let [value, slope] = value_and_slope(activation, gate.to_compute());
                 *out.0 = T::from_compute(upstream * up * slope);
-                *out.1 = T::from_compute(upstream * x * sigmoid);
+                *out.1 = T::from_compute(upstream * value);
             }
         }
     }));

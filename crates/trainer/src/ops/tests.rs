@@ -6,10 +6,10 @@ use candle_core::{DType, Device, Result, Tensor, Var};
 
 use super::attention::{AttentionKind, Mask, Rotation, attention, composed, softmax};
 use super::frozen::{add_frozen, mul_frozen};
-use super::gate::silu_gate;
-use super::norm::rms_norm;
+use super::gate::{activate, composed as composed_activation, gate};
+use super::norm::Norm;
 use super::recompute::recompute;
-use super::{gate, norm};
+use crate::config::Activation;
 
 type Operation<'a> = &'a dyn Fn(&[Tensor]) -> Result<Tensor>;
 
@@ -93,6 +93,41 @@ fn matches(f: Operation<'_>, oracle: Operation<'_>, operands: &[Tensor]) {
     }
 }
 
+const ACTIVATIONS: [Activation; 4] = [
+    Activation::Silu,
+    Activation::Gelu,
+    Activation::GeluTanh,
+    Activation::Relu,
+];
+
+fn silu_gate(x: &Tensor, up: &Tensor) -> Result<Tensor> {
+    gate(Activation::Silu, x, up)
+}
+
+fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
+    let weight = weight.clone();
+    Norm::RootMeanSquare { weight, eps }.forward(x)
+}
+
+/// All kinds of norm, with weights for an operand: of its type, or for Gemma's in at least `f32`.
+fn norms(weight: &Tensor, operand: &Tensor) -> [Norm; 3] {
+    let (narrow, eps) = (like(weight, operand), 1e-3);
+    let wide = narrow.to_dtype(super::working_dtype(narrow.dtype())).unwrap();
+    let bias = (&narrow * 0.3).unwrap();
+    [
+        Norm::RootMeanSquare {
+            weight: narrow.clone(),
+            eps,
+        },
+        Norm::RootMeanSquare { weight: wide, eps },
+        Norm::Layer {
+            weight: narrow,
+            bias,
+            eps,
+        },
+    ]
+}
+
 /// A weight of the element type of its operand.
 fn like(weight: &Tensor, operand: &Tensor) -> Tensor {
     weight.to_dtype(operand.dtype()).unwrap()
@@ -114,7 +149,8 @@ fn kind(mask: Mask, softcap: Option<f64>, rotates: bool, [length, head_dim]: [us
     }
 }
 
-/// Kinds of attention, and queries, keys and values of 2 examples for each.
+/// Kinds of attention, and queries, keys and values of 2 examples for each: once of all positions, once with queries of
+/// the last ones only.
 fn attentions([length, head_dim]: [usize; 2]) -> Vec<(AttentionKind, Vec<Tensor>)> {
     let kinds = [
         (Mask::causal(None), None, true),
@@ -123,22 +159,21 @@ fn attentions([length, head_dim]: [usize; 2]) -> Vec<(AttentionKind, Vec<Tensor>
         (Mask::ALL, None, false),
     ];
     let kinds = kinds.map(|(mask, cap, rotates)| kind(mask, cap, rotates, [length, head_dim]));
-    let operands = || {
-        let shapes = [4, 2, 2].map(|heads| [2, length, heads * head_dim]);
-        let seeds = [0.1, 0.5, 0.7].into_iter();
-        shapes
-            .iter()
-            .zip(seeds)
-            .map(|(shape, seed)| noise(shape, seed))
-            .collect()
+    let operands = |queries: usize| -> Vec<Tensor> {
+        let shapes = [(queries, 4, 0.1), (length, 2, 0.5), (length, 2, 0.7)];
+        let tensors = shapes.map(|(length, heads, seed)| noise(&[2, length, heads * head_dim], seed));
+        tensors.into()
     };
     // Padding behind the second example.
     let padded = [&kinds[0], &kinds[3]].map(|kind| AttentionKind {
         lengths: Some([length, length - 2].into()),
         ..kind.clone()
     });
+    let of_last = length / 2 - 1;
     let kinds = kinds.into_iter().chain(padded);
-    kinds.map(|kind| (kind, operands())).collect()
+    kinds
+        .flat_map(|kind| [length, of_last].map(|queries| (kind.clone(), operands(queries))))
+        .collect()
 }
 
 /// A kind with angles of the element type of its operand.
@@ -157,8 +192,15 @@ fn gradients_are_the_slopes() {
     let x = &both[..1];
     let weight = Tensor::new(&[1.5f64, 0.5, -2.0], &Device::Cpu).unwrap();
     matches_finite_differences(&|x| softmax(&x[0]), x);
-    matches_finite_differences(&|x| rms_norm(&x[0], &weight, 1e-6), x);
-    matches_finite_differences(&|x| silu_gate(&x[0], &x[1]), &both);
+    for norm in norms(&weight, &weight) {
+        matches_finite_differences(&|x| norm.forward(&x[0]), x);
+        matches_finite_differences(&|x| norm.composed(&x[0]), x);
+    }
+    for activation in ACTIVATIONS {
+        matches_finite_differences(&|x| gate(activation, &x[0], &x[1]), &both);
+        matches_finite_differences(&|x| activate(activation, &x[0]), x);
+        matches_finite_differences(&|x| composed_activation(activation, &x[0]), x);
+    }
     matches_finite_differences(&|x| mul_frozen(&x[0], &weight), x);
     matches_finite_differences(&|x| add_frozen(&x[0].sqr()?, &weight), x);
     matches_finite_differences(
@@ -171,28 +213,51 @@ fn gradients_are_the_slopes() {
 }
 
 #[test]
-fn the_norm_is_its_composition() {
+fn the_norms_are_their_compositions() {
     // Enough rows for several threads, and a width that no vector divides.
     for shape in [[2, 3], [5000, 70]] {
         let (x, weight) = (noise(&shape, 0.0), noise(&shape[1..], 0.2));
-        matches(
-            &|x| rms_norm(&x[0], &like(&weight, &x[0]), 1e-3),
-            &|x| norm::composed(&x[0], &weight.to_dtype(x[0].dtype())?, 1e-3),
-            &[x],
-        );
+        for kind in 0..3 {
+            matches(
+                &|x| norms(&weight, &x[0])[kind].forward(&x[0]),
+                &|x| norms(&weight, &x[0])[kind].composed(&x[0]),
+                std::slice::from_ref(&x),
+            );
+        }
     }
 }
 
 #[test]
-fn the_gate_is_its_composition() {
+fn activations_are_their_compositions() {
     for shape in [[2, 3], [5000, 70]] {
-        let operands = [noise(&shape, 0.0), noise(&shape, 0.2)];
-        matches(
-            &|x| silu_gate(&x[0], &x[1]),
-            &|x| gate::composed(&x[0], &x[1]),
-            &operands,
-        );
+        // Far enough from zero to see where they are flat.
+        let operands = [(noise(&shape, 0.0) * 6.0).unwrap(), noise(&shape, 0.2)];
+        for activation in ACTIVATIONS {
+            matches(
+                &|x| gate(activation, &x[0], &x[1]),
+                &|x| composed_activation(activation, &x[0])? * &x[1],
+                &operands,
+            );
+            matches(
+                &|x| activate(activation, &x[0]),
+                &|x| composed_activation(activation, &x[0]),
+                &operands[..1],
+            );
+        }
     }
+}
+
+/// Half types: Gemma's norm rounds once, Llama's also before the weight.
+#[test]
+fn the_norms_round_where_transformers_rounds() {
+    let x = noise(&[64, 48], 0.0).to_dtype(DType::BF16).unwrap();
+    let weight = noise(&[48], 0.2);
+    let [llama, gemma, _] = norms(&weight, &x).map(|norm| {
+        let out = norm.forward(&x).unwrap();
+        assert_eq!(values(&out), values(&norm.composed(&x).unwrap()));
+        values(&out)
+    });
+    assert_ne!(llama, gemma);
 }
 
 #[test]
@@ -233,6 +298,8 @@ fn what_does_not_fit_is_refused() {
         error.to_string().contains("[2, 4, 8], expected [2, 5, 8]"),
         "{error}"
     );
+    let error = attention(query, &key.narrow(1, 0, 4).unwrap(), value, &kind).unwrap_err();
+    assert!(error.to_string().contains("5 queries"), "{error}");
     let error = attention(&query.narrow(2, 0, 15).unwrap(), key, value, &kind).unwrap_err();
     assert!(error.to_string().contains("width 15"), "{error}");
     for lengths in [&[5][..], &[5, 6], &[5, 0]] {
@@ -250,6 +317,8 @@ fn what_does_not_fit_is_refused() {
         error.to_string().contains("[2, 5, 16] does not fit [2, 5, 8]"),
         "{error}"
     );
+    let error = rms_norm(query, &noise(&[15], 0.1), 1e-3).unwrap_err();
+    assert!(error.to_string().contains("width 15"), "{error}");
     assert!(rms_norm(&query.to_dtype(DType::U32).unwrap(), &noise(&[16], 0.1), 1e-3).is_err());
 }
 

@@ -65,12 +65,13 @@ impl Case {
         Checkpoint::open(dir.path()).unwrap()
     }
 
+    pub(crate) fn architecture(&self) -> Architecture {
+        Architecture::read(&self.base(&Value::Null).config_path()).unwrap()
+    }
+
     /// The path of the embedding module.
     pub(crate) fn embedding_module(&self) -> String {
-        let base = self.base(&Value::Null);
-        Architecture::read(&base.config_path())
-            .unwrap()
-            .embedding_module(&base)
+        self.architecture().embedding_module(&self.base(&Value::Null))
     }
 
     pub(crate) fn adapter(&self, operation: &Value) -> Adapter {
@@ -94,7 +95,13 @@ impl Case {
                 "{}.token_adapter.trainable_tokens_delta.default",
                 module.path()
             ));
-            (module.path(), module.token_set(150).unwrap(), rows)
+            (
+                module.path(),
+                module
+                    .token_set(self.architecture().input_spec().vocab_size)
+                    .unwrap(),
+                rows,
+            )
         });
         let mut modules = modules.collect::<Vec<_>>().into_iter();
         let (path, tokens, first) = modules.next().unwrap();
@@ -124,6 +131,9 @@ impl Case {
                     None,
                 )
             }
+            "adapter" if operation["base_cast"] == "BF16" => {
+                load_adapter(&base, &self.adapter(operation), DType::BF16)
+            }
             "adapter" => with_adapter(&wrapped(), &self.adapter(operation)),
             "merged" if self.path("merged").exists() => {
                 load(&Checkpoint::open(self.path("merged")).unwrap(), &[], None)
@@ -149,8 +159,12 @@ fn merged(base: &Checkpoint, adapter: &Adapter) -> LanguageModel {
 
 /// A model with all of an adapter beside its weights.
 pub(crate) fn with_adapter(base: &Checkpoint, adapter: &Adapter) -> LanguageModel {
+    load_adapter(base, adapter, DType::F32)
+}
+
+fn load_adapter(base: &Checkpoint, adapter: &Adapter, dtype: DType) -> LanguageModel {
     let padding = PaddingRule::NoLookupGradient;
-    LanguageModel::load_adapter(base, adapter, padding, DType::F32, &Device::Cpu).unwrap()
+    LanguageModel::load_adapter(base, adapter, padding, dtype, &Device::Cpu).unwrap()
 }
 
 fn load(checkpoint: &Checkpoint, tokens: &[u32], rows: Option<&TokenRows>) -> LanguageModel {
@@ -164,7 +178,8 @@ pub(crate) fn hidden(model: &LanguageModel, ids: &Tensor) -> Tensor {
 }
 
 pub(crate) fn flat(tensor: &Tensor) -> Vec<f32> {
-    tensor.detach().flatten_all().unwrap().to_vec1().unwrap()
+    let tensor = tensor.detach().to_dtype(DType::F32).unwrap();
+    tensor.flatten_all().unwrap().to_vec1().unwrap()
 }
 
 pub(crate) fn check(what: &str, got: &[f32], want: &[f32], [atol, rtol]: [f64; 2]) {

@@ -6,7 +6,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 use trainable_tokens_candle::TrainableTokens;
 use trainable_tokens_format::{Adapter, PeftType};
-use trainable_tokens_trainer::{Architecture, Dataset, HEAD_MODULE, TrainOptions, Trainer, Vocabulary};
+use trainable_tokens_trainer::{Architecture, Dataset, TrainOptions, Trainer, Vocabulary};
 
 use crate::case::{Case, check, with_adapter};
 
@@ -68,7 +68,7 @@ fn saved(case: &Case, trainer: &Trainer) -> Adapter {
         builder = builder.lora(case.adapter(&Value::Null).config().clone());
         if let Some(head) = model.head_rows() {
             let (tokens, values) = rows(head);
-            builder = builder.module_of(HEAD_MODULE, &tokens, values);
+            builder = builder.module_of(model.head_module().unwrap(), &tokens, values);
         }
         builder = model.add_low_rank(builder).unwrap();
     }
@@ -108,8 +108,12 @@ fn train(name: &str) {
     let steps = losses.len();
     assert_eq!(trainer.total_steps(), steps as u64);
     let embedding = case.embedding_module();
+    let head = trainer
+        .model()
+        .head_rows()
+        .and_then(|_| trainer.model().head_module());
     let mut modules = vec![embedding.as_str()];
-    modules.extend(trainer.model().head_rows().map(|_| HEAD_MODULE));
+    modules.extend(head.as_deref());
     for step in 0..steps {
         let metrics = trainer.step().unwrap();
         #[allow(clippy::cast_possible_truncation)]
@@ -200,4 +204,24 @@ fn lora_dict_untied_train() {
 #[test]
 fn lora_dict_tied_same_train() {
     train("lora_dict_tied_same");
+}
+
+#[test]
+fn qwen2_sharded_train() {
+    train("qwen2_sharded");
+}
+
+#[test]
+fn gemma2_tied_train() {
+    train("gemma2_tied");
+}
+
+#[test]
+fn lora_list_gemma2_train() {
+    train("lora_list_gemma2");
+}
+
+#[test]
+fn gpt2_tied_train() {
+    train("gpt2_tied");
 }

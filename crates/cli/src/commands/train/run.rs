@@ -173,9 +173,12 @@ impl Run<'_> {
         let builder = self
             .model
             .adapter_builder(self.model_dir, &tokens, rows, self.initial)?;
-        let builder = match self.lora {
-            None => builder.target_modules(self.target_modules.to_vec()),
-            Some(lora) => trainer.model().add_low_rank(builder.lora(lora.config()?))?,
+        let builder = match (self.lora, trainer.model().as_decoder()) {
+            (Some(lora), Some(decoder)) => {
+                let config = lora.config(decoder.config())?;
+                trainer.model().add_low_rank(builder.lora(config))?
+            }
+            _ => builder.target_modules(self.target_modules.to_vec()),
         };
         let adapter = builder.build()?;
         let overwrite = if replace {

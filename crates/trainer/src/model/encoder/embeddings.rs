@@ -2,10 +2,10 @@
 
 use candle_core::Tensor;
 
-use super::layer::Norm;
+use super::layer::norm;
 use crate::config::EncoderConfig;
 use crate::model::weights::Weights;
-use crate::ops::add_frozen;
+use crate::ops::{Norm, add_frozen};
 use crate::{Error, Result};
 
 #[derive(Debug)]
@@ -28,7 +28,7 @@ impl Embeddings {
         Ok(Self {
             segment: table("token_type_embeddings", config.type_vocab_size)?.get(0)?,
             positions: table("position_embeddings", config.max_position_embeddings)?,
-            norm: Norm::load(weights, &format!("{module}.LayerNorm"), config)?,
+            norm: norm(weights, &format!("{module}.LayerNorm"), config)?,
             padding: config
                 .pad_token_id
                 .filter(|_| config.counts_positions_after_padding()),

@@ -5,20 +5,11 @@ use std::sync::Arc;
 use candle_core::Tensor;
 use candle_nn::Module;
 
-use super::functions::{activate, layer_norm};
-use crate::config::{Activation, EncoderConfig};
+use crate::config::{Activation, EncoderConfig, WeightLayout};
 use crate::model::linear::Linear;
 use crate::model::weights::Weights;
-use crate::ops::{AttentionKind, Mask, attention};
+use crate::ops::{AttentionKind, Mask, Norm, activate, attention};
 use crate::{Error, Result};
-
-/// A layer norm, frozen.
-#[derive(Debug)]
-pub(super) struct Norm {
-    weight: Tensor,
-    bias: Tensor,
-    eps: f64,
-}
 
 #[derive(Debug)]
 pub(super) struct Layer {
@@ -35,31 +26,33 @@ pub(super) struct Layer {
     activation: Activation,
 }
 
-impl Norm {
-    /// Old checkpoints of BERT call the weight `gamma` and the bias `beta`; transformers renames them as it loads them.
-    pub(super) fn load(weights: &Weights<'_>, module: &str, config: &EncoderConfig) -> Result<Self> {
-        let tensor = |name: &str, old: &str| {
-            let [name, old] = [name, old].map(|name| format!("{module}.{name}"));
-            let name = if weights.contains(&old) { old } else { name };
-            weights.tensor(&name, &[config.hidden_size])
-        };
-        Ok(Self {
-            weight: tensor("weight", "gamma")?,
-            bias: tensor("bias", "beta")?,
-            eps: config.layer_norm_eps,
-        })
-    }
-
-    pub(super) fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        layer_norm(x, &self.weight, &self.bias, self.eps)
-    }
+/// Loads the norm of a module. Old checkpoints of BERT call the weight `gamma` and the bias `beta`; transformers renames
+/// them as it loads them.
+pub(super) fn norm(weights: &Weights<'_>, module: &str, config: &EncoderConfig) -> Result<Norm> {
+    let tensor = |name: &str, old: &str| {
+        let [name, old] = [name, old].map(|name| format!("{module}.{name}"));
+        let name = if weights.contains(&old) { old } else { name };
+        weights.tensor(&name, &[config.hidden_size])
+    };
+    Ok(Norm::Layer {
+        weight: tensor("weight", "gamma")?,
+        bias: tensor("bias", "beta")?,
+        eps: config.layer_norm_eps,
+    })
 }
 
 impl Layer {
     pub(super) fn load(weights: &Weights<'_>, config: &EncoderConfig, module: &str) -> Result<Self> {
         let (hidden, inner) = (config.hidden_size, config.intermediate_size);
-        let linear = |name: &str, out, input| weights.linear(&format!("{module}.{name}"), out, input, true);
-        let norm = |name: &str| Norm::load(weights, &format!("{module}.{name}"), config);
+        let linear = |name: &str, out, input| {
+            weights.linear(
+                &format!("{module}.{name}"),
+                [out, input],
+                true,
+                WeightLayout::OutIn,
+            )
+        };
+        let norm = |name: &str| norm(weights, &format!("{module}.{name}"), config);
         Ok(Self {
             query: linear("attention.self.query", hidden, hidden)?,
             key: linear("attention.self.key", hidden, hidden)?,
@@ -104,7 +97,7 @@ impl Layer {
         let mixed = attention(&query?, &key?, &value?, &kind)?;
         let attended = self.attention_output.forward(&mixed)?;
         let hidden = self.attention_norm.forward(&(attended + hidden)?)?;
-        let inner = activate(&self.intermediate.forward(&hidden)?, self.activation)?;
+        let inner = activate(self.activation, &self.intermediate.forward(&hidden)?)?;
         let transformed = self.output.forward(&inner)?;
         self.output_norm
             .forward(&(transformed + hidden)?)

@@ -8,11 +8,12 @@ use crate::ops::working_dtype;
 
 /// See [`attention`](super::attention).
 pub(crate) fn composed(query: &Tensor, key: &Tensor, value: &Tensor, kind: &AttentionKind) -> Result<Tensor> {
-    let (batch, length, width) = query.dims3()?;
+    let (batch, queries, width) = query.dims3()?;
+    let (_, length, _) = key.dims3()?;
     let head_dim = width / kind.query_heads;
     let heads = |projected: &Tensor, heads: usize| {
         projected
-            .reshape((batch, length, heads, head_dim))?
+            .reshape((batch, (), heads, head_dim))?
             .transpose(1, 2)?
             .contiguous()
     };
@@ -26,15 +27,15 @@ pub(crate) fn composed(query: &Tensor, key: &Tensor, value: &Tensor, kind: &Atte
 
     // The query heads of a group lie one after the other, so a group's scores are one product, without
     // repeating keys and values.
-    let group = kind.query_heads / kind.key_heads * length;
+    let group = kind.query_heads / kind.key_heads * queries;
     let query = (query.reshape((batch, kind.key_heads, group, head_dim))? * kind.scale)?;
     let scores = query.matmul(&key.transpose(2, 3)?)?;
     let scores = match kind.softcap {
         Some(cap) => ((scores / cap)?.tanh()? * cap)?,
         None => scores,
     };
-    let scores = scores.reshape((batch, kind.query_heads, length, length))?;
-    let mask = mask(kind.mask, length, scores.dtype(), scores.device())?;
+    let scores = scores.reshape((batch, kind.query_heads, queries, length))?;
+    let mask = mask(kind.mask, [queries, length], scores.dtype(), scores.device())?;
     let mask = match &kind.lengths {
         Some(lengths) => {
             mask.broadcast_minimum(&padding(lengths, length, scores.dtype(), scores.device())?)?
@@ -46,18 +47,19 @@ pub(crate) fn composed(query: &Tensor, key: &Tensor, value: &Tensor, kind: &Atte
         .reshape((batch, kind.key_heads, group, length))?
         .matmul(&value)?;
     let mixed = mixed
-        .reshape((batch, kind.query_heads, length, head_dim))?
+        .reshape((batch, kind.query_heads, queries, head_dim))?
         .transpose(1, 2)?;
-    mixed.reshape((batch, length, width))
+    mixed.reshape((batch, queries, width))
 }
 
-/// `[L, L]`, 0 where a query sees a key and the type's lowest number where not.
-fn mask(mask: Mask, length: usize, dtype: DType, device: &Device) -> Result<Tensor> {
+/// `[Q, L]`, 0 where a query sees a key and the type's lowest number where not.
+fn mask(mask: Mask, [queries, length]: [usize; 2], dtype: DType, device: &Device) -> Result<Tensor> {
     let lowest = lowest(dtype);
     // Positions are far below 2^24, so they are exact in `f32`.
     let position = Tensor::arange(0f32, length as f32, device)?;
-    let offset = position.unsqueeze(0)?.broadcast_sub(&position.unsqueeze(1)?)?;
-    let hidden = Tensor::full(lowest, (length, length), device)?;
+    let of_queries = position.narrow(0, length - queries, queries)?;
+    let offset = position.unsqueeze(0)?.broadcast_sub(&of_queries.unsqueeze(1)?)?;
+    let hidden = Tensor::full(lowest, (queries, length), device)?;
     let seen = offset
         .ge(-(mask.behind as f64))?
         .where_cond(&hidden.zeros_like()?, &hidden)?;

@@ -14,7 +14,7 @@ use crate::ops::storage::{Real, dot, real};
 /// small, enough for quick products.
 const BLOCK: usize = 64;
 
-/// Queries `[L, heads, head_dim]`, keys and values `[L, head_dim]`, rotated.
+/// Queries `[Q, heads, head_dim]`, keys and values `[L, head_dim]`, rotated.
 pub(super) struct Group<'a, C> {
     kind: &'a AttentionKind,
     angles: Option<&'a Angles<C>>,
@@ -23,6 +23,9 @@ pub(super) struct Group<'a, C> {
     value: Vec<C>,
     heads: usize,
     head_dim: usize,
+    /// `Q`.
+    queries: usize,
+    /// `L`.
     length: usize,
     /// How many of its positions hold something.
     held: usize,
@@ -36,7 +39,7 @@ pub(super) struct GroupGradient<C> {
     pub(super) value: Vec<C>,
 }
 
-/// Successive positions: their queries, and the keys that any of them sees.
+/// Successive queries, and the keys that any of them sees.
 struct Block {
     queries: Range<usize>,
     keys: Range<usize>,
@@ -56,7 +59,8 @@ impl<'a, C: Real> Group<'a, C> {
             angles.rotate(&mut query, heads, Direction::Forward);
             angles.rotate(&mut key, 1, Direction::Forward);
         }
-        let length = key.len().checked_div(head_dim).unwrap_or(0);
+        let rows = |values: &[C], width: usize| values.len().checked_div(width).unwrap_or(0);
+        let (queries, length) = (rows(&query, heads * head_dim), rows(&key, head_dim));
         Self {
             kind,
             angles,
@@ -65,13 +69,14 @@ impl<'a, C: Real> Group<'a, C> {
             value,
             heads,
             head_dim,
+            queries,
             length,
             held: held.unwrap_or(length),
             threads,
         }
     }
 
-    /// The mixtures of values, `[L, heads, head_dim]`.
+    /// The mixtures of values, `[Q, heads, head_dim]`.
     pub(super) fn forward(&self) -> Result<Vec<C>> {
         let mut out = vec![<C as Zero>::zero(); self.query.len()];
         let mut weights = Vec::new();
@@ -143,14 +148,19 @@ impl<'a, C: Real> Group<'a, C> {
         Ok(GroupGradient { query, key, value })
     }
 
-    fn blocks(&self) -> impl Iterator<Item = Block> + use<C> {
-        let (mask, length, held) = (self.kind.mask, self.length, self.held);
-        (0..length).step_by(BLOCK).map(move |start| {
-            let queries = start..length.min(start + BLOCK);
-            let (first, last) = (mask.visible(start, held), mask.visible(queries.end - 1, held));
+    fn blocks(&self) -> impl Iterator<Item = Block> {
+        (0..self.queries).step_by(BLOCK).map(|start| {
+            let queries = start..self.queries.min(start + BLOCK);
+            let (first, last) = (self.visible(start), self.visible(queries.end - 1));
             let keys = first.start..last.end;
             Block { queries, keys }
         })
+    }
+
+    /// The keys that a query sees.
+    fn visible(&self, query: usize) -> Range<usize> {
+        let position = self.length - self.queries + query;
+        self.kind.mask.visible(position, self.held)
     }
 
     /// Where a block's queries, and what belongs to them, lie.
@@ -189,7 +199,7 @@ impl<'a, C: Real> Group<'a, C> {
         }
         for (row, weights) in weights.chunks_exact_mut(width).enumerate() {
             let query = block.queries.start + row / self.heads;
-            let visible = self.kind.mask.visible(query, self.held);
+            let visible = self.visible(query);
             softmax(
                 weights,
                 visible.start - block.keys.start..visible.end - block.keys.start,

@@ -1,8 +1,10 @@
 //! Attention as one operation of candle's graph, for the CPU.
 
+use std::ops::Range;
+
 use candle_core::backend::BackendStorage;
 use candle_core::utils::get_num_threads;
-use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, WithDType};
+use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, WithDType, bail};
 use num_traits::Zero;
 
 use super::AttentionKind;
@@ -30,8 +32,7 @@ impl CustomOp3 for Attend {
         value: &CpuStorage,
         value_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let (batch, length, width) = query_layout.shape().dims3()?;
-        let sequences = Sequences::new(&self.kind, [batch, length, width]);
+        let sequences = Sequences::new(&self.kind, query_layout.dims(), key_layout.dims())?;
         let out = for_dtype!(query.dtype(), T => {
             let (query, key, value) = (
                 elements::<T>(query, query_layout)?,
@@ -51,8 +52,7 @@ impl CustomOp3 for Attend {
         _: &Tensor,
         upstream: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let (batch, length, width) = query.dims3()?;
-        let sequences = Sequences::new(&self.kind, [batch, length, width]);
+        let sequences = Sequences::new(&self.kind, query.dims(), key.dims())?;
         let [of_query, of_key, of_value] = for_dtype!(query.dtype(), T => {
             let gradients = with_elements::<T, _>(query, |query| {
                 with_elements(key, |key| {
@@ -75,19 +75,26 @@ impl CustomOp3 for Attend {
 /// A batch of sequences, cut into groups: one example's queries that share a head of keys.
 struct Sequences<'a> {
     kind: &'a AttentionKind,
-    length: usize,
+    /// Positions of queries.
+    queries: usize,
+    /// Positions of keys and values.
+    keys: usize,
     head_dim: usize,
     groups: usize,
 }
 
 impl<'a> Sequences<'a> {
-    fn new(kind: &'a AttentionKind, [batch, length, width]: [usize; 3]) -> Self {
-        Self {
+    fn new(kind: &'a AttentionKind, query: &[usize], key: &[usize]) -> Result<Self> {
+        let (&[batch, queries, width], &[_, keys, _]) = (query, key) else {
+            bail!("attention takes queries and keys [B, L, width], not {query:?} and {key:?}");
+        };
+        Ok(Self {
             kind,
-            length,
+            queries,
+            keys,
             head_dim: width / kind.query_heads,
             groups: batch * kind.key_heads,
-        }
+        })
     }
 
     fn forward<T: Number>(&self, [query, key, value]: [&[T]; 3]) -> Result<Vec<T>> {
@@ -98,29 +105,26 @@ impl<'a> Sequences<'a> {
         })?;
         let mut out = vec![<T as Zero>::zero(); query.len()];
         for (group, mixed) in mixed.iter().enumerate() {
-            self.scatter(mixed, &mut out, group, self.queries_per_key());
+            let rows = self.rows_of_queries(group);
+            scatter(mixed, &mut out, rows);
         }
         Ok(out)
     }
 
     fn backward<T: Number>(&self, operands: [&[T]; 3], upstream: &[T]) -> Result<[Vec<T>; 3]> {
-        let (angles, per_key) = (self.angles::<T>()?, self.queries_per_key());
+        let angles = self.angles::<T>()?;
         let gradients = self.for_groups(|group, threads| {
-            let upstream = self.gather(upstream, group, per_key);
+            let upstream = gather(upstream, self.rows_of_queries(group));
             self.group(operands, angles.as_ref(), group, threads)
                 .backward(&upstream)
         })?;
         let mut out = operands.map(|operand| vec![<T as Zero>::zero(); operand.len()]);
         for (group, GroupGradient { query, key, value }) in gradients.iter().enumerate() {
-            self.scatter(query, &mut out[0], group, per_key);
-            self.scatter(key, &mut out[1], group, 1);
-            self.scatter(value, &mut out[2], group, 1);
+            scatter(query, &mut out[0], self.rows_of_queries(group));
+            scatter(key, &mut out[1], self.rows_of_keys(group));
+            scatter(value, &mut out[2], self.rows_of_keys(group));
         }
         Ok(out)
-    }
-
-    fn queries_per_key(&self) -> usize {
-        self.kind.query_heads / self.kind.key_heads
     }
 
     fn angles<T: Number>(&self) -> Result<Option<Angles<T::Compute>>> {
@@ -155,11 +159,10 @@ impl<'a> Sequences<'a> {
         group: usize,
         threads: usize,
     ) -> Group<'b, T::Compute> {
-        let per_key = self.queries_per_key();
         let (query, key, value) = (
-            self.gather(query, group, per_key),
-            self.gather(key, group, 1),
-            self.gather(value, group, 1),
+            gather(query, self.rows_of_queries(group)),
+            gather(key, self.rows_of_keys(group)),
+            gather(value, self.rows_of_keys(group)),
         );
         let lengths = self.kind.lengths.as_ref();
         let held = lengths.and_then(|lengths| lengths.get(group / self.kind.key_heads).copied());
@@ -173,26 +176,38 @@ impl<'a> Sequences<'a> {
         )
     }
 
-    /// Where the rows of a group of `heads` heads lie in `[B, L, all heads * head_dim]`.
-    fn rows(&self, group: usize, heads: usize) -> impl Iterator<Item = std::ops::Range<usize>> + use<> {
+    /// Where a group's queries, `[Q, heads, head_dim]`, lie in `[B, Q, query_heads * head_dim]`.
+    fn rows_of_queries(&self, group: usize) -> impl Iterator<Item = Range<usize>> + use<> {
+        let heads = self.kind.query_heads / self.kind.key_heads;
+        self.rows(group, heads, self.queries)
+    }
+
+    /// Where a group's keys or values, `[L, head_dim]`, lie in `[B, L, key_heads * head_dim]`.
+    fn rows_of_keys(&self, group: usize) -> impl Iterator<Item = Range<usize>> + use<> {
+        self.rows(group, 1, self.keys)
+    }
+
+    fn rows(&self, group: usize, heads: usize, length: usize) -> impl Iterator<Item = Range<usize>> + use<> {
         let (example, head) = (group / self.kind.key_heads, group % self.kind.key_heads);
         let (row, width) = (heads * self.head_dim, self.kind.key_heads * heads * self.head_dim);
-        let first = example * self.length * width + head * row;
-        (0..self.length).map(move |position| first + position * width..first + position * width + row)
+        let first = example * length * width + head * row;
+        (0..length).map(move |position| first + position * width..first + position * width + row)
     }
+}
 
-    /// A group's heads, `[L, heads, head_dim]`.
-    fn gather<T: Number>(&self, all: &[T], group: usize, heads: usize) -> Vec<T::Compute> {
-        let rows = self.rows(group, heads).flat_map(|row| &all[row]);
-        rows.map(|value| value.to_compute()).collect()
-    }
+/// The elements of some rows, widened.
+fn gather<T: Number>(all: &[T], rows: impl Iterator<Item = Range<usize>>) -> Vec<T::Compute> {
+    rows.flat_map(|row| &all[row])
+        .map(|value| value.to_compute())
+        .collect()
+}
 
-    fn scatter<T: Number>(&self, heads: &[T::Compute], all: &mut [T], group: usize, count: usize) {
-        let width = (count * self.head_dim).max(1);
-        for (row, heads) in self.rows(group, count).zip(heads.chunks_exact(width)) {
-            for (to, from) in all[row].iter_mut().zip(heads) {
-                *to = T::from_compute(*from);
-            }
+/// Writes elements to where they were gathered from.
+fn scatter<T: Number>(values: &[T::Compute], all: &mut [T], rows: impl Iterator<Item = Range<usize>>) {
+    let mut values = values.iter();
+    for row in rows {
+        for (to, from) in all[row].iter_mut().zip(values.by_ref()) {
+            *to = T::from_compute(*from);
         }
     }
 }

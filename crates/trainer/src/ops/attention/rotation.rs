@@ -21,13 +21,15 @@ pub(super) struct Angles<C> {
 }
 
 impl Rotation {
-    /// Rotates queries or keys `[B, heads, L, head_dim]` with candle's operations.
+    /// Rotates queries or keys `[B, heads, L, head_dim]` of the last positions with candle's operations.
     pub(super) fn composed(&self, x: &Tensor) -> Result<Tensor> {
+        let length = x.dim(D::Minus2)?;
+        let of_last = |table: &Tensor| table.narrow(0, table.dim(0)?.saturating_sub(length), length);
         let half = x.dim(D::Minus1)? / 2;
         let first = x.narrow(D::Minus1, 0, half)?;
         let second = x.narrow(D::Minus1, half, half)?;
         let turned = Tensor::cat(&[&second.neg()?, &first], D::Minus1)?;
-        mul_frozen(x, &self.cos)? + mul_frozen(&turned, &self.sin)?
+        mul_frozen(x, &of_last(&self.cos)?)? + mul_frozen(&turned, &of_last(&self.sin)?)?
     }
 
     pub(super) fn angles<T: Number>(&self) -> Result<Angles<T::Compute>> {
@@ -44,11 +46,14 @@ impl Rotation {
 }
 
 impl<C: Real> Angles<C> {
-    /// Rotates heads `[L, heads, head_dim]` in place, in their `direction`.
+    /// Rotates heads `[L, heads, head_dim]` of the last positions in place, in their `direction`.
     pub(super) fn rotate(&self, x: &mut [C], heads: usize, direction: Direction) {
-        let dim = self.head_dim.max(1);
-        let angles = self.cos.chunks_exact(dim).zip(self.sin.chunks_exact(dim));
-        for (x, (cos, sin)) in x.chunks_exact_mut(heads.max(1) * dim).zip(angles) {
+        let (dim, heads) = (self.head_dim.max(1), heads.max(1));
+        let others = self.cos.len().saturating_sub(x.len() / heads);
+        let of_last = |table: &'_ [C]| others.min(table.len())..table.len();
+        let (cos, sin) = (&self.cos[of_last(&self.cos)], &self.sin[of_last(&self.sin)]);
+        let angles = cos.chunks_exact(dim).zip(sin.chunks_exact(dim));
+        for (x, (cos, sin)) in x.chunks_exact_mut(heads * dim).zip(angles) {
             let ((cos, cos_far), (sin, sin_far)) = (cos.split_at(dim / 2), sin.split_at(dim / 2));
             for head in x.chunks_exact_mut(dim) {
                 let (near, far) = head.split_at_mut(dim / 2);
