@@ -465,14 +465,11 @@ fn new_tokens_of_an_encoder_train_and_are_looked_at() {
     for tensor in ["bert.embeddings.word_embeddings.weight", "cls.predictions.bias"] {
         assert!(tables.contains(&json!(tensor)), "{added}");
     }
-    let lines: String = (0..8)
-        .map(|row| {
-            format!(
-                "{}\n",
-                json!({ "text": format!("w{} glorp w{} w9", 10 + row, 30 + row) })
-            )
-        })
-        .collect();
+    let line = |row: u32| {
+        let text = format!("w{} glorp w{} w9", 10 + row, 30 + row);
+        json!({ "text": text }).to_string()
+    };
+    let lines = (0..8).map(line).collect::<Vec<_>>().join("\n");
     fs::write(&data, lines).unwrap();
     let (adapter, metrics, report) = (place("adapter"), place("metrics.jsonl"), place("report.html"));
     let summary = run(&args![

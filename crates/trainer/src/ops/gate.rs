@@ -68,13 +68,11 @@ fn value_and_slope<C: Real>(activation: Activation, x: C) -> [C; 2] {
             [x * outer, outer + half * x * (C::one() - tanh * tanh) * inner]
         }
         Activation::Gelu => {
-            let half: C = real(0.5);
-            let erf = erf_f64(Element::to_f64(x) * FRAC_1_SQRT_2);
-            let (below, density) = (
-                half * (C::one() + real(erf)),
-                (-half * x * x).exp() * real(DENSITY),
-            );
-            [x * below, below + x * density]
+            // The error function is in `f64`, and so is what takes its difference from one.
+            let wide = Element::to_f64(x);
+            let below = 0.5 * (1.0 + erf_f64(wide * FRAC_1_SQRT_2));
+            let density = DENSITY * (-0.5 * wide * wide).exp();
+            [real(wide * below), real(below + wide * density)]
         }
         Activation::Relu if x > C::zero() => [x, C::one()],
         Activation::Relu => [C::zero(), C::zero()],
