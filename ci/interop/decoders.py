@@ -62,9 +62,7 @@ DECODERS = {
     "qwen3": ("qwen3", dict(tie_word_embeddings=True), {}),
     "qwen3-window": (
         "qwen3",
-        dict(
-            use_sliding_window=True, sliding_window=WINDOW, max_window_layers=0, layer_types=MIXED_LAYERS, attention_bias=True
-        ),
+        dict(use_sliding_window=True, sliding_window=WINDOW, layer_types=MIXED_LAYERS, attention_bias=True),
         {},
     ),
     "gemma": ("gemma", dict(tie_word_embeddings=True), {}),
@@ -155,7 +153,8 @@ def main():
     for name in DECODERS:
         path = make_decoder(name, out / name)
         save_file(results(path), path / "expected.safetensors")
-        print(name, sum(tensor.numel() for file in path.glob("model*.safetensors") for tensor in load_file(file).values()))
+        tensors = [tensor for file in path.glob("model*.safetensors") for tensor in load_file(file).values()]
+        print(name, sum(tensor.numel() for tensor in tensors))
 
 
 if __name__ == "__main__":

@@ -75,8 +75,13 @@ pub(crate) fn retrieval_text(retrieval: Retrieval) -> String {
 impl Summary {
     /// The table, and those of the rows.
     pub(crate) fn to_text(&self) -> String {
+        self.to_text_with([])
+    }
+
+    /// With more lines after its own.
+    pub(crate) fn to_text_with<const N: usize>(&self, more: [(&'static str, String); N]) -> String {
         let mut text = String::new();
-        for (name, value) in self.lines() {
+        for (name, value) in self.lines().into_iter().chain(more) {
             text += &format!("{name:<25} {value}\n");
         }
         for dead in &self.dead_tokens {

@@ -202,15 +202,12 @@ fn to_text(output: &Output) -> String {
         // Writing to a string cannot fail.
         let _ = writeln!(text, "{prompt}\n  before: {before}\n  after:  {after}");
     }
-    let _ = writeln!(text, "\n{}", output.summary.to_text().trim_end());
     let files = [
         ("merged model", &output.merged),
         ("metrics", &output.metrics),
         ("plot", &output.plot),
         ("report", &output.report),
     ];
-    for (name, path) in files {
-        let _ = writeln!(text, "{name:<25} {}", path.display());
-    }
-    text
+    let files = files.map(|(name, path)| (name, path.display().to_string()));
+    text + "\n" + &output.summary.to_text_with(files)
 }

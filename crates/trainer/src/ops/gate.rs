@@ -56,16 +56,19 @@ const CUBIC: f64 = 0.044_715;
 fn value_and_slope<C: Real>(activation: Activation, x: C) -> [C; 2] {
     match activation {
         Activation::Silu => {
-            let sigmoid = (C::one() + (-x).exp()).recip();
+            let sigmoid = sigmoid(x);
             [x * sigmoid, sigmoid * (C::one() + x * (C::one() - sigmoid))]
         }
+        // `(1 + tanh(y)) / 2` is `sigmoid(2 y)`, for which an exponential is enough.
         Activation::GeluTanh => {
-            let (half, cubic, slope): (C, C, C) = (real(0.5), real(CUBIC), real(SLOPE));
+            let (cubic, twice): (C, C) = (real(CUBIC), real(2.0 * SLOPE));
             let square = x * x;
-            let tanh = (slope * x * (C::one() + cubic * square)).tanh();
-            let outer = half * (C::one() + tanh);
-            let inner = slope * (C::one() + real::<C>(3.0) * cubic * square);
-            [x * outer, outer + half * x * (C::one() - tanh * tanh) * inner]
+            let sigmoid = sigmoid(twice * x * (C::one() + cubic * square));
+            let inner = twice * (C::one() + real::<C>(3.0) * cubic * square);
+            [
+                x * sigmoid,
+                sigmoid * (C::one() + x * (C::one() - sigmoid) * inner),
+            ]
         }
         Activation::Gelu => {
             // The error function is in `f64`, and so is what takes its difference from one.
@@ -77,6 +80,10 @@ fn value_and_slope<C: Real>(activation: Activation, x: C) -> [C; 2] {
         Activation::Relu if x > C::zero() => [x, C::one()],
         Activation::Relu => [C::zero(), C::zero()],
     }
+}
+
+fn sigmoid<C: Real>(x: C) -> C {
+    (C::one() + (-x).exp()).recip()
 }
 
 /// A nonlinearity as one operation, for the CPU.
