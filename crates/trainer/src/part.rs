@@ -158,7 +158,9 @@ pub(crate) fn digest(parts: &[Part], values: &[TokenRows]) -> String {
         hash.update(part.describe());
         hash.update(values.to_dtype(part.delta.dtype()).to_le_bytes());
     }
-    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+    let bytes = hash.finalize();
+    let digits: Vec<String> = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+    digits.concat()
 }
 
 /// Gives each optimizer its memory again, and each matrix its values. A state or an adapter that does not fit changes no
