@@ -35,7 +35,7 @@ pub(crate) fn activate(activation: Activation, x: &Tensor) -> Result<Tensor> {
 pub(super) fn composed(activation: Activation, x: &Tensor) -> Result<Tensor> {
     match activation {
         Activation::Silu => x.silu(),
-        Activation::Gelu => x.gelu_erf(),
+        Activation::Gelu => x * x.affine(FRAC_1_SQRT_2, 0.0)?.erf()?.affine(0.5, 0.5)?,
         Activation::Relu => x.relu(),
         Activation::GeluTanh => {
             let inner = (x + (x.sqr()? * x)?.affine(CUBIC, 0.0)?)?.affine(SLOPE, 0.0)?;
