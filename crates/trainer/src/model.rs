@@ -31,7 +31,7 @@ use crate::{Error, Graph, ModelConfig, Result};
 
 /// A causal language model of which only the rows of some tokens train, and weights of LoRA where an adapter has some.
 ///
-/// Every linear layer is a [`FrozenLinear`] and every norm's weight is captured: a backward pass makes gradients
+/// Every linear layer is a [`FrozenLinear`](trainable_tokens_candle::FrozenLinear) and every norm's weight is captured: a backward pass makes gradients
 /// of activations and of what trains, never of a frozen weight.
 #[derive(Debug)]
 pub struct Decoder {
