@@ -13,6 +13,7 @@ use candle_core::{
 };
 use trainable_tokens_core::CrossEntropyPlan;
 
+pub(crate) use self::cpu::Scratch;
 use super::storage::DeviceStorage;
 use super::{Overrides, cast, check_input};
 
@@ -62,6 +63,7 @@ pub(crate) fn linear_cross_entropy(
     overrides: Option<&Overrides>,
     plan: &CrossEntropyPlan,
     passes: Passes,
+    scratch: &Scratch,
 ) -> crate::Result<Tensor> {
     let dim = weight.dims2()?.1;
     let rows = check_input(hidden, weight)?.iter().product();
@@ -80,7 +82,7 @@ pub(crate) fn linear_cross_entropy(
     };
     let flat = hidden.detach().contiguous()?;
     let computed = match hidden.device() {
-        Device::Cpu => cpu::compute(&flat, &projection, plan, wanted)?,
+        Device::Cpu => cpu::compute(&flat, &projection, plan, wanted, scratch)?,
         _ => device::compute(&flat, &projection, plan, wanted)?,
     };
     Ok(match (wanted, delta) {

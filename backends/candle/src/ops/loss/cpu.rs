@@ -1,8 +1,12 @@
 //! The loss on the CPU: products into one buffer of logits, which become their own gradient in place.
 
+use std::any::Any;
+use std::sync::Arc;
+
 use candle_core::{CpuStorage, Device, Result, Tensor, WithDType, utils::get_num_threads};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
+use parking_lot::Mutex;
 use trainable_tokens_core::{CrossEntropyPlan, Element};
 
 use super::{Computed, Projection, Wanted};
@@ -10,6 +14,27 @@ use crate::convert::unsupported;
 use crate::ops::matrix::{Matrix, Old, multiply};
 use crate::ops::product::chunks;
 use crate::ops::storage::{DeviceStorage, elements};
+
+/// The memory of a chunk of logits, kept from one loss of a head to the next: the system takes its time to hand out and clear
+/// as much. Clones share it; of losses side by side one uses it.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Scratch(Arc<Mutex<Option<Box<dyn Any + Send>>>>);
+
+impl Scratch {
+    /// `len` values or more, whatever they are.
+    fn take<C: Element>(&self, len: usize) -> Vec<C> {
+        let kept = self.0.lock().take();
+        let kept = kept.and_then(|kept| kept.downcast::<Vec<C>>().ok());
+        match kept {
+            Some(values) if values.len() >= len => *values,
+            _ => vec![C::default(); len],
+        }
+    }
+
+    fn keep<C: Element>(&self, values: Vec<C>) {
+        *self.0.lock() = Some(Box::new(values));
+    }
+}
 
 /// An element type of weights and hidden states.
 trait Operand: Element<Compute: WithDType> {
@@ -41,6 +66,7 @@ pub(super) fn compute(
     projection: &Projection<'_>,
     plan: &CrossEntropyPlan,
     wanted: Wanted,
+    scratch: &Scratch,
 ) -> crate::Result<Computed> {
     let (dims, weight) = (projection.weight.dims2()?, projection.weight.storage_and_layout());
     let hidden = hidden.storage_and_layout();
@@ -90,7 +116,7 @@ pub(super) fn compute(
                         vocab_size: dims.0,
                         dim: dims.1,
                     };
-                    run(&input, plan, wanted)
+                    run(&input, plan, wanted, scratch)
                 })*
                 _ => Err(unsupported()),
             }
@@ -115,7 +141,12 @@ struct Input<'a, T> {
 }
 
 /// Goes through the chunks of the plan.
-fn run<T: Operand>(input: &Input<'_, T>, plan: &CrossEntropyPlan, wanted: Wanted) -> crate::Result<Computed> {
+fn run<T: Operand>(
+    input: &Input<'_, T>,
+    plan: &CrossEntropyPlan,
+    wanted: Wanted,
+    scratch: &Scratch,
+) -> crate::Result<Computed> {
     let (zero, one) = (T::Compute::default(), <T::Compute as Element>::from_f64(1.0));
     let Input {
         dim, vocab_size: v, ..
@@ -134,7 +165,7 @@ fn run<T: Operand>(input: &Input<'_, T>, plan: &CrossEntropyPlan, wanted: Wanted
     let c = changed_columns.len();
 
     let mut hidden = vec![zero; longest * dim];
-    let mut logits = vec![zero; longest * v];
+    let mut memory = scratch.take::<T::Compute>(longest * v);
     let mut part = vec![zero; longest * k];
     let mut row_gradients = vec![zero; if wanted.of_hidden { longest * dim } else { 0 }];
     let mut of_hidden = vec![zero; if wanted.of_hidden { input.hidden.len() } else { 0 }];
@@ -149,7 +180,7 @@ fn run<T: Operand>(input: &Input<'_, T>, plan: &CrossEntropyPlan, wanted: Wanted
             let from = &input.hidden[position * dim..][..dim];
             to.iter_mut().zip(from).for_each(|(to, x)| *to = x.to_compute());
         }
-        let (logits, part) = (&mut logits[..n * v], &mut part[..n * k]);
+        let (logits, part) = (&mut memory[..n * v], &mut part[..n * k]);
         let rows = Matrix::new(&hidden, [n, dim]);
         for block in blocks::<T>(n, v, dim) {
             let weight = T::widen(&input.weight[block.start * dim..block.end * dim], &mut wide);
@@ -207,6 +238,7 @@ fn run<T: Operand>(input: &Input<'_, T>, plan: &CrossEntropyPlan, wanted: Wanted
             }
         }
     }
+    scratch.keep(memory);
     let tensor = |wanted: bool, values, rows| -> Result<Option<Tensor>> {
         wanted
             .then(|| Tensor::from_vec(values, (rows, dim), &Device::Cpu))
