@@ -50,6 +50,11 @@ def short(number):
     return f"{number:.3g}"
 
 
+def share(number):
+    """A part of a whole, which one that was measured apart from it can exceed by noise."""
+    return "" if number is None else f"{100 * number:.0f} %"
+
+
 def machine(it, _out):
     versions = ", ".join(f"{name} {version}" for name, version in it["versions"].items())
     return (
@@ -109,12 +114,12 @@ def model(rows, out, plot="model"):
         ours = next(row for row in these if row["system"] == "trainable-tokens")
         head = [
             f"{shape}, V={ours['v']}, D={ours['d']}, {theirs['tokens']} tokens, k={theirs['k']}", "step, s",
-            "PEFT's step over it", "memory, MB", "first loss", "last loss",
+            "PEFT's step over it", "in matrix products", "memory, MB", "first loss", "last loss",
         ]
         body = [
             [
                 MODEL_SYSTEMS[row["system"]], short(row["step_s"]), short(theirs["step_s"] / row["step_s"]),
-                short(row["extra_mb"]), f"{row['loss'][0]:.4f}", f"{row['loss'][-1]:.4f}",
+                share(row.get("gemm_share")), short(row["extra_mb"]), f"{row['loss'][0]:.4f}", f"{row['loss'][-1]:.4f}",
             ]
             for row in sorted(these, key=lambda row: -row["step_s"])
         ]

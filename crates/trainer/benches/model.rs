@@ -7,7 +7,7 @@
 //! prints one JSON object. `--make llama|gemma2` writes a model of that shape with random weights, unless the directory
 //! is there. `--input-ids FILE` names a JSON file with the batch, a list of equally long lists of token ids; without it a
 //! batch of 2 x 128 random ids is made, of which every eighth trains. `--steps N` steps are timed after one to warm up;
-//! `--lr`, `--recompute`, `--dtype f32|bf16` and `--device cpu|cuda` set up the run.
+//! `--lr`, `--recompute`, `--chunk-mib N` (of logits at once), `--dtype f32|bf16` and `--device cpu|cuda` set up the run.
 //!
 //! - `step_s` is the median of the steps' times.
 //! - `gemm_share` is the time of the step's matrix products relative to `step_s`. Each product of the step is run by
@@ -65,6 +65,7 @@ fn main() {
         recompute: options.recompute,
         ..TrainOptions::default()
     };
+    let model = model.with_logits_chunk(options.logits_chunk);
     let mut trainer = Trainer::new(model, data, train).unwrap();
 
     let memory = Peak::watch(&options.device);

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use trainable_tokens_core::LogitsChunk;
 
 use crate::checkpoint::Shape;
 
@@ -19,6 +20,7 @@ pub(crate) struct Options {
     pub(crate) steps: u64,
     pub(crate) lr: f64,
     pub(crate) recompute: bool,
+    pub(crate) logits_chunk: LogitsChunk,
     pub(crate) dtype: DType,
     pub(crate) device: Device,
 }
@@ -33,6 +35,7 @@ impl Options {
             steps: 4,
             lr: 1e-3,
             recompute: false,
+            logits_chunk: LogitsChunk::default(),
             dtype: DType::F32,
             device: Device::Cpu,
         };
@@ -49,6 +52,10 @@ impl Options {
                 "--steps" => options.steps = value().parse().unwrap(),
                 "--lr" => options.lr = value().parse().unwrap(),
                 "--recompute" => options.recompute = true,
+                "--chunk-mib" => {
+                    let mib: usize = value().parse().unwrap();
+                    options.logits_chunk = LogitsChunk::bytes(mib << 20).unwrap();
+                }
                 "--dtype" => {
                     options.dtype = match value().as_str() {
                         "f32" => DType::F32,
