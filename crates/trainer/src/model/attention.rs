@@ -24,7 +24,7 @@ pub(super) struct Attention {
 /// The layers that make queries, keys and values.
 #[derive(Debug)]
 enum Projections {
-    Separate([Linear; 3]),
+    Separate(Box<[Linear; 3]>),
     /// One, its outputs one after the other.
     Fused(Linear),
 }
@@ -44,11 +44,11 @@ impl Attention {
         let linear =
             |name: &str, out_in, bias| weights.linear(&format!("{layer}.{name}"), out_in, bias, names.layout);
         let projections = match &names.projections {
-            ProjectionNames::Separate([query, key, value]) => Projections::Separate([
+            ProjectionNames::Separate([query, key, value]) => Projections::Separate(Box::new([
                 linear(query, [queries, hidden], config.qkv_bias)?,
                 linear(key, [keys, hidden], config.qkv_bias)?,
                 linear(value, [keys, hidden], config.qkv_bias)?,
-            ]),
+            ])),
             ProjectionNames::Fused(name) => {
                 Projections::Fused(linear(name, [queries + 2 * keys, hidden], config.qkv_bias)?)
             }
@@ -110,11 +110,14 @@ impl Attention {
     /// Queries, keys and values, not yet rotated.
     fn project(&self, hidden: &Tensor) -> Result<[Tensor; 3]> {
         let [query, key, value] = match &self.projections {
-            Projections::Separate([query, key, value]) => [
-                query.forward(hidden)?,
-                key.forward(hidden)?,
-                value.forward(hidden)?,
-            ],
+            Projections::Separate(layers) => {
+                let [query, key, value] = &**layers;
+                [
+                    query.forward(hidden)?,
+                    key.forward(hidden)?,
+                    value.forward(hidden)?,
+                ]
+            }
             Projections::Fused(layer) => {
                 let all = layer.forward(hidden)?;
                 let (queries, keys) = (self.kind.query_heads, self.kind.key_heads);
