@@ -36,13 +36,18 @@ pub fn data_lines(input: &[u8]) {
 }
 
 fn example(line: &str, number: usize, limits: Limits) -> Result<Example, String> {
+    let tokens = |text: String| text.bytes().map(u32::from).collect();
     let (input_ids, labels) = match Line::parse(line, limits)? {
         Line::Ids { input_ids, labels } => (input_ids, labels),
-        Line::Text(text) => {
-            let ids: Vec<u32> = text.bytes().map(u32::from).collect();
-            let labels = ids.iter().map(|id| i64::from(*id)).collect();
-            (ids, labels)
+        Line::Text(text) => (tokens(text), None),
+        Line::DefinedIds {
+            input_ids,
+            definition_ids,
+        } => {
+            assert!(definition_ids.iter().all(|id| *id < VOCAB_SIZE));
+            (input_ids, None)
         }
+        Line::Defined { sentence, .. } => (tokens(sentence), None),
     };
     Example::new(input_ids, labels, number, limits)
 }
@@ -52,26 +57,28 @@ fn check(example: &Example, limits: Limits) {
         input_ids,
         labels,
         line,
+        ..
     } = example;
     assert!((2..=MAX_POSITIONS).contains(&input_ids.len()));
-    assert_eq!(input_ids.len(), labels.len());
     assert!(input_ids.iter().all(|id| *id < VOCAB_SIZE));
-    assert!(
-        labels
-            .iter()
-            .all(|label| *label == IGNORED || (0..i64::from(VOCAB_SIZE)).contains(label))
-    );
-    let text = format!("{{\"labels\":{labels:?},\"input_ids\":{input_ids:?}}}");
+    let text = match labels {
+        None => format!("{{\"input_ids\":{input_ids:?}}}"),
+        Some(labels) => {
+            assert_eq!(input_ids.len(), labels.len());
+            let is_label = |label: &i64| *label == IGNORED || (0..i64::from(VOCAB_SIZE)).contains(label);
+            assert!(labels.iter().all(is_label));
+            format!("{{\"labels\":{labels:?},\"input_ids\":{input_ids:?}}}")
+        }
+    };
     assert_eq!(self::example(&text, *line, limits).as_ref(), Ok(example));
 }
 
 fn check_batch(examples: &[Example]) {
     let all: Vec<&Example> = examples.iter().collect();
-    let targets = examples
-        .iter()
-        .flat_map(|example| example.labels.iter().skip(1))
-        .filter(|label| **label != IGNORED);
-    let targets: Vec<u32> = targets.filter_map(|label| u32::try_from(*label).ok()).collect();
+    let labels = examples.iter().map(Example::own_labels);
+    let labels: Vec<i64> = labels.flat_map(|labels| labels[1..].to_vec()).collect();
+    let targets = labels.into_iter().filter(|label| *label != IGNORED);
+    let targets: Vec<u32> = targets.filter_map(|label| u32::try_from(label).ok()).collect();
     match Batch::new(&all, 0) {
         Some(batch) => {
             assert_eq!(batch.targets(), targets);

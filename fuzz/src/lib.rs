@@ -16,13 +16,25 @@ mod model_config;
 mod trainer {
     #[path = "data/batch.rs"]
     pub(crate) mod batch;
+    #[path = "config/check.rs"]
+    mod check;
+    #[path = "config/encoder.rs"]
+    pub(crate) mod encoder;
     #[path = "data/example.rs"]
     pub(crate) mod example;
+    #[path = "config/family.rs"]
+    mod family;
     pub(crate) mod json;
+    #[path = "config/layers.rs"]
+    mod layers;
     #[path = "config/model.rs"]
     pub(crate) mod model;
+    #[path = "config/names.rs"]
+    mod names;
     #[path = "config/parse.rs"]
     pub(crate) mod parse;
+    #[path = "config/rope.rs"]
+    mod rope;
 }
 use trainer::json;
 
