@@ -119,21 +119,10 @@ impl Decoder {
     pub fn hidden(&self, embeddings: &Tensor) -> Result<Tensor> {
         let (_, length, _) = embeddings.dims3()?;
         self.expect_length(length)?;
-        let (mut hidden, rotations) = self.positioned(embeddings, 0)?;
-        for layer in &self.layers {
-            hidden = if self.recomputes {
-                let leaves: Vec<Tensor> = layer.leaves().filter(|_| hidden.track_op()).cloned().collect();
-                let (layer, rotations) = (layer.clone(), rotations.clone());
-                let block = move |x: &Tensor| {
-                    layer
-                        .forward(x, &rotations, None)
-                        .map_err(candle_core::Error::wrap)
-                };
-                recompute(&hidden, &leaves, Arc::new(block))?
-            } else {
-                layer.forward(&hidden, &rotations, None)?
-            };
-        }
+        let (hidden, rotations) = self.positioned(embeddings, 0)?;
+        let forward = move |layer: &Layer, x: &Tensor| layer.forward(x, &rotations, None);
+        let leaves = |layer: &Layer| layer.leaves().cloned().collect();
+        let hidden = through(&self.layers, hidden, self.recomputes, leaves, forward)?;
         Ok(self.norm.forward(&hidden)?)
     }
 
@@ -185,4 +174,30 @@ impl Decoder {
         };
         self.head.cross_entropy(hidden, labels, options, graph)
     }
+}
+
+/// `hidden` through layers, one after the other. With recomputation each keeps its input alone for the backward pass;
+/// `leaves` are what trains in a layer.
+fn through<L: Send + Sync + 'static>(
+    layers: &[Arc<L>],
+    mut hidden: Tensor,
+    recomputes: bool,
+    leaves: impl Fn(&L) -> Vec<Tensor>,
+    forward: impl Fn(&L, &Tensor) -> Result<Tensor> + Clone + Send + Sync + 'static,
+) -> Result<Tensor> {
+    for layer in layers {
+        hidden = if recomputes {
+            let leaves = if hidden.track_op() {
+                leaves(layer)
+            } else {
+                Vec::new()
+            };
+            let (layer, forward) = (layer.clone(), forward.clone());
+            let block = move |x: &Tensor| forward(&layer, x).map_err(candle_core::Error::wrap);
+            recompute(&hidden, &leaves, Arc::new(block))?
+        } else {
+            forward(layer, &hidden)?
+        };
+    }
+    Ok(hidden)
 }

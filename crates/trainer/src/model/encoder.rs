@@ -11,7 +11,7 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::Module;
 use trainable_tokens_candle::{FrozenLinear, TrainableTokens};
 use trainable_tokens_core::{
-    CrossEntropyOptions, EmbeddingSource, LayerOptions, LogitsChunk, PaddingRule, TokenRows, TokenSet,
+    CrossEntropyOptions, EmbeddingSource, LayerOptions, LogitsChunk, PaddingRule, TokenRows,
 };
 use trainable_tokens_format::{Adapter, BaseCheck, Checkpoint};
 
@@ -19,13 +19,13 @@ use self::embeddings::Embeddings;
 use self::layer::Layer;
 pub(crate) use self::names::Names;
 pub use self::pooling::{Pooling, PoolingMode};
-use super::LowRank;
 use super::head::Head;
 use super::linear::Linear;
-use super::load::{embedding, low_rank, padding as padding_of};
+use super::load::{adapter_rows, embedding, low_rank, padding as padding_of, table_and_rows};
 use super::weights::Weights;
+use super::{LowRank, through};
 use crate::config::WeightLayout;
-use crate::ops::{Norm, activate, recompute};
+use crate::ops::{Norm, activate};
 use crate::{Activation, EncoderConfig, Error, Graph, Result};
 
 /// An encoder of the BERT family (Devlin et al. 2018; Liu et al. 2019) of which only the rows of some tokens train, and
@@ -78,13 +78,8 @@ impl Encoder {
         let names = Names::of(&config, checkpoint);
         let weights = Weights::new(checkpoint, dtype, device);
         let tensor = format!("{}.weight", names.embedding());
-        // The table first: it shows that the vocabulary, whose size a set of tokens takes in memory, is there.
-        let table = weights.tensor(&tensor, &[config.vocab_size, config.hidden_size])?;
-        let tokens = TokenSet::new(tokens.iter().copied(), config.vocab_size)?;
-        let rows = match rows {
-            Some(rows) => rows.clone(),
-            None => checkpoint.table(&tensor)?.read_rows(tokens.ids())?,
-        };
+        let shape = [config.vocab_size, config.hidden_size];
+        let (table, tokens, rows) = table_and_rows(&weights, checkpoint, (&tensor, shape), tokens, rows)?;
         let embedding = embedding(table, &tokens, &rows, options(&config, padding))?;
         Self::build(config, names, &weights, embedding)
     }
@@ -128,13 +123,7 @@ impl Encoder {
                 config.vocab_size
             )));
         }
-        let (tokens, rows) = match adapter.module(&module) {
-            Some(module) => (module.token_set(config.vocab_size)?, module.rows().clone()),
-            None => (
-                TokenSet::new([], config.vocab_size)?,
-                TokenRows::zeros(table.dtype(), 0, config.hidden_size),
-            ),
-        };
+        let (tokens, rows) = adapter_rows(adapter, &module, &table)?;
         let table = weights.table(&table)?;
         let embedding = embedding(table, &tokens, &rows, options(&config, padding))?;
         Self::build(config, names, &weights, embedding)
@@ -249,22 +238,10 @@ impl Encoder {
         lengths: Option<&[usize]>,
     ) -> Result<Tensor> {
         let lengths: Option<Arc<[usize]>> = lengths.map(Arc::from);
-        let mut hidden = self.embeddings.forward(embeddings, input_ids)?;
-        for layer in &self.layers {
-            hidden = if self.recomputes {
-                let leaves: Vec<Tensor> = layer.leaves().filter(|_| hidden.track_op()).cloned().collect();
-                let (layer, lengths) = (layer.clone(), lengths.clone());
-                let block = move |x: &Tensor| {
-                    layer
-                        .forward(x, lengths.as_ref())
-                        .map_err(candle_core::Error::wrap)
-                };
-                recompute(&hidden, &leaves, Arc::new(block))?
-            } else {
-                layer.forward(&hidden, lengths.as_ref())?
-            };
-        }
-        Ok(hidden)
+        let hidden = self.embeddings.forward(embeddings, input_ids)?;
+        let forward = move |layer: &Layer, x: &Tensor| layer.forward(x, lengths.as_ref());
+        let leaves = |layer: &Layer| layer.leaves().cloned().collect();
+        through(&self.layers, hidden, self.recomputes, leaves, forward)
     }
 
     /// The logits of hidden states `[.., D]`: `[.., V]`.

@@ -40,14 +40,8 @@ impl Decoder {
     ) -> Result<Self> {
         let config = ModelConfig::read(&checkpoint.config_path())?;
         let weights = Weights::new(checkpoint, dtype, device);
-        // The table first: it shows that the vocabulary, whose size a set of tokens takes in memory, is there.
-        let name = config.embedding_tensor();
-        let table = weights.tensor(&name, &[config.vocab_size, config.hidden_size])?;
-        let tokens = TokenSet::new(tokens.iter().copied(), config.vocab_size)?;
-        let rows = match rows {
-            Some(rows) => rows.clone(),
-            None => checkpoint.table(&name)?.read_rows(tokens.ids())?,
-        };
+        let (name, shape) = (config.embedding_tensor(), [config.vocab_size, config.hidden_size]);
+        let (table, tokens, rows) = table_and_rows(&weights, checkpoint, (&name, shape), tokens, rows)?;
         let embedding = embedding(table, &tokens, &rows, options(&config, padding))?;
         let head = |weights: &Weights<'_>| {
             let out_in = [config.vocab_size, config.hidden_size];
@@ -80,13 +74,7 @@ impl Decoder {
         weights.expect_shape(&config.embedding_tensor(), &shape)?;
         let table = adapter.table(config.embedding_module(), checkpoint)?;
         config.vocab_size = table.vocab_size();
-        let (tokens, rows) = match adapter.module(config.embedding_module()) {
-            Some(module) => (module.token_set(config.vocab_size)?, module.rows().clone()),
-            None => (
-                TokenSet::new([], config.vocab_size)?,
-                TokenRows::zeros(table.dtype(), 0, config.hidden_size),
-            ),
-        };
+        let (tokens, rows) = adapter_rows(adapter, config.embedding_module(), &table)?;
         let embedding = embedding(weights.table(&table)?, &tokens, &rows, options(&config, padding))?;
         let rows_of_head = head_rows(adapter, &config)?;
         let path = config.head_module();
@@ -159,6 +147,40 @@ fn options(config: &ModelConfig, rule: PaddingRule) -> LayerOptions {
 pub(super) fn padding(token: Option<u32>, rule: PaddingRule) -> Option<Padding> {
     let token = token.map(TokenId);
     token.map(|token| Padding { token, rule })
+}
+
+/// The table of a name and a shape, the tokens that train, and their rows: those given, or else the table's own.
+pub(super) fn table_and_rows(
+    weights: &Weights<'_>,
+    checkpoint: &Checkpoint,
+    (name, shape): (&str, [usize; 2]),
+    tokens: &[u32],
+    rows: Option<&TokenRows>,
+) -> Result<(Tensor, TokenSet, TokenRows)> {
+    // The table first: it shows that the vocabulary, whose size a set of tokens takes in memory, is there.
+    let table = weights.tensor(name, &shape)?;
+    let tokens = TokenSet::new(tokens.iter().copied(), shape[0])?;
+    let rows = match rows {
+        Some(rows) => rows.clone(),
+        None => checkpoint.table(name)?.read_rows(tokens.ids())?,
+    };
+    Ok((table, tokens, rows))
+}
+
+/// The tokens and the rows that an adapter has for the module of a table: none if it has none for it.
+pub(super) fn adapter_rows<S: EmbeddingSource>(
+    adapter: &Adapter,
+    module: &str,
+    table: &S,
+) -> Result<(TokenSet, TokenRows)> {
+    let vocab_size = table.vocab_size();
+    Ok(match adapter.module(module) {
+        Some(module) => (module.token_set(vocab_size)?, module.rows().clone()),
+        None => (
+            TokenSet::new([], vocab_size)?,
+            TokenRows::zeros(table.dtype(), 0, table.embedding_dim()),
+        ),
+    })
 }
 
 /// The embedding layer over a table, its rows in the type that they train in.
