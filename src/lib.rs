@@ -28,10 +28,10 @@ pub use trainable_tokens_core::{
     CrossEntropyPlan, DType, Decay, DecayTowardOriginal, DeltaStore, Element, EmbedScale, EmbeddingSource,
     Error, ErrorKind, HostRows, HostTable, IGNORED_LABEL, InitError, InitMode, InitModifier, InitText,
     Int8Table, LayerOptions, LogitsChunk, LookupPlan, MatchRowNorm, MaxNorm, MergeCheck, MixRound, MixedPart,
-    OptimizerHook, OptimizerState, Overlap, Padding, PaddingRule, ParseInitError, Population, Reduction,
-    Result, RowData, RowGradients, RowInit, RowMix, RowOptimizer, RowRef, RowTransform, Sgd, SgdConfig, Slot,
-    Softcap, StepContext, StepReport, TokenAdapter, TokenId, TokenRows, TokenSet, TrainableTokens,
-    UndoJournal, WriteRows, initial_rows, mean_row_norm, step_delta, step_rows,
+    OnlineSoftmax, OptimizerHook, OptimizerState, Overlap, Padding, PaddingRule, ParseInitError, Population,
+    Reduction, Result, RowData, RowGradients, RowInit, RowMix, RowOptimizer, RowRef, RowTransform, Sgd,
+    SgdConfig, Slot, Softcap, StepContext, StepReport, TokenAdapter, TokenId, TokenRows, TokenSet,
+    TrainableTokens, UndoJournal, WriteRows, initial_rows, mean_row_norm, step_delta, step_rows,
 };
 
 #[cfg(feature = "burn")]

@@ -11,7 +11,7 @@ use trainable_tokens_core::{
 };
 
 use crate::convert::to_rows;
-use crate::ops::{Overrides, Passes, Scratch, linear_cross_entropy, lookup_rows, project, stack_rows};
+use crate::ops::{Overrides, Passes, linear_cross_entropy, lookup_rows, project, stack_rows};
 use crate::{CandleDelta, CandleTable, Error, Result};
 
 /// Candle, as core sees it.
@@ -56,8 +56,7 @@ impl Backend for Candle {
         plan: &CrossEntropyPlan,
     ) -> Result<Tensor> {
         let trained = delta.map(|delta| (delta, tokens));
-        let scratch = Scratch::default();
-        let loss = cross_entropy(&hidden, source, trained, None, plan, Passes::Both, &scratch)?;
+        let loss = cross_entropy(&hidden, source, trained, None, plan, Passes::Both)?;
         Ok(loss.reshape((1, 1))?)
     }
 
@@ -115,10 +114,9 @@ pub(crate) fn cross_entropy(
     bias: Option<&Tensor>,
     plan: &CrossEntropyPlan,
     passes: Passes,
-    scratch: &Scratch,
 ) -> Result<Tensor> {
     let (weight, overrides) = (source.tensor(), overrides(source, trained)?);
-    linear_cross_entropy(hidden, weight, bias, overrides.as_ref(), plan, passes, scratch)
+    linear_cross_entropy(hidden, weight, bias, overrides.as_ref(), plan, passes)
 }
 
 /// The trained rows of at least one token, in the place of the table's.

@@ -9,7 +9,7 @@ use trainable_tokens_core::{Backend, CrossEntropyOptions, CrossEntropyPlan, Embe
 use crate::backend::{cross_entropy, logits};
 use crate::ids::{expect_examples, read_labels};
 use crate::linear::check_bias;
-use crate::ops::{Passes, Scratch, check_input};
+use crate::ops::{Passes, check_input};
 use crate::shared::Shared;
 use crate::{Candle, Error, Result};
 
@@ -31,16 +31,11 @@ use crate::{Candle, Error, Result};
 pub struct TiedHead {
     layer: Shared,
     bias: Option<Tensor>,
-    scratch: Scratch,
 }
 
 impl TiedHead {
     pub(crate) fn new(layer: Shared) -> Self {
-        Self {
-            layer,
-            bias: None,
-            scratch: Scratch::default(),
-        }
+        Self { layer, bias: None }
     }
 
     /// Adds a bias `[V]` to the logits. It is kept as it is: no gradient, and no change by merging.
@@ -75,9 +70,9 @@ impl TiedHead {
     /// the id that it must predict, or one that is ignored and costs nothing.
     ///
     /// It is that of [`logits`](Self::logits) up to rounding, with the same gradients, in `f32` (`f64` for such a table).
-    /// But there is never more than a chunk of logits at once, 128 MiB unless the options say otherwise: loss and
-    /// gradients are computed together, chunk by chunk, in this call. Gradients that nothing asks for (of `hidden` without
-    /// a graph) are left out. On the CPU the head and its clones keep the memory of the chunk for the next call.
+    /// But loss and gradients are computed together, in this call, and there is never more than a chunk of logits at once,
+    /// 128 MiB unless the options say otherwise. On the CPU it is far less: a block of rows and columns for each thread.
+    /// Gradients that nothing asks for (of `hidden` without a graph) are left out.
     ///
     /// # Errors
     ///
@@ -120,7 +115,7 @@ impl TiedHead {
         let rows = layer.active()?;
         let trained = rows.as_deref().map(|rows| (rows, layer.tokens()));
         let bias = self.bias.as_ref();
-        cross_entropy(hidden, source, trained, bias, &plan, passes, &self.scratch)
+        cross_entropy(hidden, source, trained, bias, &plan, passes)
     }
 
     /// The logits `[B, .., V]` of a mixed batch `hidden` `[B, .., D]`: each of its `B` examples sees the rows of the

@@ -7,7 +7,7 @@ use trainable_tokens_core::{CrossEntropyOptions, CrossEntropyPlan, Error as Core
 
 use crate::convert::core_dtype;
 use crate::ids::read_labels;
-use crate::ops::{Passes, Scratch, check_input, linear_cross_entropy, project};
+use crate::ops::{Passes, check_input, linear_cross_entropy, project};
 use crate::{Error, Result};
 
 /// `x · Wᵀ + b` with a gradient for `x` only.
@@ -22,7 +22,6 @@ use crate::{Error, Result};
 pub struct FrozenLinear {
     weight: Tensor,
     bias: Option<Tensor>,
-    scratch: Scratch,
 }
 
 impl FrozenLinear {
@@ -46,11 +45,7 @@ impl FrozenLinear {
         }
         let bias = bias.map(|bias| check_bias(&bias, &weight)).transpose()?;
         let weight = weight.detach();
-        Ok(Self {
-            weight,
-            bias,
-            scratch: Scratch::default(),
-        })
+        Ok(Self { weight, bias })
     }
 
     /// The weight, `[out_features, in_features]`.
@@ -98,7 +93,7 @@ impl FrozenLinear {
         let labels = read_labels(labels, check_input(x, &self.weight)?)?;
         let plan = CrossEntropyPlan::new(&labels, self.weight.dims()[0], options)?;
         let bias = self.bias.as_ref();
-        linear_cross_entropy(x, &self.weight, bias, None, &plan, passes, &self.scratch)
+        linear_cross_entropy(x, &self.weight, bias, None, &plan, passes)
     }
 }
 

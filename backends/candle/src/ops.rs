@@ -11,7 +11,7 @@ mod project;
 mod storage;
 
 pub(crate) use lookup::lookup_rows;
-pub(crate) use loss::{Passes, Scratch, linear_cross_entropy};
+pub(crate) use loss::{Passes, linear_cross_entropy};
 pub(crate) use mix::{mix_rows, stack_rows};
 pub(crate) use project::{Overrides, check_input, project};
 pub(crate) use storage::DeviceStorage;

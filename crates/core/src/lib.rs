@@ -59,7 +59,9 @@ pub use init::{
 };
 pub use journal::UndoJournal;
 pub use layer::{ActiveRows, KnownActive, LayerParts, MergeCheck, MergeParts, MixedPart, TrainableTokens};
-pub use loss::{CrossEntropyOptions, CrossEntropyPlan, IGNORED_LABEL, LogitsChunk, Reduction, Softcap};
+pub use loss::{
+    CrossEntropyOptions, CrossEntropyPlan, IGNORED_LABEL, LogitsChunk, OnlineSoftmax, Reduction, Softcap,
+};
 pub use mix::{MixRound, RowMix};
 pub use nearest::{Neighbour, nearest_rows};
 pub use optim::{

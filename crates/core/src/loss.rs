@@ -1,6 +1,8 @@
 //! Cross-entropy without a matrix of all logits: what backends share.
 
+mod cap;
 mod exponential;
+mod online;
 mod options;
 mod row;
 
@@ -9,9 +11,11 @@ use std::thread;
 
 use num_traits::Float;
 
+use self::cap::Cap;
 use self::row::Row;
 use crate::{Element, Error, Result};
 
+pub use online::OnlineSoftmax;
 pub use options::{CrossEntropyOptions, IGNORED_LABEL, LogitsChunk, Reduction, Softcap};
 
 /// Fewer logits than these are not worth a thread.
@@ -183,12 +187,12 @@ impl CrossEntropyPlan {
         if labels.is_empty() {
             return Ok(0.0);
         }
-        let softcap = self.options.softcap.map(|softcap| C::from_f64(softcap.get()));
+        let cap = Cap::new(self.options.softcap);
         let vocab_size = self.vocab_size;
         let sum = |logits: &mut [C], labels: &[u32]| -> f64 {
             let rows = logits.chunks_exact_mut(vocab_size).zip(labels);
             let losses = rows.map(|(row, label)| {
-                let row = Row::new(row, *label as usize, softcap);
+                let row = Row::new(row, *label as usize, cap);
                 match gradient_of {
                     None => row.loss(),
                     Some(factor) => row.differentiate(factor),

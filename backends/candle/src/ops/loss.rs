@@ -13,7 +13,6 @@ use candle_core::{
 };
 use trainable_tokens_core::CrossEntropyPlan;
 
-pub(crate) use self::cpu::Scratch;
 use super::storage::DeviceStorage;
 use super::{Overrides, cast, check_input};
 
@@ -63,7 +62,6 @@ pub(crate) fn linear_cross_entropy(
     overrides: Option<&Overrides>,
     plan: &CrossEntropyPlan,
     passes: Passes,
-    scratch: &Scratch,
 ) -> crate::Result<Tensor> {
     let dim = weight.dims2()?.1;
     let rows = check_input(hidden, weight)?.iter().product();
@@ -82,7 +80,7 @@ pub(crate) fn linear_cross_entropy(
     };
     let flat = hidden.detach().contiguous()?;
     let computed = match hidden.device() {
-        Device::Cpu => cpu::compute(&flat, &projection, plan, wanted, scratch)?,
+        Device::Cpu => cpu::compute(&flat, &projection, plan, wanted)?,
         _ => device::compute(&flat, &projection, plan, wanted)?,
     };
     Ok(match (wanted, delta) {

@@ -31,6 +31,11 @@ impl<'a, C: Element> Matrix<'a, C> {
         self
     }
 
+    /// How many rows there are.
+    pub fn rows(&self) -> usize {
+        self.shape[0]
+    }
+
     /// How many columns there are.
     pub fn columns(&self) -> usize {
         self.shape[1]

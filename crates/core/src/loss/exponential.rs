@@ -1,4 +1,5 @@
-//! The exponentials of a softmax over a vocabulary: most of what a loss computes besides products.
+//! The exponentials of a softmax over a vocabulary and the tangents of its softcap: most of what a loss computes besides
+//! products.
 
 use num_traits::Float;
 
@@ -15,6 +16,22 @@ pub(super) fn replace_by_exp<C: Float + Element>(values: &mut [C], shift: C) -> 
         .chunks_mut(BLOCK)
         .map(|block| {
             block.iter_mut().for_each(|x| *x = exp(*x - shift));
+            sum(block)
+        })
+        .sum()
+}
+
+/// Replaces each `x` by `exp(x - shift) * slope(x)` and returns the sum of the exponentials.
+pub(super) fn weigh_by_exp<C: Float + Element>(values: &mut [C], shift: C, slope: impl Fn(C) -> C) -> f64 {
+    let mut block = [C::zero(); BLOCK];
+    values
+        .chunks_mut(BLOCK)
+        .map(|values| {
+            let block = &mut block[..values.len()];
+            block.iter_mut().zip(values).for_each(|(to, x)| {
+                *to = exp(*x - shift);
+                *x = *to * slope(*x);
+            });
             sum(block)
         })
         .sum()
@@ -55,6 +72,35 @@ pub(super) fn exp<C: Float + Element>(x: C) -> C {
     } else {
         x.exp()
     }
+}
+
+/// `tanh(x)`: in `f32` from the exponential above, and by a polynomial near 0, without branches.
+#[inline]
+pub(super) fn tanh<C: Float + Element>(x: C) -> C {
+    if C::DTYPE == DType::F32 {
+        C::from_f32(tanh_f32(x.to_f32()))
+    } else {
+        x.tanh()
+    }
+}
+
+/// `tanh(x)` within three units in the last place (Moshier's Cephes, `tanhf.c`): of the magnitude, `1 - 2 / (e^(2x) + 1)`,
+/// and below 0.625 `x + x^3 * p(x^2)`.
+#[inline]
+#[expect(clippy::excessive_precision, reason = "the constants are those of the source")]
+fn tanh_f32(x: f32) -> f32 {
+    const SMALL: f32 = 0.625;
+    let magnitude = x.abs();
+    let square = x * x;
+    let polynomial = -5.704_988_727_45e-3;
+    let polynomial = polynomial * square + 2.063_908_879_54e-2;
+    let polynomial = polynomial * square - 5.373_971_555_31e-2;
+    let polynomial = polynomial * square + 1.333_144_220_36e-1;
+    let polynomial = polynomial * square - 3.333_328_194_22e-1;
+    let small = polynomial * square * magnitude + magnitude;
+    let large = 1.0 - 2.0 / (exp_f32(magnitude + magnitude) + 1.0);
+    let of_magnitude = if magnitude < SMALL { small } else { large };
+    of_magnitude.copysign(x)
 }
 
 /// `e^x` within two units in the last place (Moshier's Cephes, `expf.c`): `2^n * e^r` for a whole `n` and `|r| <= ln(2) / 2`.
@@ -108,6 +154,22 @@ mod tests {
     }
 
     #[test]
+    fn tangents_are_those_of_the_definition() {
+        let mut x = 1e-30f32;
+        while x < 100.0 {
+            let (got, want) = (f64::from(tanh(x)), f64::from(x).tanh());
+            assert!((got / want - 1.0).abs() < 3.6e-7, "{x}: {got} {want}");
+            assert_eq!(tanh(-x), -tanh(x));
+            x *= 1.000_3;
+        }
+        assert_eq!(tanh(0.0f32).to_bits(), 0.0f32.to_bits());
+        assert_eq!(tanh(-0.0f32).to_bits(), (-0.0f32).to_bits());
+        assert_eq!((tanh(f32::INFINITY), tanh(f32::NEG_INFINITY)), (1.0, -1.0));
+        assert!(tanh(f32::NAN).is_nan());
+        assert_eq!(tanh(1.0f64), 1f64.tanh());
+    }
+
+    #[test]
     fn sums_are_exact_to_the_type() {
         for len in [0, 1, 15, 16, 255, 256, 257, 100_000] {
             let value = |i: usize| <f32 as Element>::from_f64((i % 1000) as f64 / -100.0);
@@ -119,6 +181,10 @@ mod tests {
             assert_eq!(replace_by_exp(&mut replaced, 0.5), got);
             let mut each = replaced.iter().zip(&values);
             assert!(each.all(|(got, x)| *got == exp(*x - 0.5)));
+            let mut weighed = values.clone();
+            assert_eq!(weigh_by_exp(&mut weighed, 0.5, |x| x), got);
+            let mut each = weighed.iter().zip(replaced.iter().zip(&values));
+            assert!(each.all(|(got, (exp, x))| *got == exp * x));
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use num_traits::Float;
 
+use super::cap::Cap;
 use super::exponential::{exp, replace_by_exp, sum_of_exp};
 use crate::Element;
 
@@ -12,23 +13,19 @@ const LANES: usize = 16;
 pub(super) struct Row<'a, C> {
     logits: &'a mut [C],
     target: usize,
-    softcap: Option<C>,
+    cap: Cap<C>,
     highest: C,
 }
 
 impl<'a, C: Float + Element> Row<'a, C> {
     /// Caps the logits in place. `target` must be below their number.
-    pub(super) fn new(logits: &'a mut [C], target: usize, softcap: Option<C>) -> Self {
-        if let Some(softcap) = softcap {
-            for x in &mut *logits {
-                *x = softcap * (*x / softcap).tanh();
-            }
-        }
+    pub(super) fn new(logits: &'a mut [C], target: usize, cap: Cap<C>) -> Self {
+        cap.apply(logits);
         let highest = highest(logits);
         Self {
             logits,
             target,
-            softcap,
+            cap,
             highest,
         }
     }
@@ -42,7 +39,7 @@ impl<'a, C: Float + Element> Row<'a, C> {
     pub(super) fn differentiate(self, factor: f64) -> f64 {
         let highest = self.highest;
         let whole = C::from_f64(factor);
-        let Some(softcap) = self.softcap else {
+        if self.cap.is_none() {
             let target = self.logits[self.target];
             let sum = replace_by_exp(self.logits, highest);
             let share = C::from_f64(factor / sum);
@@ -51,15 +48,14 @@ impl<'a, C: Float + Element> Row<'a, C> {
             }
             self.logits[self.target] = self.logits[self.target] - whole;
             return sum.ln() - (target - highest).to_f64();
-        };
+        }
         let sum = sum_of_exp(self.logits, highest);
         let loss = self.loss_of(sum);
         let share = C::from_f64(factor / sum);
-        // The derivative of `c * tanh(x / c)` is `1 - tanh(x / c)^2`.
-        let slope = |capped: C| C::one() - (capped / softcap) * (capped / softcap);
-        let of_target = slope(self.logits[self.target]) * whole;
+        let cap = self.cap;
+        let of_target = cap.slope(self.logits[self.target]) * whole;
         for x in &mut *self.logits {
-            *x = exp(*x - highest) * share * slope(*x);
+            *x = exp(*x - highest) * share * cap.slope(*x);
         }
         self.logits[self.target] = self.logits[self.target] - of_target;
         loss
@@ -71,7 +67,7 @@ impl<'a, C: Float + Element> Row<'a, C> {
 }
 
 /// The highest value; a NaN counts for nothing here, and makes the sum of exponentials one.
-fn highest<C: Float>(row: &[C]) -> C {
+pub(super) fn highest<C: Float>(row: &[C]) -> C {
     let higher = |a: C, b: C| if b > a { b } else { a };
     let mut lanes = [C::neg_infinity(); LANES];
     let blocks = row.chunks_exact(LANES);

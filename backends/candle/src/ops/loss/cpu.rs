@@ -1,43 +1,28 @@
-//! The loss on the CPU: products into one buffer of logits, which become their own gradient in place.
+//! The loss on the CPU, in one pass over the weight: products into a block of logits, whose weights in the softmax are
+//! multiplied with the same rows of the weight at once, as attention does it whose keys are its values (Dao et al. 2022,
+//! arXiv:2205.14135). No row of logits ever exists as a whole.
 
-use std::any::Any;
-use std::sync::Arc;
+mod chunk;
 
-use candle_core::{CpuStorage, Device, Result, Tensor, WithDType, utils::get_num_threads};
+use candle_core::{CpuStorage, Device, Result, Tensor, WithDType};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
-use parking_lot::Mutex;
+use num_traits::Float;
 use trainable_tokens_core::{CrossEntropyPlan, Element};
 
+use self::chunk::{Chunk, PARTS};
 use super::{Computed, Projection, Wanted};
 use crate::convert::unsupported;
-use crate::ops::matrix::{Matrix, Old, multiply};
-use crate::ops::product::chunks;
 use crate::ops::storage::{DeviceStorage, elements};
 
-/// The memory of a chunk of logits, kept from one loss of a head to the next: the system takes its time to hand out and clear
-/// as much. Clones share it; of losses side by side one uses it.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Scratch(Arc<Mutex<Option<Box<dyn Any + Send>>>>);
-
-impl Scratch {
-    /// `len` values or more, whatever they are.
-    fn take<C: Element>(&self, len: usize) -> Vec<C> {
-        let kept = self.0.lock().take();
-        let kept = kept.and_then(|kept| kept.downcast::<Vec<C>>().ok());
-        match kept {
-            Some(values) if values.len() >= len => *values,
-            _ => vec![C::default(); len],
-        }
-    }
-
-    fn keep<C: Element>(&self, values: Vec<C>) {
-        *self.0.lock() = Some(Box::new(values));
-    }
-}
+/// The most rows of hidden states that share a pass over the weight: each part sums their gradients for itself.
+const ROWS: usize = 512;
+/// The elements of the weight in a block, to be in cache for the second product, and its rows at least and at most.
+const BLOCK_ELEMENTS: usize = 1 << 20;
+const BLOCK_ROWS: (usize, usize) = (256, 2048);
 
 /// An element type of weights and hidden states.
-trait Operand: Element<Compute: WithDType> {
+trait Operand: Element<Compute: WithDType + Float> {
     /// The values in the compute type: themselves, or a copy in `buffer`.
     fn widen<'a>(values: &'a [Self], buffer: &'a mut Vec<Self::Compute>) -> &'a [Self::Compute];
 }
@@ -66,7 +51,6 @@ pub(super) fn compute(
     projection: &Projection<'_>,
     plan: &CrossEntropyPlan,
     wanted: Wanted,
-    scratch: &Scratch,
 ) -> crate::Result<Computed> {
     let (dims, weight) = (projection.weight.dims2()?, projection.weight.storage_and_layout());
     let hidden = hidden.storage_and_layout();
@@ -116,7 +100,7 @@ pub(super) fn compute(
                         vocab_size: dims.0,
                         dim: dims.1,
                     };
-                    run(&input, plan, wanted, scratch)
+                    run(&input, plan, wanted)
                 })*
                 _ => Err(unsupported()),
             }
@@ -140,105 +124,36 @@ struct Input<'a, T> {
     dim: usize,
 }
 
-/// Goes through the chunks of the plan.
-fn run<T: Operand>(
-    input: &Input<'_, T>,
-    plan: &CrossEntropyPlan,
-    wanted: Wanted,
-    scratch: &Scratch,
-) -> crate::Result<Computed> {
-    let (zero, one) = (T::Compute::default(), <T::Compute as Element>::from_f64(1.0));
-    let Input {
-        dim, vocab_size: v, ..
-    } = *input;
-    let size = size_of::<T::Compute>();
-    let (longest, threads) = (plan.longest_chunk(size), get_num_threads());
-    let (k, width) = (input.columns.len(), dim.max(1));
-
-    let mut wide = Vec::new();
-    let changed_rows = input
-        .changed
-        .iter()
-        .flat_map(|slot| &input.rows[slot * dim..][..dim]);
-    let changed_rows: Vec<T::Compute> = changed_rows.map(|x| x.to_compute()).collect();
-    let changed_columns: Vec<usize> = input.changed.iter().map(|slot| input.columns[*slot]).collect();
-    let c = changed_columns.len();
-
-    let mut hidden = vec![zero; longest * dim];
-    let mut memory = scratch.take::<T::Compute>(longest * v);
-    let mut part = vec![zero; longest * k];
-    let mut row_gradients = vec![zero; if wanted.of_hidden { longest * dim } else { 0 }];
+/// The loss, chunk by chunk of rows.
+fn run<T: Operand>(input: &Input<'_, T>, plan: &CrossEntropyPlan, wanted: Wanted) -> crate::Result<Computed> {
+    let (dim, k) = (input.dim, input.columns.len());
+    let zero = T::Compute::default();
     let mut of_hidden = vec![zero; if wanted.of_hidden { input.hidden.len() } else { 0 }];
     let mut of_delta = vec![zero; if wanted.of_delta { k * dim } else { 0 }];
+    let block = block_rows(dim);
+    // The blocks of all parts are logits at once.
+    let rows = PARTS * block * size_of::<T::Compute>();
+    let rows = plan.options().chunk.max_rows(rows).min(ROWS);
+    let counted: Vec<_> = plan.positions().iter().zip(plan.labels()).collect();
     let mut loss = 0.0;
-
-    for chunk in plan.chunks(size) {
-        let n = chunk.len();
-        let positions = &plan.positions()[chunk.clone()];
-        let positions = || positions.iter().map(|position| *position as usize);
-        for (to, position) in hidden.chunks_exact_mut(width).zip(positions()) {
-            let from = &input.hidden[position * dim..][..dim];
-            to.iter_mut().zip(from).for_each(|(to, x)| *to = x.to_compute());
-        }
-        let (logits, part) = (&mut memory[..n * v], &mut part[..n * k]);
-        let rows = Matrix::new(&hidden, [n, dim]);
-        for block in blocks::<T>(n, v, dim) {
-            let weight = T::widen(&input.weight[block.start * dim..block.end * dim], &mut wide);
-            let weight = Matrix::new(weight, [block.len(), dim]);
-            let to = (Old::Replace, &mut logits[block.start..], v);
-            multiply(rows, weight.transposed(), one, to, threads)?;
-        }
-        let trained = Matrix::new(&changed_rows, [c, dim]);
-        multiply(
-            rows,
-            trained.transposed(),
-            one,
-            (Old::Replace, &mut *part, c),
-            threads,
+    for counted in counted.chunks(rows) {
+        let labels: Vec<usize> = counted.iter().map(|(_, label)| **label as usize).collect();
+        let positions = || counted.iter().map(|(position, _)| **position as usize);
+        let hidden = positions().flat_map(|position| &input.hidden[position * dim..][..dim]);
+        let chunk = Chunk::new(
+            input,
+            plan,
+            (hidden.map(|x| x.to_compute()).collect(), &labels),
+            wanted,
         )?;
-        put(part, logits, v, &changed_columns);
-        if let Some(bias) = input.bias {
-            for row in logits.chunks_exact_mut(v) {
-                let each = row.iter_mut().zip(bias);
-                each.for_each(|(x, bias)| *x += bias.to_compute());
-            }
-        }
-        if !wanted.of_hidden && !wanted.of_delta {
-            loss += plan.loss(chunk, logits, threads)?;
-            continue;
-        }
-        loss += plan.differentiate(chunk, logits, 1.0, threads)?;
-        if wanted.of_delta {
-            take(part, logits, v, &input.columns);
-            let part = Matrix::new(part, [n, k]);
-            multiply(
-                part.transposed(),
-                rows,
-                one,
-                (Old::Add, &mut of_delta, dim),
-                threads,
-            )?;
-        }
+        let mut sums = chunk.sums(block)?;
+        loss += chunk.finish(&mut sums, &mut of_delta)?;
         if wanted.of_hidden {
-            // What the replaced columns give comes from the trained rows.
-            take(part, logits, v, &changed_columns);
-            clear(logits, v, &changed_columns);
-            let mut old = Old::Replace;
-            for block in blocks::<T>(n, v, dim) {
-                let weight = T::widen(&input.weight[block.start * dim..block.end * dim], &mut wide);
-                let weight = Matrix::new(weight, [block.len(), dim]);
-                let columns = Matrix::new(&logits[block.start..], [n, block.len()]).with_stride(v);
-                multiply(columns, weight, one, (old, &mut row_gradients, dim), threads)?;
-                old = Old::Add;
-            }
-            let part = Matrix::new(part, [n, c]);
-            multiply(part, trained, one, (Old::Add, &mut row_gradients, dim), threads)?;
-            for (position, from) in positions().zip(row_gradients.chunks_exact(width)) {
+            for (position, from) in positions().zip(sums.of_hidden.chunks_exact(dim.max(1))) {
                 of_hidden[position * dim..][..dim].copy_from_slice(from);
             }
         }
     }
-    scratch.keep(memory);
     let tensor = |wanted: bool, values, rows| -> Result<Option<Tensor>> {
         wanted
             .then(|| Tensor::from_vec(values, (rows, dim), &Device::Cpu))
@@ -251,39 +166,7 @@ fn run<T: Operand>(
     })
 }
 
-/// The rows of the weight to multiply with at a time: all, unless they are widened first.
-fn blocks<T: Operand>(n: usize, v: usize, dim: usize) -> impl Iterator<Item = std::ops::Range<usize>> {
-    let whole = T::DTYPE == <T::Compute as Element>::DTYPE;
-    let all = whole.then_some(0..v);
-    let parts = (!whole).then(|| chunks(n, v, dim));
-    all.into_iter().chain(parts.into_iter().flatten())
-}
-
-/// Puts the columns of `part` at `columns` of the logits, whose rows are `v` long.
-fn put<C: Copy>(part: &[C], logits: &mut [C], v: usize, columns: &[usize]) {
-    let rows = logits
-        .chunks_exact_mut(v)
-        .zip(part.chunks_exact(columns.len().max(1)));
-    for (row, part) in rows {
-        columns.iter().zip(part).for_each(|(column, x)| row[*column] = *x);
-    }
-}
-
-/// Copies `columns` of the logits to `part`.
-fn take<C: Copy>(part: &mut [C], logits: &[C], v: usize, columns: &[usize]) {
-    let rows = logits
-        .chunks_exact(v)
-        .zip(part.chunks_exact_mut(columns.len().max(1)));
-    for (row, part) in rows {
-        part.iter_mut()
-            .zip(columns)
-            .for_each(|(x, column)| *x = row[*column]);
-    }
-}
-
-/// Sets `columns` of the logits to zero.
-fn clear<C: Copy + Default>(logits: &mut [C], v: usize, columns: &[usize]) {
-    for row in logits.chunks_exact_mut(v) {
-        columns.iter().for_each(|column| row[*column] = C::default());
-    }
+/// How many rows of a weight whose rows are `dim` long are multiplied with at a time.
+fn block_rows(dim: usize) -> usize {
+    (BLOCK_ELEMENTS / dim.max(1)).clamp(BLOCK_ROWS.0, BLOCK_ROWS.1)
 }
