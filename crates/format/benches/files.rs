@@ -11,7 +11,8 @@
 //!   `cp_without_fsync_seconds`: `cp -r` alone; `over_cp`: the speed of the work over that of `cp` with `fsync`.
 //! - `cat_seconds`: both files to `/dev/null`; `over_cat`.
 //!
-//! Everything is read from the page cache, in which a copy that is not measured has made room before.
+//! Everything is read from the page cache. Before merging, memory for two copies is taken and given back: where that cache
+//! is full of other files, whoever writes has to wait for the system to find room, and either side may.
 #![allow(missing_docs, clippy::unwrap_used, clippy::panic)]
 
 use std::collections::BTreeMap;
@@ -108,9 +109,7 @@ impl Bench<'_> {
     fn merge(&self, what: &str, base: &Path, adapter: &Adapter) {
         let out = self.options.dir.join("out");
         let (mut ours, mut cp, mut unsynced) = (Vec::new(), Vec::new(), Vec::new());
-        // Where the page cache is full, whoever writes first waits for the system to find memory: neither of both.
-        run(Command::new("cp").arg("-r").arg(base).arg(&out));
-        fs::remove_dir_all(&out).unwrap();
+        make_room(base);
         for _ in 0..self.options.rounds {
             self.settle();
             ours.push(measured(|| {
@@ -280,6 +279,15 @@ fn anonymous() -> f64 {
     let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:"));
     let kib = line.and_then(|line| line.trim().strip_suffix(" kB")?.trim().parse::<f64>().ok());
     kib.unwrap_or_default() * 1024.0 / 1e6
+}
+
+/// Makes free memory for two copies of the files in a directory, and has these in the page cache.
+fn make_room(dir: &Path) {
+    let bytes = usize::try_from(2 * size(dir)).unwrap();
+    drop(std::hint::black_box(vec![1u8; bytes]));
+    for entry in fs::read_dir(dir).unwrap() {
+        run(Command::new("cat").arg(entry.unwrap().path()));
+    }
 }
 
 fn run(command: &mut Command) {
