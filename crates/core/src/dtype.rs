@@ -181,12 +181,19 @@ macro_rules! element {
     };
 }
 
-/// Conversions of slices that `half` has for its types.
-macro_rules! half_slices {
+/// Zeros of a type of half precision.
+macro_rules! half_zeros {
     () => {
         fn zeros(len: usize) -> Vec<Self> {
             vec![0u16; len].reinterpret_into()
         }
+    };
+}
+
+/// Conversions of slices by the processor's own instructions, which `half` finds.
+macro_rules! f16_slices {
+    () => {
+        half_zeros!();
         fn to_compute_slice(values: &[Self], out: &mut [f32]) {
             let len = values.len().min(out.len());
             values[..len].convert_to_f32_slice(&mut out[..len]);
@@ -198,6 +205,39 @@ macro_rules! half_slices {
     };
 }
 
+/// Conversions of slices without a branch, so that vectors do them; `half` goes element by element.
+macro_rules! bf16_slices {
+    () => {
+        half_zeros!();
+        fn to_compute_slice(values: &[Self], out: &mut [f32]) {
+            let each = out.iter_mut().zip(values);
+            each.for_each(|(out, value)| *out = widen_bf16(*value));
+        }
+        fn from_compute_slice(values: &[f32], out: &mut [Self]) {
+            let each = out.iter_mut().zip(values);
+            each.for_each(|(out, value)| *out = narrow_bf16(*value));
+        }
+    };
+}
+
+/// [`bf16::to_f32`].
+#[inline]
+fn widen_bf16(value: bf16) -> f32 {
+    let bits = u32::from(value.to_bits());
+    let quiet = if bits & 0x7fff > 0x7f80 { bits | 0x40 } else { bits };
+    f32::from_bits(quiet << 16)
+}
+
+/// [`bf16::from_f32`]: to nearest even; a NaN stays one, and becomes quiet.
+#[inline]
+fn narrow_bf16(value: f32) -> bf16 {
+    let bits = value.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1));
+    let is_nan = bits & 0x7fff_ffff > 0x7f80_0000;
+    let bits = if is_nan { bits | 0x0040_0000 } else { rounded };
+    bf16::from_bits((bits >> 16) as u16)
+}
+
 // The narrowing `as` casts below round to nearest even by the language's definition.
 #[allow(clippy::cast_possible_truncation)]
 fn narrow(value: f64) -> f32 {
@@ -206,8 +246,8 @@ fn narrow(value: f64) -> f32 {
 
 element!(f64, F64, f64, to: |x| x, from: |x| x, to64: |x| x, from64: |x| x, to32: narrow, from32: f64::from);
 element!(f32, F32, f32, to: |x| x, from: |x| x, to64: f64::from, from64: narrow, to32: |x| x, from32: |x| x);
-element!(f16, F16, f32, to: f16::to_f32, from: f16::from_f32, to64: f16::to_f64, from64: |x| f16::from_f32(narrow(x)), to32: f16::to_f32, from32: f16::from_f32, half_slices);
-element!(bf16, BF16, f32, to: bf16::to_f32, from: bf16::from_f32, to64: bf16::to_f64, from64: |x| bf16::from_f32(narrow(x)), to32: bf16::to_f32, from32: bf16::from_f32, half_slices);
+element!(f16, F16, f32, to: f16::to_f32, from: f16::from_f32, to64: f16::to_f64, from64: |x| f16::from_f32(narrow(x)), to32: f16::to_f32, from32: f16::from_f32, f16_slices);
+element!(bf16, BF16, f32, to: bf16::to_f32, from: bf16::from_f32, to64: bf16::to_f64, from64: |x| bf16::from_f32(narrow(x)), to32: bf16::to_f32, from32: bf16::from_f32, bf16_slices);
 
 #[cfg(test)]
 mod tests {
@@ -261,6 +301,21 @@ mod tests {
         slices_convert_as_their_elements_do::<f32>();
         slices_convert_as_their_elements_do::<f16>();
         slices_convert_as_their_elements_do::<bf16>();
+    }
+
+    #[test]
+    fn bf16_has_the_bits_of_half() {
+        for bits in 0..=u16::MAX {
+            let value = bf16::from_bits(bits);
+            let wide = value.to_f32().to_bits();
+            assert_eq!(widen_bf16(value).to_bits(), wide, "{bits:#x}");
+            // Below, at and above the middle, and NaN whose payload is in the lower half alone.
+            for low in [0, 1, 0x7fff, 0x8000, 0x8001, 0xffff] {
+                let value = f32::from_bits(u32::from(bits) << 16 | low);
+                let want = bf16::from_f32(value).to_bits();
+                assert_eq!(narrow_bf16(value).to_bits(), want, "{bits:#x} {low:#x}");
+            }
+        }
     }
 
     #[test]

@@ -176,6 +176,10 @@ impl RowRef<'_> {
             out[..len].copy_from_slice(&row[..len]);
             return;
         }
+        if let Some(row) = T::Compute::borrow_row(self) {
+            T::from_compute_slice(row, out);
+            return;
+        }
         match self {
             Self::F64(row) => convert(row, out),
             Self::F32(row) => convert(row, out),
