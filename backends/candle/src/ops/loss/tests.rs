@@ -79,3 +79,45 @@ fn both_paths_agree() {
         }
     }
 }
+
+#[test]
+fn blocks_of_a_large_vocabulary_agree() {
+    // More rows than all parts have in one block.
+    const V: usize = 40_000;
+    let weight = tensor((V, 3), DType::F64, 1);
+    let columns = Tensor::new(&[39_999u32, 4_999, 5_000, 17, 21_000], &Device::Cpu).unwrap();
+    let kept = weight.narrow(0, 21_000, 1).unwrap();
+    let rows = Tensor::cat(&[&tensor((4, 3), DType::F64, 3), &kept], 0).unwrap();
+    let delta = Var::from_tensor(&rows).unwrap();
+    let overrides = Overrides::new(&weight, delta.as_tensor(), columns).unwrap();
+    let hidden = (tensor((7, 3), DType::F64, 4) * 3.0).unwrap();
+    let labels = [21_000, 2_047, 2_048, 39_999, -100, 4_999, 5_001];
+    for softcap in [None, Some(Softcap::new(4.0).unwrap())] {
+        let options = CrossEntropyOptions {
+            softcap,
+            ..CrossEntropyOptions::default()
+        };
+        let plan = CrossEntropyPlan::new(&labels, V, options).unwrap();
+        let projection = Projection {
+            weight: &weight,
+            bias: None,
+            overrides: Some(&overrides),
+        };
+        let wanted = Wanted {
+            of_hidden: true,
+            of_delta: true,
+        };
+        let want = device::compute(&hidden, &projection, &plan, wanted).unwrap();
+        let got = cpu::compute(&hidden, &projection, &plan, wanted).unwrap();
+        let parts = |computed: Computed| {
+            let [of_hidden, of_delta] = [computed.of_hidden, computed.of_delta].map(Option::unwrap);
+            [computed.loss, of_hidden, of_delta]
+        };
+        for (got, want) in parts(got).iter().zip(&parts(want)) {
+            assert!(values(want).iter().any(|x| x.abs() > 1e-6));
+            for (got, want) in values(got).iter().zip(values(want)) {
+                assert!((got - want).abs() <= 1e-12 * want.abs().max(1.0), "{got} {want}");
+            }
+        }
+    }
+}
