@@ -13,7 +13,7 @@ pub(crate) use watch::{PlotArgs, WatchArgs};
 
 use crate::initial::{InitSpec, TokenInit};
 use crate::objective::ObjectiveArgs;
-use crate::tokens::{IdRanges, TokenLr};
+use crate::tokens::{CommaList, IdRanges, TokenLr};
 
 /// Fine-tune a few token rows of a frozen embedding table, in the file format of PEFT's Trainable Tokens.
 #[derive(Debug, Parser)]
@@ -88,9 +88,10 @@ pub(crate) struct DemoArgs {
 #[derive(Debug, Args)]
 #[command(group(ArgGroup::new("which tokens").required(true).args(["tokens", "token_ids"])))]
 pub(crate) struct TokenArgs {
-    /// Tokens by their strings, separated by commas; each must be exactly one token of the model.
-    #[arg(long, value_delimiter = ',', value_name = "STRINGS")]
-    pub(crate) tokens: Vec<String>,
+    /// Tokens by their strings, separated by commas; each must be exactly one token of the model. A comma inside a token is
+    /// written `\,`, as in '<a>,\,,<b>'.
+    #[arg(long, value_name = "STRINGS")]
+    pub(crate) tokens: Vec<CommaList<String>>,
     /// Tokens by their ids, such as 12,7,300-310. The order is kept.
     #[arg(long, value_name = "IDS")]
     pub(crate) token_ids: Option<IdRanges>,
@@ -222,10 +223,10 @@ pub(crate) struct TrainArgs {
     /// Clip the gradient of all that trains together to this L2 norm.
     #[arg(long)]
     pub(crate) max_grad_norm: Option<f64>,
-    /// Learning rates of single tokens, such as '<a>=1e-3,12=0'; the schedule applies to them too. The row of a token with 0 is
-    /// frozen: nothing changes it, not even decay.
-    #[arg(long, value_delimiter = ',', value_name = "TOKEN=LR")]
-    pub(crate) token_lr: Vec<TokenLr>,
+    /// Learning rates of single tokens, such as '<a>=1e-3,12=0', a comma inside a token written `\,`; the schedule applies to
+    /// them too. The row of a token with 0 is frozen: nothing changes it, not even decay.
+    #[arg(long, value_name = "TOKEN=LR")]
+    pub(crate) token_lr: Vec<CommaList<TokenLr>>,
     /// After each step, scale the rows to the mean norm of the table's rows, or each to the norm it started with.
     #[arg(long, value_enum)]
     pub(crate) match_norm: Option<NormChoice>,
@@ -389,9 +390,9 @@ pub(crate) struct AddTokensArgs {
     /// Model directory, with tokenizer.json.
     #[arg(long, value_name = "DIR")]
     pub(crate) model: PathBuf,
-    /// Strings of the new tokens, separated by commas.
-    #[arg(long, required = true, value_delimiter = ',', value_name = "STRINGS")]
-    pub(crate) tokens: Vec<String>,
+    /// Strings of the new tokens, separated by commas; a comma inside a token is written `\,`.
+    #[arg(long, required = true, value_name = "STRINGS")]
+    pub(crate) tokens: Vec<CommaList<String>>,
     /// Add them as normal tokens: found after the text was normalized, and not skipped with special tokens.
     #[arg(long)]
     pub(crate) normal: bool,

@@ -426,9 +426,82 @@ fn tokens_are_named_by_strings() {
         refuses("the cat", &["'the cat'", "166 ('the')", "167 ('cat')"]);
         refuses("the,quick", &["'quick'", "unknown", "0 ('<unk>')"]);
         refuses("", &["''", "nothing"]);
-        refuses("the,,cat", &["''", "nothing"]);
+        refuses("the,,cat", &["''", "nothing", r"'\,'"]);
         refuses("the,cat,the", &["166", "twice"]);
     }
+}
+
+#[test]
+fn a_comma_inside_a_token_is_escaped() {
+    let workspace = Workspace::new();
+    let model = workspace.path("commas");
+    run(&args![
+        "add-tokens",
+        "--model",
+        workspace.model(),
+        "--tokens",
+        r"<a\,b>,<c>",
+        "--tokens",
+        r"<\,>",
+        "--init-token",
+        "<a,b>=copy:,",
+        "--out",
+        model
+    ])
+    .ok();
+    let train = |out: &str, more: &[&str]| {
+        let data = workspace.data();
+        let mut args = args![
+            "train",
+            "--model",
+            model,
+            "--data",
+            data,
+            "--out",
+            workspace.path(out)
+        ];
+        args.extend(more.iter().map(OsString::from));
+        args
+    };
+    let named = ["--tokens", r"the,\,", "--tokens", r"<a\,b>,<\,>"];
+    let rates = ["--token-lr", r"\,=0,<a\,b>=0.5", "--init-token", "<,>=copy:the"];
+    run(&train("out", &[named, rates].concat())).ok();
+    let config = read_json(&workspace.out().join("adapter_config.json"));
+    assert_eq!(config["token_indices"], json!([166, 161, 300, 302]));
+
+    // Lists of a file hold the strings themselves.
+    let file = workspace.out().join("train_config.toml");
+    let text = fs::read_to_string(&file).unwrap();
+    for line in [
+        r#"tokens = ["the", ",", "<a,b>", "<,>"]"#,
+        r#"token-lr = [",=0", "<a,b>=0.5"]"#,
+        r#"init-token = ["<,>=copy:the"]"#,
+    ] {
+        assert!(text.lines().any(|other| other == line), "no {line} in {text}");
+    }
+    run(&args![
+        "train",
+        "--config",
+        file,
+        "--out",
+        workspace.path("again")
+    ])
+    .ok();
+    let weights = |out: &str| fs::read(workspace.path(out).join("adapter_model.safetensors")).unwrap();
+    assert!(weights("out") == weights("again"));
+
+    // Without a backslash it separates.
+    workspace.refuses(&train("new", &["--tokens", "the,<a,b>"]), &["'<a'", "2 ids"]);
+    let more = ["--tokens", r"the,<x\,y>"];
+    workspace.refuses(&train("new", &more), &["'<x,y>'"]);
+    let more = [&named[..], &["--token-lr", r"<x\,y>=1"]].concat();
+    workspace.refuses(&train("new", &more), &["'<x,y>'"]);
+    let file = workspace.path("tokens.toml");
+    fs::write(&file, "\ntokens = [\"the\", \"<x,y>\"]\n").unwrap();
+    workspace.refuses(
+        &[train("new", &[]), args!["--config", file]].concat(),
+        &["'<x,y>'"],
+    );
 }
 
 #[test]

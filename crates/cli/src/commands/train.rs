@@ -25,6 +25,7 @@ use crate::interrupt::{self, Interrupted};
 use crate::model::Model;
 use crate::output::{note, print};
 use crate::summary::{End, Summary};
+use crate::tokens::CommaList;
 
 pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
     // An interrupted run may go on in the directory and the metrics file that it wrote itself.
@@ -77,8 +78,7 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
             model.load_adapter(&start, padding, args.compute)?
         }
     };
-    let token_lr = args.token_lr.iter();
-    let token_lr = token_lr.map(|own| own.resolve(&model.vocabulary));
+    let token_lr = CommaList::all(&args.token_lr).map(|own| own.resolve(&model.vocabulary));
     let options = TrainOptions {
         token_lr: token_lr.collect::<Result<_>>()?,
         ..options(args, objective)
