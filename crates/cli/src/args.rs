@@ -164,9 +164,9 @@ pub(crate) struct TrainArgs {
     #[arg(long)]
     pub(crate) model: PathBuf,
     /// Training data: JSON Lines with `input_ids` (and labels) or text, or a .txt file; to teach, JSON Lines with a
-    /// sentence and a definition.
-    #[arg(long, value_name = "FILE")]
-    pub(crate) data: PathBuf,
+    /// sentence and a definition. May be given several times: the files count as one, in their order.
+    #[arg(long, required = true, value_name = "FILE")]
+    pub(crate) data: Vec<PathBuf>,
     #[command(flatten)]
     pub(crate) objective: ObjectiveArgs,
     #[command(flatten)]
@@ -261,9 +261,9 @@ pub(crate) struct TrainArgs {
     /// Continue from an adapter directory that --save-every wrote.
     #[arg(long, value_name = "DIR")]
     pub(crate) resume: Option<PathBuf>,
-    /// Data to evaluate on, before and after training.
+    /// Data to evaluate on, before and after training; may be given several times.
     #[arg(long, value_name = "FILE")]
-    pub(crate) eval_data: Option<PathBuf>,
+    pub(crate) eval_data: Vec<PathBuf>,
     /// Evaluate every N steps too.
     #[arg(long, value_name = "N", requires = "eval_data", value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) eval_every: Option<u64>,
@@ -292,9 +292,9 @@ pub(crate) struct EvalArgs {
     /// Adapter directory.
     #[arg(long)]
     pub(crate) adapter: Option<PathBuf>,
-    /// Data, as for train.
-    #[arg(long, value_name = "FILE")]
-    pub(crate) data: PathBuf,
+    /// Data, as for train; may be given several times.
+    #[arg(long, required = true, value_name = "FILE")]
+    pub(crate) data: Vec<PathBuf>,
     #[command(flatten)]
     pub(crate) objective: ObjectiveArgs,
     /// Seed of the masks.

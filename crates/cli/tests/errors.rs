@@ -854,6 +854,11 @@ fn states_that_cannot_be_resumed() {
     let data = fs::read(workspace.data()).unwrap();
     fs::write(workspace.data(), [&data[..], &data[..]].concat()).unwrap();
     workspace.refuses(&resume(&[]), &[state, "number of examples"]);
+    // The same lines in another order.
+    let mut lines: Vec<&[u8]> = data.split_inclusive(|byte| *byte == b'\n').collect();
+    lines.reverse();
+    fs::write(workspace.data(), lines.concat()).unwrap();
+    workspace.refuses(&resume(&[]), &[state, "in another order"]);
     fs::write(workspace.data(), data).unwrap();
 
     workspace.refuses(&set(resume(&[]), "--resume", "no-such-run"), &["no-such-run"]);
@@ -891,6 +896,19 @@ fn evaluation_data_that_is_bad() {
     workspace.refuses(&args, &["held-out.jsonl"]);
     fs::write(&held_out, "{\"input_ids\": [1, 2]}\n{\"input_ids\": [1, 999]}\n").unwrap();
     workspace.refuses(&args, &["held-out.jsonl, line 2", "999"]);
+    // Of several files the one at fault is named.
+    for option in ["--data", "--eval-data"] {
+        let args = workspace.command_with(
+            "train",
+            &[
+                "--eval-data",
+                &workspace.data().to_string_lossy(),
+                option,
+                &held_out.to_string_lossy(),
+            ],
+        );
+        workspace.refuses(&args, &["held-out.jsonl, line 2", "999"]);
+    }
 }
 
 #[test]

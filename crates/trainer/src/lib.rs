@@ -21,6 +21,7 @@ mod activity;
 mod architecture;
 mod config;
 mod data;
+mod digest;
 mod early_stopping;
 mod error;
 mod evaluate;

@@ -42,14 +42,15 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
     if let (Some(report), None) = (&args.watch.report, &args.resume) {
         check_free(report, cli.overwrite())?;
     }
-    let others = [&args.eval_data, &args.watch.metrics, &args.watch.report];
-    let others = others.into_iter().flatten();
+    let others = [&args.watch.metrics, &args.watch.report];
+    let others = others.into_iter().flatten().chain(&args.eval_data);
     // The options of an earlier run in the same place are not lost: those of this run are like them.
     let config = args.config.as_ref();
     let config = config.filter(|path| !same_path(path, &args.out.join(save::CONFIG_FILE)));
     let others = others
         .chain(config)
-        .chain([&args.model, &args.data])
+        .chain([&args.model])
+        .chain(&args.data)
         .map(PathBuf::as_path);
     check_apart(&args.out, others)?;
 
@@ -63,11 +64,11 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
     let ids = args.tokens.resolve(&model.vocabulary, vocab_size)?;
     let padding = padding_rule(args.padding_idx, &ids, pad_token_id)?;
     let objective = args.objective.resolve(&model, args.seed)?;
-    let data = Dataset::read(&args.data, &model.vocabulary, &model.config, args.max_length)?;
-    let eval_data = args.eval_data.as_ref();
-    let eval_data = eval_data
-        .map(|path| Dataset::read(path, &model.vocabulary, &model.config, args.max_length))
-        .transpose()?;
+    let read =
+        |files: &[PathBuf]| Dataset::read_all(files, &model.vocabulary, &model.config, args.max_length);
+    let data = read(&args.data)?;
+    let eval_data = Some(&args.eval_data).filter(|files| !files.is_empty());
+    let eval_data = eval_data.map(|files| read(files)).transpose()?;
     let initial = args.init.resolve(&model.vocabulary, &ids, args.seed)?;
     let rows = start(&model, &ids, &initial)?;
     let lora = args.lora.options(args.seed);
