@@ -13,7 +13,7 @@ use clap::{Arg, ArgGroup, ArgMatches, Command, CommandFactory, FromArgMatches};
 use toml::de::{DeTable, DeValue};
 use toml::{Spanned, Value};
 
-use crate::args::{self, Cli};
+use crate::args::{self, Cli, TrainArgs};
 use crate::tokens::{CommaList, TokenLr, escape_commas, split_commas};
 
 /// The command whose options a file may hold.
@@ -43,7 +43,22 @@ pub(crate) fn parse(args: Vec<OsString>) -> Result<Cli> {
             None => error.exit(),
         },
     };
-    let mut cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+    Ok(with_resolved(&matches).unwrap_or_else(|error| error.exit()))
+}
+
+/// The options of a run of `train` that another command makes, as if the command line gave them.
+pub(crate) fn train_args(args: impl IntoIterator<Item = OsString>) -> Result<Box<TrainArgs>> {
+    let start = ["trainable-tokens", COMMAND].map(OsString::from);
+    let matches = Cli::command().try_get_matches_from(start.into_iter().chain(args))?;
+    match with_resolved(&matches)?.command {
+        args::Command::Train(args) => Ok(args),
+        _ => bail!("{COMMAND} is not the command"),
+    }
+}
+
+/// The command line; of `train`, all options as a file has them too.
+fn with_resolved(matches: &ArgMatches) -> clap::error::Result<Cli> {
+    let mut cli = Cli::from_arg_matches(matches)?;
     if let (args::Command::Train(args), Some(matches)) =
         (&mut cli.command, matches.subcommand_matches(COMMAND))
     {

@@ -7,7 +7,7 @@ mod run;
 mod save;
 
 pub(crate) use dead::DeadToken;
-pub(super) use run::{Outputs, Run};
+use run::{Outputs, Run, RunReport};
 
 use std::path::{Path, PathBuf};
 
@@ -28,20 +28,38 @@ use crate::summary::{End, Summary};
 use crate::tokens::CommaList;
 
 pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
+    let RunReport { summary, .. } = train(args, cli.overwrite(), interrupt::watch)?;
+    print(cli.json, &summary, Summary::to_text)?;
+    match summary.end {
+        End::Interrupted => Err(Interrupted {
+            step: summary.steps,
+            adapter: args.out.clone(),
+        }
+        .into()),
+        End::LastStep | End::EarlyStopping => Ok(()),
+    }
+}
+
+/// The whole run; `ready` is called when all is loaded, before the first step.
+pub(super) fn train(
+    args: &TrainArgs,
+    overwrite: Overwrite,
+    ready: impl FnOnce() -> Result<()>,
+) -> Result<RunReport> {
     // An interrupted run may go on in the directory and the metrics file that it wrote itself.
     let resumes_here = |path: &Path| args.resume.as_deref().is_some_and(|from| same_path(from, path));
+    if let (Some(metrics), None) = (&args.watch.metrics, &args.resume) {
+        check_free(metrics, overwrite)?;
+    }
+    if let (Some(report), None) = (&args.watch.report, &args.resume) {
+        check_free(report, overwrite)?;
+    }
     let overwrite = if resumes_here(&args.out) {
         Overwrite::Replace
     } else {
-        cli.overwrite()
+        overwrite
     };
     check_free(&args.out, overwrite)?;
-    if let (Some(metrics), None) = (&args.watch.metrics, &args.resume) {
-        check_free(metrics, cli.overwrite())?;
-    }
-    if let (Some(report), None) = (&args.watch.report, &args.resume) {
-        check_free(report, cli.overwrite())?;
-    }
     let others = [&args.watch.metrics, &args.watch.report];
     let others = others.into_iter().flatten().chain(&args.eval_data);
     // The options of an earlier run in the same place are not lost: those of this run are like them.
@@ -101,24 +119,15 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
             report: args.watch.report.as_deref(),
             resumes: args.resume.is_some(),
             save_every: args.save_every,
-            config: Some(&args.resolved),
+            config: &args.resolved,
         },
         eval_data,
         eval_every: args.eval_every,
         warn_dead_after: args.watch.warn_dead_after,
         keep_best: args.keep_best,
     };
-    interrupt::watch()?;
-    let report = run.execute(&mut trainer)?;
-    print(cli.json, &report.summary, Summary::to_text)?;
-    match report.summary.end {
-        End::Interrupted => Err(Interrupted {
-            step: report.summary.steps,
-            adapter: args.out.clone(),
-        }
-        .into()),
-        End::LastStep | End::EarlyStopping => Ok(()),
-    }
+    ready()?;
+    run.execute(&mut trainer)
 }
 
 fn options(args: &TrainArgs, objective: Objective) -> TrainOptions {
