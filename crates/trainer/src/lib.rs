@@ -25,6 +25,7 @@ mod digest;
 mod early_stopping;
 mod error;
 mod evaluate;
+mod file;
 mod generate;
 mod json;
 mod lora;

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use super::example::{Example, Limits, Line};
-use crate::{Error, InputSpec, Result, Vocabulary};
+use crate::{Error, InputSpec, Result, Vocabulary, file};
 
 /// Windows of plain text are this long unless said otherwise (or as long as the model's positions allow).
 const DEFAULT_WINDOW: usize = 512;
@@ -117,11 +117,7 @@ impl Contents {
 
 /// The text of a file.
 fn read_text(path: &Path) -> Result<String> {
-    let bytes = std::fs::read(path).map_err(|source| Error::Read {
-        path: path.to_owned(),
-        source,
-    })?;
-    String::from_utf8(bytes).map_err(|error| {
+    String::from_utf8(file::read(path)?).map_err(|error| {
         let before = &error.as_bytes()[..error.utf8_error().valid_up_to()];
         let line = before.split(|byte| *byte == b'\n').count();
         Error::Data {
