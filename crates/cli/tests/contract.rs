@@ -11,7 +11,7 @@ use std::process::{Command, Stdio};
 use serde_json::{Value, json};
 use support::{
     COMMANDS, PROGRAM, Run, WITH_OUTPUT, Workspace, args, edit_json, fixture, floats_of, read_json,
-    read_json_lines, read_tensors, run, snapshot,
+    read_json_lines, read_tensors, run, snapshot, trains_again,
 };
 
 #[test]
@@ -479,16 +479,7 @@ fn a_comma_inside_a_token_is_escaped() {
     ] {
         assert!(text.lines().any(|other| other == line), "no {line} in {text}");
     }
-    run(&args![
-        "train",
-        "--config",
-        file,
-        "--out",
-        workspace.path("again")
-    ])
-    .ok();
-    let weights = |out: &str| fs::read(workspace.path(out).join("adapter_model.safetensors")).unwrap();
-    assert!(weights("out") == weights("again"));
+    trains_again(&workspace.out(), &workspace.path("again"));
 
     // Without a backslash it separates.
     workspace.refuses(&train("new", &["--tokens", "the,<a,b>"]), &["'<a'", "2 ids"]);

@@ -5,14 +5,10 @@ mod support;
 
 use std::ffi::OsString;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde_json::{Value, json};
-use support::{Workspace, args, edit_json, fixture, floats_of, read_json_lines, read_tensors, run};
-
-fn demo(name: &str) -> PathBuf {
-    PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/demo")).join(name)
-}
+use support::{Workspace, args, demo, edit_json, fixture, floats_of, read_json_lines, read_tensors, run};
 
 fn train(workspace: &Workspace, ids: &str, more: &[&str]) -> Vec<OsString> {
     let mut args = args![

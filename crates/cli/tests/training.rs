@@ -8,7 +8,9 @@ use std::fs;
 use std::path::Path;
 
 use serde_json::json;
-use support::{Workspace, args, fixture, floats_of, read_json_lines, read_tensors, run};
+use support::{
+    Workspace, args, eval, fixture, floats_of, loss, read_json_lines, read_tensors, run, trains_again,
+};
 
 const ROWS: &str = "base_model.model.model.embed_tokens.trainable_tokens_delta";
 
@@ -59,17 +61,8 @@ fn evaluations(workspace: &Workspace) -> Vec<(u64, f64)> {
 }
 
 fn eval_loss(workspace: &Workspace) -> f64 {
-    let eval = args![
-        "eval",
-        "--json",
-        "--model",
-        workspace.model(),
-        "--adapter",
-        workspace.out(),
-        "--data",
-        workspace.path("eval.jsonl")
-    ];
-    run(&eval).ok().json()["loss"].as_f64().unwrap()
+    let data = workspace.path("eval.jsonl");
+    loss(&eval(&workspace.model(), Some(&workspace.out()), &data, &[]))
 }
 
 #[test]
@@ -255,16 +248,9 @@ fn options_of_a_run_give_the_run_again() {
     run(&workspace.command_with("train", &more)).ok();
     let config = workspace.out().join("train_config.toml");
     let again = workspace.path("again");
-    run(&args!["train", "--config", config, "--out", again]).ok();
-    let file = |dir: &Path, name: &str| fs::read(dir.join(name)).unwrap();
-    for name in ["adapter_model.safetensors", "adapter_config.json"] {
-        assert!(
-            file(&workspace.out(), name) == file(&again, name),
-            "{name} differs"
-        );
-    }
+    trains_again(&workspace.out(), &again);
     // The options are the same but for where the adapter is.
-    let text = |dir: &Path| String::from_utf8(file(dir, "train_config.toml")).unwrap();
+    let text = |dir: &Path| fs::read_to_string(dir.join("train_config.toml")).unwrap();
     let (first, second) = (text(&workspace.out()), text(&again));
     let differ: Vec<(&str, &str)> = first
         .lines()
@@ -373,11 +359,13 @@ fn several_files_of_data_are_as_one() {
     run(&train("two shuffled", &[&first, &second], &shuffled)).ok();
     assert!(weights("one shuffled") == weights("two shuffled"));
     assert!(weights("one") != weights("one shuffled"));
-    let eval = |files: &[&Path]| {
-        let args = args!["eval", "--json", "--model", workspace.model()];
-        run(&[args, given("--data", files)].concat()).ok().json()
-    };
-    assert_eq!(eval(&[&first, &second]), eval(&[&whole]));
+    let twice = eval(
+        &workspace.model(),
+        None,
+        &first,
+        &["--data", second.to_str().unwrap()],
+    );
+    assert_eq!(twice, eval(&workspace.model(), None, &whole, &[]));
 
     // The files are a list in the options of the run, and give it again.
     let config = workspace.path("two").join("train_config.toml");
@@ -386,9 +374,7 @@ fn several_files_of_data_are_as_one() {
     for line in [&list, &format!("eval-{list}")] {
         assert!(text.lines().any(|other| other == line), "no {line} in {text}");
     }
-    let again = workspace.path("again");
-    run(&args!["train", "--config", config, "--out", again]).ok();
-    assert!(weights("two") == weights("again"));
+    trains_again(&workspace.path("two"), &workspace.path("again"));
     // A file on the command line takes the place of all of them.
     let other = workspace.path("other");
     let args = args!["train", "--config", config, "--out", other, "--data", whole];
