@@ -27,7 +27,12 @@ const NOT_IN_A_FILE: [&str; 2] = ["config", "resume"];
 ///
 /// A file that cannot be read, with the line and the key at fault.
 pub(crate) fn parse(args: Vec<OsString>) -> Result<Cli> {
-    let mut command = Cli::command();
+    // A number below 0 is a value, whether or not it is a good one.
+    let number = |arg: Arg| {
+        let takes_values = arg.get_action().takes_values();
+        arg.allow_negative_numbers(takes_values)
+    };
+    let mut command = Cli::command().mut_subcommands(|command| command.mut_args(number));
     let file = named_file(&args)
         .map(|path| ConfigFile::read(&path))
         .transpose()?;

@@ -6,7 +6,7 @@ use std::ops::RangeInclusive;
 use std::str::FromStr;
 
 use anyhow::{Result, bail};
-use trainable_tokens_trainer::{Context, Vocabulary};
+use trainable_tokens_trainer::{self as trainer, Context, Vocabulary};
 
 use crate::args::TokenArgs;
 use crate::output::note;
@@ -151,7 +151,7 @@ impl TokenArgs {
                     if token.is_empty() {
                         bail!("token '' encodes to nothing; a comma inside a token is written '\\,'");
                     }
-                    let id = vocabulary.single_id(token)?;
+                    let id = vocabulary.single_id(token).map_err(to_add)?;
                     expect_found(vocabulary, token, id)?;
                     Ok(id)
                 })
@@ -170,6 +170,17 @@ impl TokenArgs {
             bail!("token id {id} is given twice");
         }
         Ok(ids)
+    }
+}
+
+/// What to do with a string that is not one token.
+fn to_add(error: trainer::Error) -> anyhow::Error {
+    match error {
+        trainer::Error::NotOneToken { .. } => {
+            let message = format!("{error}; `add-tokens` makes it one, in a copy of the model");
+            anyhow::Error::new(error).context(message)
+        }
+        _ => error.into(),
     }
 }
 

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 use trainable_tokens_core::{EmbeddingSource, PaddingRule, TokenRows, TokenSet};
-use trainable_tokens_format::{Adapter, Overwrite, TrainingState, is_path_or_suffix};
+use trainable_tokens_format::{Adapter, BaseCheck, Overwrite, TrainingState, is_path_or_suffix};
 use trainable_tokens_trainer::{
     self as trainer, Dataset, EarlyStopping, InputSpec, Objective, TrainOptions, Trainer,
 };
@@ -22,7 +22,7 @@ use super::{check_apart, check_free};
 use crate::args::{self, Cli, PaddingChoice, TrainArgs};
 use crate::initial::Initial;
 use crate::interrupt::{self, Interrupted};
-use crate::model::Model;
+use crate::model::{Model, misfit};
 use crate::output::{note, print};
 use crate::summary::{End, Summary};
 use crate::tokens::CommaList;
@@ -104,7 +104,7 @@ pub(super) fn train(
     };
     let mut trainer = Trainer::new(loaded, data, options)?;
     if let Some(dir) = &args.resume {
-        resume(&mut trainer, dir, &initial, args.keep_best)?;
+        resume(&mut trainer, &model, dir, &initial, args.keep_best)?;
     }
     let run = Run {
         model: &model,
@@ -220,8 +220,16 @@ fn start(model: &Model, ids: &[u32], initial: &Initial) -> Result<Option<TokenRo
     Ok(Some(initial.rows(&table, &tokens)?))
 }
 
-fn resume(trainer: &mut Trainer, dir: &Path, initial: &Initial, keep_best: bool) -> Result<()> {
+fn resume(
+    trainer: &mut Trainer,
+    model: &Model,
+    dir: &Path,
+    initial: &Initial,
+    keep_best: bool,
+) -> Result<()> {
     let adapter = Adapter::read(dir)?;
+    let same = adapter.check_against(&model.checkpoint, BaseCheck::SameTable);
+    same.map_err(|error| misfit(dir, error))?;
     // Decay toward the original rows needs them again, and the adapter tells how it started.
     if let Some(init) = adapter
         .metadata()
