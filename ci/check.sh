@@ -103,6 +103,7 @@ CARGO_TARGET_DIR=target/packages \
 step the demo
 rm -rf target/ci-demo
 $DEMO_COMMAND --out target/ci-demo
+grep -q '<code>--tokens</code>' target/ci-demo/report.html
 
 step the report, in a browser
 bash ci/report.sh

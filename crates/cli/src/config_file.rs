@@ -13,7 +13,8 @@ use clap::{Arg, ArgGroup, ArgMatches, Command, CommandFactory, FromArgMatches};
 use toml::de::{DeTable, DeValue};
 use toml::{Spanned, Value};
 
-use crate::args::{self, Cli};
+use crate::args::{self, Cli, TrainArgs};
+use crate::tokens::{CommaList, TokenLr, escape_commas, split_commas};
 
 /// The command whose options a file may hold.
 const COMMAND: &str = "train";
@@ -26,7 +27,12 @@ const NOT_IN_A_FILE: [&str; 2] = ["config", "resume"];
 ///
 /// A file that cannot be read, with the line and the key at fault.
 pub(crate) fn parse(args: Vec<OsString>) -> Result<Cli> {
-    let mut command = Cli::command();
+    // A number below 0 is a value, whether or not it is a good one.
+    let number = |arg: Arg| {
+        let takes_values = arg.get_action().takes_values();
+        arg.allow_negative_numbers(takes_values)
+    };
+    let mut command = Cli::command().mut_subcommands(|command| command.mut_args(number));
     let file = named_file(&args)
         .map(|path| ConfigFile::read(&path))
         .transpose()?;
@@ -42,7 +48,22 @@ pub(crate) fn parse(args: Vec<OsString>) -> Result<Cli> {
             None => error.exit(),
         },
     };
-    let mut cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+    Ok(with_resolved(&matches).unwrap_or_else(|error| error.exit()))
+}
+
+/// The options of a run of `train` that another command makes, as if the command line gave them.
+pub(crate) fn train_args(args: impl IntoIterator<Item = OsString>) -> Result<Box<TrainArgs>> {
+    let start = ["trainable-tokens", COMMAND].map(OsString::from);
+    let matches = Cli::command().try_get_matches_from(start.into_iter().chain(args))?;
+    match with_resolved(&matches)?.command {
+        args::Command::Train(args) => Ok(args),
+        _ => bail!("{COMMAND} is not the command"),
+    }
+}
+
+/// The command line; of `train`, all options as a file has them too.
+fn with_resolved(matches: &ArgMatches) -> clap::error::Result<Cli> {
+    let mut cli = Cli::from_arg_matches(matches)?;
     if let (args::Command::Train(args), Some(matches)) =
         (&mut cli.command, matches.subcommand_matches(COMMAND))
     {
@@ -216,13 +237,14 @@ impl Entry {
             (_, _) if has_type::<bool>(arg) => Err(format!("{name} must be true or false")),
             (Text::One(text), _) => Ok(vec![text.clone()]),
             (Text::List(_), _) if !is_list(arg) => Err(format!("{name} takes one value, not a list")),
+            (Text::List(items), _) if is_comma_list(arg) => {
+                Ok(items.iter().map(|item| escape_commas(item)).collect())
+            }
             (Text::List(items), None) => Ok(items.clone()),
             (Text::List(items), Some(delimiter)) => {
                 match items.iter().find(|item| item.contains(delimiter)) {
                     None => Ok(vec![items.join(&delimiter.to_string())]),
-                    Some(item) => Err(format!(
-                        "'{item}' holds a '{delimiter}', which separates values; name tokens by their ids"
-                    )),
+                    Some(item) => Err(format!("'{item}' holds a '{delimiter}', which separates values")),
                 }
             }
         }
@@ -260,6 +282,11 @@ fn is_list(arg: &Arg) -> bool {
     matches!(arg.get_action(), clap::ArgAction::Append)
 }
 
+/// Whether the values of an option are lists of tokens in its own way.
+fn is_comma_list(arg: &Arg) -> bool {
+    has_type::<CommaList<String>>(arg) || has_type::<CommaList<TokenLr>>(arg)
+}
+
 fn has_type<T: 'static>(arg: &Arg) -> bool {
     arg.get_value_parser().type_id() == TypeId::of::<T>()
 }
@@ -276,7 +303,8 @@ fn resolved(command: &Command, matches: &ArgMatches) -> String {
             continue;
         }
         let values = matches.try_get_raw(id).ok().flatten();
-        let mut values: Vec<Value> = values.into_iter().flatten().map(|raw| typed(arg, raw)).collect();
+        let values = values.into_iter().flatten();
+        let mut values: Vec<Value> = values.flat_map(|raw| typed(arg, raw)).collect();
         let value = match (is_list(arg), values.pop()) {
             (_, None) => continue,
             (false, Some(value)) => value,
@@ -287,9 +315,12 @@ fn resolved(command: &Command, matches: &ArgMatches) -> String {
     text
 }
 
-/// A value as TOML has it.
-fn typed(arg: &Arg, raw: &OsStr) -> Value {
+/// A value as TOML has it; several of a list of tokens.
+fn typed(arg: &Arg, raw: &OsStr) -> Vec<Value> {
     let raw = raw.to_string_lossy();
+    if is_comma_list(arg) {
+        return split_commas(&raw).into_iter().map(Value::String).collect();
+    }
     let number = |text: &str| -> Option<Value> {
         if has_type::<bool>(arg) {
             text.parse().ok().map(Value::Boolean)
@@ -301,5 +332,5 @@ fn typed(arg: &Arg, raw: &OsStr) -> Value {
             None
         }
     };
-    number(&raw).unwrap_or_else(|| Value::String(raw.into_owned()))
+    vec![number(&raw).unwrap_or_else(|| Value::String(raw.into_owned()))]
 }

@@ -143,14 +143,6 @@ pub(crate) struct Initial {
 }
 
 impl Initial {
-    /// The table's own rows.
-    pub(crate) fn keep(tokens: usize) -> Self {
-        Self {
-            inits: vec![RowInit::default(); tokens],
-            text: RowInit::default().to_string(),
-        }
-    }
-
     /// Whether all rows start as the table's: PEFT's `init_weights`.
     pub(crate) fn keeps_base(&self) -> bool {
         self.inits.iter().all(RowInit::keeps_base)

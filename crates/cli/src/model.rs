@@ -6,8 +6,10 @@ use std::path::Path;
 use anyhow::{Result, bail};
 use candle_core::{DType, Device};
 use trainable_tokens_core::{EmbeddingSource, PaddingRule, TokenRows, TokenSet};
-use trainable_tokens_format::{Adapter, AdapterBuilder, BaseCheck, Checkpoint, MappedTable, TableDigest};
-use trainable_tokens_trainer::{Architecture, LanguageModel, Vocabulary};
+use trainable_tokens_format::{
+    self as format, Adapter, AdapterBuilder, BaseCheck, Checkpoint, MappedTable, TableDigest,
+};
+use trainable_tokens_trainer::{self as trainer, Architecture, LanguageModel, Vocabulary};
 
 use crate::args::{ComputeArgs, DeviceArg, WeightType};
 use crate::initial::Initial;
@@ -28,7 +30,14 @@ impl Model {
         if !dir.is_dir() {
             bail!("model {} is not a directory", dir.display());
         }
-        let config = Architecture::read(&dir.join("config.json"))?;
+        let config = dir.join("config.json");
+        if !config.exists() {
+            bail!(
+                "{} does not exist; a model directory holds it beside its weights",
+                config.display()
+            );
+        }
+        let config = Architecture::read(&config)?;
         let checkpoint = Checkpoint::open(dir)?;
         Ok(Self {
             embedding_module: config.embedding_module(&checkpoint),
@@ -53,8 +62,10 @@ impl Model {
             return self.load_rows(&[], None, padding, compute);
         };
         let adapter = Adapter::read(dir)?;
-        adapter.check_against(&self.checkpoint, BaseCheck::Fits)?;
-        self.load_adapter(&adapter, padding, compute)
+        let fits = adapter.check_against(&self.checkpoint, BaseCheck::Fits);
+        fits.map_err(|error| misfit(dir, error))?;
+        let loaded = self.load_adapter(&adapter, padding, compute);
+        loaded.map_err(|error| misfit(dir, error))
     }
 
     /// Loads the model with all of an adapter.
@@ -128,6 +139,23 @@ impl Model {
         }
         let strings = ids.iter().map(|id| Ok(self.vocabulary.token(*id)?));
         strings.collect::<Result<Option<Vec<String>>>>()
+    }
+}
+
+/// An error about the adapter in `dir`; where it does not fit a model, with both named.
+pub(crate) fn misfit(dir: &Path, error: impl Into<anyhow::Error>) -> anyhow::Error {
+    let error = error.into();
+    let found = match error.downcast_ref() {
+        Some(trainer::Error::Format(found)) => Some(found),
+        _ => error.downcast_ref(),
+    };
+    match found {
+        Some(format::Error::Base { path, reason, .. }) => {
+            let (dir, model) = (dir.display(), path.display());
+            let message = format!("adapter {dir} does not fit model {model}: {reason}");
+            error.context(message)
+        }
+        _ => error,
     }
 }
 

@@ -1,6 +1,6 @@
 //! What is printed.
 
-use std::io::{ErrorKind, Write, stderr, stdout};
+use std::io::{self, ErrorKind, Write, stderr, stdout};
 
 use anyhow::{Context, Result};
 use serde::Serialize;
@@ -30,7 +30,16 @@ pub(crate) fn note(message: &str) {
 
 /// Shows an error as one line; its causes too if `verbose`.
 pub(crate) fn report(error: &anyhow::Error, verbose: bool) {
-    note(&format!("error: {}", one_line(&error.to_string())));
+    let mut message = one_line(&error.to_string());
+    // What the system said is part of what is wrong.
+    let system = error.chain().find_map(|cause| cause.downcast_ref::<io::Error>());
+    if let Some(said) = system
+        .map(ToString::to_string)
+        .filter(|said| !message.contains(said))
+    {
+        message += &format!(": {}", one_line(&said));
+    }
+    note(&format!("error: {message}"));
     if verbose {
         for cause in error.chain().skip(1) {
             note(&format!("  caused by: {}", one_line(&cause.to_string())));

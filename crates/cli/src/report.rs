@@ -49,7 +49,7 @@ pub(crate) fn page(summary: &Summary, history: &History, options: &[OptionLine])
                     } }
                     (tokens(&summary.tokens, summary))
                     section { h2 { "Summary" } (pairs("summary", &summary.lines())) }
-                    @if !options.is_empty() { (options_table(options)) }
+                    (options_table(options))
                 }
                 footer { "trainable-tokens " (env!("CARGO_PKG_VERSION")) }
             }

@@ -1,13 +1,56 @@
 //! Tokens as they are named on the command line.
 
+use std::fmt::Display;
+use std::mem::take;
 use std::ops::RangeInclusive;
 use std::str::FromStr;
 
 use anyhow::{Result, bail};
-use trainable_tokens_trainer::{Context, Vocabulary};
+use trainable_tokens_trainer::{self as trainer, Context, Vocabulary};
 
 use crate::args::TokenArgs;
 use crate::output::note;
+
+/// Items that commas separate. A comma of an item is written `\,`; a backslash before anything else is one itself.
+#[derive(Clone, Debug)]
+pub(crate) struct CommaList<T>(Vec<T>);
+
+impl<T: FromStr<Err: Display>> FromStr for CommaList<T> {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let items = split_commas(text).into_iter().map(|item| item.parse());
+        let items = items.collect::<Result<_, _>>();
+        items.map(Self).map_err(|error: T::Err| error.to_string())
+    }
+}
+
+impl<T> CommaList<T> {
+    /// The items of an option that was given several times.
+    pub(crate) fn all(given: &[Self]) -> impl Iterator<Item = &T> {
+        given.iter().flat_map(|list| &list.0)
+    }
+}
+
+/// The items of a [`CommaList`].
+pub(crate) fn split_commas(text: &str) -> Vec<String> {
+    let (mut items, mut item) = (Vec::new(), String::new());
+    let mut rest = text.chars().peekable();
+    while let Some(c) = rest.next() {
+        match c {
+            ',' => items.push(take(&mut item)),
+            '\\' => item.push(rest.next_if_eq(&',').unwrap_or(c)),
+            _ => item.push(c),
+        }
+    }
+    items.push(item);
+    items
+}
+
+/// An item as a [`CommaList`] of its own has it.
+pub(crate) fn escape_commas(item: &str) -> String {
+    item.replace(',', "\\,")
+}
 
 /// The learning rate of one token, such as `<a>=1e-3`.
 #[derive(Clone, Debug)]
@@ -22,7 +65,8 @@ impl FromStr for TokenLr {
     /// The token ends at the last `=`, so that it may hold one.
     fn from_str(text: &str) -> Result<Self, String> {
         let parts = text.rsplit_once('=').filter(|(token, _)| !token.is_empty());
-        let (token, lr) = parts.ok_or("expected TOKEN=LR, such as '<a>=1e-3'")?;
+        let (token, lr) =
+            parts.ok_or_else(|| format!("expected TOKEN=LR, such as '<a>=1e-3', not '{text}'"))?;
         let lr = lr.parse().map_err(|_| format!("'{lr}' is no learning rate"))?;
         Ok(Self {
             token: token.to_owned(),
@@ -102,11 +146,12 @@ impl TokenArgs {
     pub(crate) fn resolve(&self, vocabulary: &Vocabulary, vocab_size: usize) -> Result<Vec<u32>> {
         let ids = match &self.token_ids {
             Some(ranges) => ranges.expand(vocab_size)?,
-            None => self
-                .tokens
-                .iter()
+            None => CommaList::all(&self.tokens)
                 .map(|token| {
-                    let id = vocabulary.single_id(token)?;
+                    if token.is_empty() {
+                        bail!("token '' encodes to nothing; a comma inside a token is written '\\,'");
+                    }
+                    let id = vocabulary.single_id(token).map_err(to_add)?;
                     expect_found(vocabulary, token, id)?;
                     Ok(id)
                 })
@@ -125,6 +170,17 @@ impl TokenArgs {
             bail!("token id {id} is given twice");
         }
         Ok(ids)
+    }
+}
+
+/// What to do with a string that is not one token.
+fn to_add(error: trainer::Error) -> anyhow::Error {
+    match error {
+        trainer::Error::NotOneToken { .. } => {
+            let message = format!("{error}; `add-tokens` makes it one, in a copy of the model");
+            anyhow::Error::new(error).context(message)
+        }
+        _ => error.into(),
     }
 }
 
@@ -161,6 +217,28 @@ mod tests {
                 .is_err()
         );
         assert!("0-9,0-9".parse::<IdRanges>().unwrap().expand(10).is_err());
+    }
+
+    #[test]
+    fn commas_separate_unless_a_backslash_is_before_them() {
+        for (text, items) in [
+            ("a,b", &["a", "b"][..]),
+            ("", &[""]),
+            (r"\,", &[","]),
+            (r"\,,\,\,,a\,b", &[",", ",,", "a,b"]),
+            (r"\n,a\b,\\", &[r"\n", r"a\b", r"\\"]),
+            (r"\\,\", &[r"\,\"]),
+        ] {
+            assert_eq!(split_commas(text), items, "{text}");
+        }
+        for item in ["", ",", r"\", r"\,", r"a\,b,", r"\\,\\"] {
+            assert_eq!(split_commas(&escape_commas(item)), [item]);
+        }
+        let rates: CommaList<TokenLr> = r"\,=1,a=2".parse().unwrap();
+        assert_eq!(rates.0.iter().map(|own| own.lr).collect::<Vec<_>>(), [1.0, 2.0]);
+        assert_eq!(rates.0[0].token, ",");
+        let error = "a=1,b".parse::<CommaList<TokenLr>>().unwrap_err();
+        assert!(error.contains("'b'"), "{error}");
     }
 
     #[test]

@@ -5,14 +5,12 @@ mod support;
 
 use std::ffi::OsString;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde_json::{Value, json};
-use support::{Workspace, args, copy_dir, fixture, floats_of, read_json, read_tensors, run, write_tensors};
-
-fn demo(name: &str) -> PathBuf {
-    PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/demo")).join(name)
-}
+use support::{
+    Workspace, args, copy_dir, demo, fixture, floats_of, read_json, read_tensors, run, write_tensors,
+};
 
 fn add(model: &Path, tokens: &str, out: &Path, more: &[&str]) -> Vec<OsString> {
     let mut args = args![

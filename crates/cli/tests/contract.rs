@@ -11,7 +11,7 @@ use std::process::{Command, Stdio};
 use serde_json::{Value, json};
 use support::{
     COMMANDS, PROGRAM, Run, WITH_OUTPUT, Workspace, args, edit_json, fixture, floats_of, read_json,
-    read_json_lines, read_tensors, run, snapshot,
+    read_json_lines, read_tensors, run, snapshot, trains_again,
 };
 
 #[test]
@@ -424,11 +424,78 @@ fn tokens_are_named_by_strings() {
             ],
         );
         refuses("the cat", &["'the cat'", "166 ('the')", "167 ('cat')"]);
-        refuses("the,quick", &["'quick'", "unknown", "0 ('<unk>')"]);
+        refuses(
+            "the,quick",
+            &["'quick'", "unknown", "0 ('<unk>')", "`add-tokens`"],
+        );
         refuses("", &["''", "nothing"]);
-        refuses("the,,cat", &["''", "nothing"]);
+        refuses("the,,cat", &["''", "nothing", r"'\,'"]);
         refuses("the,cat,the", &["166", "twice"]);
     }
+}
+
+#[test]
+fn a_comma_inside_a_token_is_escaped() {
+    let workspace = Workspace::new();
+    let model = workspace.path("commas");
+    run(&args![
+        "add-tokens",
+        "--model",
+        workspace.model(),
+        "--tokens",
+        r"<a\,b>,<c>",
+        "--tokens",
+        r"<\,>",
+        "--init-token",
+        "<a,b>=copy:,",
+        "--out",
+        model
+    ])
+    .ok();
+    let train = |out: &str, more: &[&str]| {
+        let data = workspace.data();
+        let mut args = args![
+            "train",
+            "--model",
+            model,
+            "--data",
+            data,
+            "--out",
+            workspace.path(out)
+        ];
+        args.extend(more.iter().map(OsString::from));
+        args
+    };
+    let named = ["--tokens", r"the,\,", "--tokens", r"<a\,b>,<\,>"];
+    let rates = ["--token-lr", r"\,=0,<a\,b>=0.5", "--init-token", "<,>=copy:the"];
+    run(&train("out", &[named, rates].concat())).ok();
+    let config = read_json(&workspace.out().join("adapter_config.json"));
+    assert_eq!(config["token_indices"], json!([166, 161, 300, 302]));
+
+    // Lists of a file hold the strings themselves.
+    let file = workspace.out().join("train_config.toml");
+    let text = fs::read_to_string(&file).unwrap();
+    for line in [
+        r#"tokens = ["the", ",", "<a,b>", "<,>"]"#,
+        r#"token-lr = [",=0", "<a,b>=0.5"]"#,
+        r#"init-token = ["<,>=copy:the"]"#,
+    ] {
+        assert!(text.lines().any(|other| other == line), "no {line} in {text}");
+    }
+    trains_again(&workspace.out(), &workspace.path("again"));
+
+    // Without a backslash it separates.
+    workspace.refuses(&train("new", &["--tokens", "the,<a,b>"]), &["'<a'", "2 ids"]);
+    let more = ["--tokens", r"the,<x\,y>"];
+    workspace.refuses(&train("new", &more), &["'<x,y>'"]);
+    let more = [&named[..], &["--token-lr", r"<x\,y>=1"]].concat();
+    workspace.refuses(&train("new", &more), &["'<x,y>'"]);
+    let file = workspace.path("tokens.toml");
+    fs::write(&file, "\ntokens = [\"the\", \"<x,y>\"]\n").unwrap();
+    workspace.refuses(
+        &[train("new", &[]), args!["--config", file]].concat(),
+        &["'<x,y>'"],
+    );
 }
 
 #[test]
@@ -488,7 +555,7 @@ fn the_padding_token_trains_only_if_told_how() {
 #[test]
 fn verbose_adds_the_causes() {
     let workspace = Workspace::new();
-    fs::remove_file(workspace.model().join("config.json")).unwrap();
+    fs::remove_file(workspace.data()).unwrap();
     let run = run(&workspace.command_with("eval", &["--verbose"]));
     assert_eq!(run.code, Some(1), "{run:#?}");
     let mut lines = run.stderr.lines();

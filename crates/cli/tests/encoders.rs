@@ -7,8 +7,10 @@ use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use serde_json::{Map, Value, json};
-use support::{Case, args, assert_close, copy_dir, floats_of, read_json, read_tensors, run};
+use serde_json::{Map, json};
+use support::{
+    Case, args, assert_close, copy_dir, eval, floats_of, loss, read_json, read_tensors, run, trains_again,
+};
 use tempfile::TempDir;
 
 fn encoder(name: &str) -> PathBuf {
@@ -17,21 +19,6 @@ fn encoder(name: &str) -> PathBuf {
         "/../../tests/fixtures/transformers/encoders"
     );
     fs::canonicalize(all).unwrap().join(name)
-}
-
-fn eval(model: &Path, adapter: Option<&Path>, data: &Path, more: &[&str]) -> Value {
-    let mut args = args!["eval", "--json", "--model", model, "--data", data];
-    args.extend(
-        adapter
-            .into_iter()
-            .flat_map(|adapter| args!["--adapter", adapter]),
-    );
-    args.extend(more.iter().map(Into::into));
-    run(&args).ok().json()
-}
-
-fn loss(report: &Value) -> f64 {
-    report["loss"].as_f64().unwrap()
 }
 
 /// From training to the merged model, with the bias of the output layer that PEFT forgets.
@@ -359,20 +346,6 @@ fn write_texts(path: &Path) {
         format!("{}\n", json!({ "text": words.collect::<Vec<_>>().join(" ") }))
     };
     fs::write(path, (0..6).map(line).collect::<String>()).unwrap();
-}
-
-/// The file beside an adapter trains the same adapter again.
-fn trains_again(adapter: &Path, again: &Path) {
-    run(&args![
-        "train",
-        "--config",
-        adapter.join("train_config.toml"),
-        "--out",
-        again
-    ])
-    .ok();
-    let bytes = |dir: &Path| fs::read(dir.join("adapter_model.safetensors")).unwrap();
-    assert!(bytes(adapter) == bytes(again));
 }
 
 #[test]

@@ -84,7 +84,7 @@ fn missing_models() {
         remove(workspace, "model");
         fs::write(workspace.model(), "a file").unwrap();
     });
-    refuse(&WITH_CONFIG, &["config.json"], |workspace| {
+    refuse(&WITH_CONFIG[..5], &["config.json does not exist"], |workspace| {
         remove(workspace, CONFIG);
     });
     refuse(&WITH_MODEL, &["model.safetensors"], |workspace| {
@@ -620,7 +620,7 @@ fn adapters_of_another_model() {
         let before = workspace.snapshot();
         let args = workspace.command_with("verify", &["--json"]);
         let run = run(&args);
-        run.failed(&[&["adapter", "does not fit", "/model"], parts].concat());
+        run.failed(&[&["/adapter does not fit model", "/model"], parts].concat());
         assert_eq!(run.json()["fits"], json!(false), "{run:#?}");
         workspace.unchanged(&before, &args);
     }
@@ -696,6 +696,8 @@ fn settings_out_of_range() {
         &workspace.command_with("eval", &["--max-length=1"]),
         &["max-length"],
     );
+    // A number below 0 is no option.
+    workspace.refuses(&workspace.command_with("train", &["--lr", "-1"]), &["lr is -1"]);
     for size in ["65537", "4000000000", "18446744073709551615"] {
         let args = set(
             workspace.command_with("train", &["--steps=1"]),
@@ -819,6 +821,22 @@ fn merging_into_the_base_or_the_same_token_twice() {
     ] {
         workspace.refuses(&args, &["token id 12", "/adapter", "/second"]);
     }
+    // A second one of a model with another table.
+    let other = workspace.path("other");
+    copy_dir(&workspace.tuned(), &other);
+    run(&set(
+        set(workspace.command("init"), "--model", &other),
+        "--token-ids",
+        "40,41",
+    ))
+    .ok();
+    fs::rename(workspace.out(), workspace.path("third")).unwrap();
+    let third = workspace.path("third").to_string_lossy().into_owned();
+    let args = workspace.command_with("merge", &["--adapter", &third]);
+    workspace.refuses(
+        &args,
+        &["/third was trained on a table of", "model.embed_tokens.weight"],
+    );
     // A second one that is broken, or of other tokens.
     let missing = workspace.command_with("merge", &["--adapter", "no-such-adapter"]);
     workspace.refuses(&missing, &["no-such-adapter"]);
@@ -851,9 +869,20 @@ fn states_that_cannot_be_resumed() {
     workspace.refuses(&resume(&["--optimizer=sgd"]), &[state, "optimizer"]);
     workspace.refuses(&resume(&["--seed=1"]), &[state, "seed"]);
     workspace.refuses(&resume(&["--shuffle"]), &[state, "shuffle"]);
+    // The same run on another model.
+    let tuned = set(resume(&[]), "--model", workspace.tuned());
+    workspace.refuses(
+        &tuned,
+        &["/part does not fit model", "/tuned", "was trained on a table"],
+    );
     let data = fs::read(workspace.data()).unwrap();
     fs::write(workspace.data(), [&data[..], &data[..]].concat()).unwrap();
     workspace.refuses(&resume(&[]), &[state, "number of examples"]);
+    // The same lines in another order.
+    let mut lines: Vec<&[u8]> = data.split_inclusive(|byte| *byte == b'\n').collect();
+    lines.reverse();
+    fs::write(workspace.data(), lines.concat()).unwrap();
+    workspace.refuses(&resume(&[]), &[state, "in another order"]);
     fs::write(workspace.data(), data).unwrap();
 
     workspace.refuses(&set(resume(&[]), "--resume", "no-such-run"), &["no-such-run"]);
@@ -891,6 +920,19 @@ fn evaluation_data_that_is_bad() {
     workspace.refuses(&args, &["held-out.jsonl"]);
     fs::write(&held_out, "{\"input_ids\": [1, 2]}\n{\"input_ids\": [1, 999]}\n").unwrap();
     workspace.refuses(&args, &["held-out.jsonl, line 2", "999"]);
+    // Of several files the one at fault is named.
+    for option in ["--data", "--eval-data"] {
+        let args = workspace.command_with(
+            "train",
+            &[
+                "--eval-data",
+                &workspace.data().to_string_lossy(),
+                option,
+                &held_out.to_string_lossy(),
+            ],
+        );
+        workspace.refuses(&args, &["held-out.jsonl, line 2", "999"]);
+    }
 }
 
 #[test]

@@ -5,20 +5,15 @@ mod support;
 
 use std::ffi::OsString;
 use std::fs;
-use std::path::PathBuf;
 
 use serde_json::{Value, json};
-use support::{Workspace, args, floats_of, read_json, read_tensors, run, snapshot};
+use support::{Workspace, args, demo, floats_of, read_json, read_tensors, run, snapshot};
 
 const DIM: usize = 128;
 const KEY: &str = "base_model.model.model.embed_tokens.trainable_tokens_delta";
 const TIED_KEY: &str = "base_model.model.lm_head.trainable_tokens_delta";
 const DAX: u32 = 963;
 const WUG: u32 = 964;
-
-fn demo(name: &str) -> PathBuf {
-    PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/demo")).join(name)
-}
 
 /// The table of the demo's model, which is BF16, exactly.
 fn table() -> Vec<Vec<f64>> {

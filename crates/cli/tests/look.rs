@@ -5,14 +5,10 @@ mod support;
 
 use std::ffi::OsString;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde_json::{Value, json};
-use support::{Workspace, args, edit_json, fixture, floats_of, read_json_lines, read_tensors, run};
-
-fn demo(name: &str) -> PathBuf {
-    PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/demo")).join(name)
-}
+use support::{Workspace, args, demo, edit_json, fixture, floats_of, read_json_lines, read_tensors, run};
 
 fn train(workspace: &Workspace, ids: &str, more: &[&str]) -> Vec<OsString> {
     let mut args = args![
@@ -251,6 +247,8 @@ fn metrics_are_drawn() {
     run(&plot(true)).ok();
     assert_eq!(fs::read_to_string(&svg).unwrap(), drawn);
 
+    run(&args!["plot", metrics, "--out", workspace.path("curves.png")]).refused(&["curves.png", ".svg"]);
+
     // Without the closing line, as after a kill; without rows and evaluations; something else; nothing.
     let lines = fs::read_to_string(&metrics).unwrap();
     let steps: Vec<&str> = lines.lines().take(3).collect();
@@ -267,7 +265,7 @@ fn metrics_are_drawn() {
     fs::write(&metrics, "").unwrap();
     run(&plot(true)).refused(&["metrics.jsonl", "no step"]);
     fs::remove_file(&metrics).unwrap();
-    run(&plot(true)).refused(&["metrics.jsonl"]);
+    run(&plot(true)).refused(&["metrics.jsonl: No such file"]);
     assert!(!drawn.is_empty() && svg.exists());
 }
 
@@ -370,6 +368,8 @@ fn shells_and_man_know_every_command() {
         page.contains(".TH trainable-tokens 1") && page.contains("add\\-tokens"),
         "{page}"
     );
+    let report = run(&args!["man", "--json"]).ok().json();
+    assert_eq!(report["page"].as_str().unwrap().trim(), page.trim());
     let dir = workspace.path("man");
     let report = run(&args!["man", "--out", dir, "--json"]).ok().json();
     let pages = report["pages"].as_array().unwrap();

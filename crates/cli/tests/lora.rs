@@ -11,8 +11,8 @@ use std::path::Path;
 use safetensors::Dtype;
 use serde_json::json;
 use support::{
-    Case, PROGRAM, Run, Tensors, args, assert_close, checkpoint_tensors, copy_dir, edit_json, fixture,
-    floats_of, read_json, read_tensors, run, write_tensors,
+    Case, PROGRAM, Run, Tensors, args, assert_close, checkpoint_tensors, copy_dir, edit_json, eval, fixture,
+    floats_of, loss, read_json, read_tensors, run, write_tensors,
 };
 
 const CASES: [&str; 4] = [
@@ -308,14 +308,10 @@ fn training_beside_rows() {
         merged
     ])
     .ok();
-    let loss = |args: &[OsString]| {
-        let mut all = args!["eval", "--json", "--data", data, "--model"];
-        all.extend(args.iter().cloned());
-        run(&all).ok().json()["loss"].as_f64().unwrap()
-    };
-    let (beside, inside) = (loss(&args![base, "--adapter", whole]), loss(&args![merged]));
+    let loss_of = |model: &Path, adapter: Option<&Path>| loss(&eval(model, adapter, &data, &[]));
+    let (beside, inside) = (loss_of(&base, Some(&whole)), loss_of(&merged, None));
     assert!((beside - inside).abs() < 1e-5, "{beside} {inside}");
-    assert!(beside < loss(&args![base]) - 0.1);
+    assert!(beside < loss_of(&base, None) - 0.1);
     run(&args!["verify", "--model", base, "--adapter", whole]).ok();
     train(&home.path().join("other"), ["4", "nothing"], &[]).refused(&["'nothing'", "q_proj"]);
 }

@@ -5,9 +5,12 @@ mod support;
 
 use std::ffi::OsString;
 use std::fs;
+use std::path::Path;
 
 use serde_json::json;
-use support::{Workspace, args, fixture, floats_of, read_json_lines, read_tensors, run};
+use support::{
+    Workspace, args, eval, fixture, floats_of, loss, read_json_lines, read_tensors, run, trains_again,
+};
 
 const ROWS: &str = "base_model.model.model.embed_tokens.trainable_tokens_delta";
 
@@ -58,17 +61,8 @@ fn evaluations(workspace: &Workspace) -> Vec<(u64, f64)> {
 }
 
 fn eval_loss(workspace: &Workspace) -> f64 {
-    let eval = args![
-        "eval",
-        "--json",
-        "--model",
-        workspace.model(),
-        "--adapter",
-        workspace.out(),
-        "--data",
-        workspace.path("eval.jsonl")
-    ];
-    run(&eval).ok().json()["loss"].as_f64().unwrap()
+    let data = workspace.path("eval.jsonl");
+    loss(&eval(&workspace.model(), Some(&workspace.out()), &data, &[]))
 }
 
 #[test]
@@ -254,16 +248,9 @@ fn options_of_a_run_give_the_run_again() {
     run(&workspace.command_with("train", &more)).ok();
     let config = workspace.out().join("train_config.toml");
     let again = workspace.path("again");
-    run(&args!["train", "--config", config, "--out", again]).ok();
-    let file = |dir: &std::path::Path, name: &str| fs::read(dir.join(name)).unwrap();
-    for name in ["adapter_model.safetensors", "adapter_config.json"] {
-        assert!(
-            file(&workspace.out(), name) == file(&again, name),
-            "{name} differs"
-        );
-    }
+    trains_again(&workspace.out(), &again);
     // The options are the same but for where the adapter is.
-    let text = |dir: &std::path::Path| String::from_utf8(file(dir, "train_config.toml")).unwrap();
+    let text = |dir: &Path| fs::read_to_string(dir.join("train_config.toml")).unwrap();
     let (first, second) = (text(&workspace.out()), text(&again));
     let differ: Vec<(&str, &str)> = first
         .lines()
@@ -324,6 +311,104 @@ fn options_of_a_run_give_the_run_again() {
     ] {
         assert!(text.lines().any(|other| other == line), "no {line} in {text}");
     }
+}
+
+#[test]
+fn several_files_of_data_are_as_one() {
+    let workspace = Workspace::new();
+    let lines = [
+        [1, 299, 12, 40],
+        [7, 298, 299, 12],
+        [12, 5, 299, 7],
+        [299, 2, 12, 9],
+    ];
+    let lines = lines.map(|ids| format!("{}\n", json!({"input_ids": ids})));
+    let write = |name: &str, lines: &[String]| {
+        let path = workspace.path(name);
+        fs::write(&path, lines.concat()).unwrap();
+        path
+    };
+    let first = write("first.jsonl", &lines[..1]);
+    let second = write("second.jsonl", &lines[1..]);
+    let whole = write("whole.jsonl", &lines);
+    // An option for each file.
+    let given = |option: &str, files: &[&Path]| {
+        files
+            .iter()
+            .flat_map(|file| args![option, file])
+            .collect::<Vec<_>>()
+    };
+    let train = |out: &str, files: &[&Path], more: &[&str]| {
+        let (model, out) = (workspace.model(), workspace.path(out));
+        let start = args!["train", "--json", "--model", model, "--out", out];
+        let rest = ["--token-ids", "299,12", "--batch-size", "2"].iter().chain(more);
+        [start, given("--data", files), rest.map(OsString::from).collect()].concat()
+    };
+    let weights = |out: &str| fs::read(workspace.path(out).join("adapter_model.safetensors")).unwrap();
+    let held_out = |files: &[&Path]| given("--eval-data", files);
+    let of_one = run(&[train("one", &[&whole], &[]), held_out(&[&whole])].concat());
+    let of_two = run(&[
+        train("two", &[&first, &second], &[]),
+        held_out(&[&first, &second]),
+    ]
+    .concat());
+    assert!(weights("one") == weights("two"));
+    assert_eq!(of_one.ok().json()["loss_after"], of_two.ok().json()["loss_after"]);
+    let shuffled = ["--shuffle", "--steps=5"];
+    run(&train("one shuffled", &[&whole], &shuffled)).ok();
+    run(&train("two shuffled", &[&first, &second], &shuffled)).ok();
+    assert!(weights("one shuffled") == weights("two shuffled"));
+    assert!(weights("one") != weights("one shuffled"));
+    let twice = eval(
+        &workspace.model(),
+        None,
+        &first,
+        &["--data", second.to_str().unwrap()],
+    );
+    assert_eq!(twice, eval(&workspace.model(), None, &whole, &[]));
+
+    // The files are a list in the options of the run, and give it again.
+    let config = workspace.path("two").join("train_config.toml");
+    let text = fs::read_to_string(&config).unwrap();
+    let list = format!("data = [{first:?}, {second:?}]");
+    for line in [&list, &format!("eval-{list}")] {
+        assert!(text.lines().any(|other| other == line), "no {line} in {text}");
+    }
+    trains_again(&workspace.path("two"), &workspace.path("again"));
+    // A file on the command line takes the place of all of them.
+    let other = workspace.path("other");
+    let args = args!["train", "--config", config, "--out", other, "--data", whole];
+    run(&args).ok();
+    let text = fs::read_to_string(other.join("train_config.toml")).unwrap();
+    assert!(text.contains(&format!("\ndata = [{whole:?}]\n")), "{text}");
+
+    // A run goes on with the same examples in the same order, however they are cut into files.
+    run(&train(
+        "part",
+        &[&first, &second],
+        &["--steps=2", "--save-every=1"],
+    ))
+    .ok();
+    let part = workspace.path("part").to_string_lossy().into_owned();
+    let rest = ["--steps=5", "--resume", &part];
+    run(&train("resumed", &[&whole], &rest)).ok();
+    run(&train("straight", &[&whole], &["--steps=5"])).ok();
+    assert!(weights("resumed") == weights("straight"));
+    workspace.refuses(
+        &train("swapped", &[&second, &first], &rest),
+        &["in another order"],
+    );
+
+    run(&train("none", &[], &[])).misused(&["--data"]);
+    let missing = workspace.path("missing.jsonl");
+    workspace.refuses(&train("none", &[&first, &missing], &[]), &["missing.jsonl"]);
+    // What is written must not take the place of any of them.
+    fs::create_dir(workspace.path("held")).unwrap();
+    let inside = write("held/second.jsonl", &lines[1..]);
+    workspace.refuses(
+        &train("held", &[&first, &inside], &["--force"]),
+        &["held", "second.jsonl"],
+    );
 }
 
 #[test]

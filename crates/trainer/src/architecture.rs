@@ -10,7 +10,7 @@ use trainable_tokens_format::{Adapter, Checkpoint};
 
 use crate::json::parse_object;
 use crate::model::Names;
-use crate::{Decoder, Encoder, EncoderConfig, Error, Graph, LowRank, ModelConfig, Result};
+use crate::{Decoder, Encoder, EncoderConfig, Graph, LowRank, ModelConfig, Result, file};
 
 /// The configuration of a model of any family that this crate implements.
 #[derive(Clone, Debug, PartialEq)]
@@ -44,16 +44,13 @@ impl Architecture {
     ///
     /// As for [`ModelConfig::read`].
     pub fn read(path: &Path) -> Result<Self> {
-        let text = std::fs::read(path).map_err(|source| Error::Read {
-            path: path.to_owned(),
-            source,
-        })?;
+        let text = file::read(path)?;
         // What is no config at all is refused below, with the reason.
         let family = parse_object::<Family>(&text).ok().and_then(|it| it.model_type);
         if family.is_some_and(|family| EncoderConfig::is_family(&family)) {
-            return EncoderConfig::read(path).map(Self::Encoder);
+            return EncoderConfig::parse(path, &text).map(Self::Encoder);
         }
-        Ok(Self::Decoder(Box::new(ModelConfig::read(path)?)))
+        Ok(Self::Decoder(Box::new(ModelConfig::parse(path, &text)?)))
     }
 
     /// `model_type`.
@@ -175,11 +172,11 @@ impl LanguageModel {
         device: &Device,
     ) -> Result<Self> {
         Ok(match Architecture::read(&checkpoint.config_path())? {
-            Architecture::Decoder(_) => {
-                Decoder::load(checkpoint, tokens, rows, padding, dtype, device)?.into()
+            Architecture::Decoder(config) => {
+                Decoder::load_as(&config, checkpoint, tokens, rows, padding, dtype, device)?.into()
             }
-            Architecture::Encoder(_) => {
-                Encoder::load(checkpoint, tokens, rows, padding, dtype, device)?.into()
+            Architecture::Encoder(config) => {
+                Encoder::load_as(config, checkpoint, tokens, rows, padding, dtype, device)?.into()
             }
         })
     }
@@ -197,11 +194,11 @@ impl LanguageModel {
         device: &Device,
     ) -> Result<Self> {
         Ok(match Architecture::read(&checkpoint.config_path())? {
-            Architecture::Decoder(_) => {
-                Decoder::load_adapter(checkpoint, adapter, padding, dtype, device)?.into()
+            Architecture::Decoder(config) => {
+                Decoder::load_adapter_as(*config, checkpoint, adapter, padding, dtype, device)?.into()
             }
-            Architecture::Encoder(_) => {
-                Encoder::load_adapter(checkpoint, adapter, padding, dtype, device)?.into()
+            Architecture::Encoder(config) => {
+                Encoder::load_adapter_as(config, checkpoint, adapter, padding, dtype, device)?.into()
             }
         })
     }

@@ -16,7 +16,7 @@ pub use model::{Activation, LayerType, ModelConfig, NormKind, Positions, Rope, R
 pub(crate) use names::{ProjectionNames, WeightLayout};
 use parse::Refusal;
 
-use crate::{Error, Result};
+use crate::{Error, Result, file};
 
 impl ModelConfig {
     /// Reads `config.json`, and from `generation_config.json` beside it, if there is one, which tokens end a text.
@@ -26,10 +26,16 @@ impl ModelConfig {
     /// [`Error::Read`], [`Error::Config`] for a missing or impossible field, [`Error::UnsupportedModel`] for another
     /// family or a setting that would change the result and is not implemented.
     pub fn read(path: &Path) -> Result<Self> {
-        let mut config = read(path, parse::config)?;
+        Self::parse(path, &file::read(path)?)
+    }
+
+    /// [`read`](Self::read), where the text of `path` was read before.
+    pub(crate) fn parse(path: &Path, text: &[u8]) -> Result<Self> {
+        let mut config = parse::config(text).map_err(|refusal| refusal.of_file(path))?;
         let generation = path.with_file_name("generation_config.json");
         if generation.exists()
-            && let Some(ids) = read(&generation, parse::ends)?
+            && let Some(ids) =
+                parse::ends(&file::read(&generation)?).map_err(|refusal| refusal.of_file(&generation))?
         {
             config.eos_token_ids = ids;
         }
@@ -44,17 +50,22 @@ impl EncoderConfig {
     ///
     /// As for [`ModelConfig::read`].
     pub fn read(path: &Path) -> Result<Self> {
-        read(path, encoder::config)
+        Self::parse(path, &file::read(path)?)
+    }
+
+    /// [`read`](Self::read), where the text of `path` was read before.
+    pub(crate) fn parse(path: &Path, text: &[u8]) -> Result<Self> {
+        encoder::config(text).map_err(|refusal| refusal.of_file(path))
     }
 }
 
-fn read<T>(path: &Path, parse: impl FnOnce(&[u8]) -> Result<T, Refusal>) -> Result<T> {
-    let path = path.to_owned();
-    match std::fs::read(&path) {
-        Ok(text) => parse(&text).map_err(|refusal| match refusal {
-            Refusal::Invalid(reason) => Error::Config { path, reason },
-            Refusal::Unsupported { what, hint } => Error::UnsupportedModel { path, what, hint },
-        }),
-        Err(source) => Err(Error::Read { path, source }),
+impl Refusal {
+    /// The error that names the file.
+    fn of_file(self, path: &Path) -> Error {
+        let path = path.to_owned();
+        match self {
+            Self::Invalid(reason) => Error::Config { path, reason },
+            Self::Unsupported { what, hint } => Error::UnsupportedModel { path, what, hint },
+        }
     }
 }

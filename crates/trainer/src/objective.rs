@@ -55,7 +55,7 @@ impl Objective {
         if let Self::Teach(teach) = self {
             teach.check(data)?;
         }
-        for example in data.examples() {
+        for (index, example) in data.examples().iter().enumerate() {
             let reason = match self {
                 Self::Teach(_) if example.definition.is_none() => {
                     "has no definition, so that it teaches nothing".to_owned()
@@ -71,7 +71,7 @@ impl Objective {
                 }
                 _ => continue,
             };
-            let (path, line) = (data.path().to_owned(), example.line);
+            let (path, line) = (data.path_of(index).to_owned(), example.line);
             return Err(Error::Data { path, line, reason });
         }
         Ok(())

@@ -4,7 +4,6 @@ mod group;
 
 use candle_core::backprop::GradStore;
 use sha2::{Digest, Sha256};
-use std::fmt::Write as _;
 use trainable_tokens_candle::{Candle, CandleDelta};
 use trainable_tokens_core::{
     Backend, ClipGradNorm, DeltaStore, Error as CoreError, OptimizerState, TokenId, TokenRows, TokenSet,
@@ -13,6 +12,7 @@ use trainable_tokens_core::{
 use trainable_tokens_format::{Adapter, LoraWeights};
 
 use self::group::Groups;
+use crate::digest::hex;
 use crate::{Decoder, Error, LanguageModel, Result, TrainOptions};
 
 /// One trained matrix: rows of a table, or a factor of LoRA's.
@@ -170,12 +170,7 @@ pub(crate) fn digest(parts: &[Part], values: &[TokenRows]) -> String {
         hash.update(part.describe());
         hash.update(values.to_dtype(part.delta.dtype()).to_le_bytes());
     }
-    let mut text = String::new();
-    for byte in hash.finalize() {
-        // Writing to a string does not fail.
-        let _ = write!(text, "{byte:02x}");
-    }
-    text
+    hex(hash)
 }
 
 /// Gives each optimizer its memory again, and each matrix its values. A state or an adapter that does not fit changes no

@@ -80,6 +80,9 @@ struct Saved {
     /// The digest of the values that it was saved beside.
     #[serde(default)]
     values: Option<String>,
+    /// The digest of the examples.
+    #[serde(default)]
+    data: Option<String>,
 }
 
 fn one() -> usize {
@@ -396,6 +399,7 @@ impl Trainer {
             run: self.identity(),
             evaluations: self.evaluations,
             values: Some(part::digest(&self.parts, &self.values()?)),
+            data: Some(self.data.digest().to_owned()),
         };
         let extra = serde_json::to_value(saved).map_err(|error| Error::Setting(error.to_string()))?;
         Ok(TrainingState {
@@ -422,6 +426,7 @@ impl Trainer {
             run: saved,
             evaluations,
             values,
+            data,
         } = serde_json::from_value(state.extra)
             .map_err(|error| refuse(format!("is not the state of a training run: {error}")))?;
         let current = self.identity();
@@ -430,6 +435,10 @@ impl Trainer {
                 "is the state of another run: {}",
                 saved.difference(&current)
             )));
+        }
+        if data.is_some_and(|data| data != self.data.digest()) {
+            let reason = "is the state of another run: its examples are others, or in another order";
+            return Err(refuse(reason.to_owned()));
         }
         let step = state.optimizer.step;
         if step > self.total_steps {

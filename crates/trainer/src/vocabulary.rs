@@ -13,7 +13,7 @@ pub use context::{Context, MissedContext};
 pub use pieces::Pieces;
 use tokenizers::Tokenizer;
 
-use crate::{Error, Result};
+use crate::{Error, Result, file};
 
 /// A model's `tokenizer.json`, loaded when it is first needed.
 #[derive(Debug)]
@@ -118,7 +118,7 @@ impl Vocabulary {
         if let Some(tokenizer) = self.tokenizer.get() {
             return Ok(tokenizer);
         }
-        let tokenizer = self.plain(Tokenizer::from_bytes(read(&self.path)?))?;
+        let tokenizer = self.plain(Tokenizer::from_bytes(file::read(&self.path)?))?;
         Ok(self.tokenizer.get_or_init(|| tokenizer))
     }
 
@@ -139,11 +139,4 @@ impl Vocabulary {
             reason,
         }
     }
-}
-
-fn read(path: &Path) -> Result<Vec<u8>> {
-    std::fs::read(path).map_err(|source| Error::Read {
-        path: path.to_owned(),
-        source,
-    })
 }

@@ -11,7 +11,7 @@ use trainable_tokens_trainer::{TokenFlags, TokenKind, Vocabulary};
 use super::check_free;
 use crate::args::{AddTokensArgs, Cli, RowInitArgs};
 use crate::output::print;
-use crate::tokens::expect_found;
+use crate::tokens::{CommaList, expect_found};
 
 #[derive(Serialize)]
 struct Output<'a> {
@@ -56,8 +56,9 @@ pub(super) fn run(args: &AddTokensArgs, cli: &Cli) -> Result<()> {
         rstrip: args.rstrip,
         single_word: args.single_word,
     };
-    let added = Vocabulary::of_model(&args.model).add(&args.tokens, flags)?;
-    for (token, id) in args.tokens.iter().zip(&added.ids) {
+    let tokens: Vec<String> = CommaList::all(&args.tokens).cloned().collect();
+    let added = Vocabulary::of_model(&args.model).add(&tokens, flags)?;
+    for (token, id) in tokens.iter().zip(&added.ids) {
         expect_found(&added.vocabulary, token, *id)?;
     }
     let inits = RowInitArgs {
@@ -76,9 +77,9 @@ pub(super) fn run(args: &AddTokensArgs, cli: &Cli) -> Result<()> {
         resize = resize.file(name, bytes);
     }
     let report = resize.write(&args.out, cli.overwrite())?;
-    let tokens = args.tokens.iter().zip(added.ids).zip(initial.resolved());
+    let tokens = tokens.into_iter().zip(added.ids).zip(initial.resolved());
     let added = tokens.map(|((token, id), init)| Added {
-        token: token.clone(),
+        token,
         id,
         reused_row: TokenId(id).row() < report.vocab_size_before,
         init,

@@ -1,5 +1,6 @@
 //! `demo`: the whole path, on the small model inside this program.
 
+use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::fs;
 use std::io::Write as _;
@@ -7,17 +8,14 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
-use trainable_tokens_core::PaddingRule;
 use trainable_tokens_format::{
     Adapter, Overwrite, merge_checkpoint, write_dir_atomically, write_file_atomically,
 };
-use trainable_tokens_trainer::{
-    Dataset, GenerateOptions, LanguageModel, TrainOptions, Trainer, Vocabulary, generate,
-};
+use trainable_tokens_trainer::{GenerateOptions, generate};
 
-use super::train::{Outputs, Run};
-use crate::args::{Cli, ComputeArgs, DemoArgs, DeviceArg, WeightType};
-use crate::initial::Initial;
+use super::train;
+use crate::args::{Cli, ComputeArgs, DemoArgs, DeviceArg, TrainArgs, WeightType};
+use crate::config_file::train_args;
 use crate::model::Model;
 use crate::output::{note, print};
 use crate::plot::charts_svg;
@@ -42,8 +40,12 @@ const PROMPTS: &[u8] = include_bytes!("../../demo/prompts.json");
 
 /// The tokens that the model has never seen.
 const TOKENS: [&str; 2] = ["<dax>", "<wug>"];
-const STEPS: u64 = 120;
-const EVAL_EVERY: u64 = 20;
+/// How they train, as `train` is told.
+const OPTIONS: [&str; 6] = ["--steps", "120", "--lr", "0.02", "--eval-every", "20"];
+const COMPUTE: ComputeArgs = ComputeArgs {
+    device: DeviceArg::Cpu,
+    dtype: WeightType::F32,
+};
 const NEW_TOKENS: usize = 24;
 
 #[derive(Serialize)]
@@ -65,6 +67,23 @@ struct Generated {
     after: String,
 }
 
+impl Output {
+    /// Where everything goes.
+    fn in_dir(out: &Path) -> Self {
+        let place = |name: &str| out.join(name);
+        Self {
+            model: place("model"),
+            merged: place("merged"),
+            metrics: place("metrics.jsonl"),
+            plot: place("loss.svg"),
+            report: place("report.html"),
+            tokens: TOKENS,
+            generated: Vec::new(),
+            summary: Summary::default(),
+        }
+    }
+}
+
 pub(super) fn run(args: &DemoArgs, cli: &Cli) -> Result<()> {
     let out = &args.out;
     let occupied = fs::read_dir(out).is_ok_and(|mut entries| entries.next().is_some()) || out.is_file();
@@ -74,19 +93,9 @@ pub(super) fn run(args: &DemoArgs, cli: &Cli) -> Result<()> {
             out.display()
         );
     }
-    let place = |name: &str| out.join(name);
-    let output = Output {
-        model: place("model"),
-        merged: place("merged"),
-        metrics: place("metrics.jsonl"),
-        plot: place("loss.svg"),
-        report: place("report.html"),
-        tokens: TOKENS,
-        generated: Vec::new(),
-        summary: Summary::default(),
-    };
+    let output = Output::in_dir(out);
     unpack(out)?;
-    let output = train(output, out)?;
+    let output = trained(output, out, cli.overwrite())?;
     print(cli.json, &output, to_text)
 }
 
@@ -109,54 +118,20 @@ fn unpack(out: &Path) -> Result<()> {
     Ok(())
 }
 
-fn train(mut output: Output, out: &Path) -> Result<Output> {
+fn trained(mut output: Output, out: &Path, overwrite: Overwrite) -> Result<Output> {
     let model = Model::open(&output.model)?;
-    let data = |name: &str| Dataset::read(&out.join(name), &model.vocabulary, &model.config, None);
-    let ids = TOKENS.map(|token| model.vocabulary.single_id(token));
-    let ids = ids.into_iter().collect::<Result<Vec<u32>, _>>()?;
-    let compute = ComputeArgs {
-        device: DeviceArg::Cpu,
-        dtype: WeightType::F32,
-    };
-    let decoder = model.load_rows(&ids, None, PaddingRule::NoLookupGradient, compute)?;
-    let options = TrainOptions {
-        steps: Some(STEPS),
-        lr: 0.02,
-        batch_size: 8,
-        ..TrainOptions::default()
-    };
+    let prompts: Vec<String> = serde_json::from_slice(PROMPTS)?;
+    let before = continue_all(&model, None, &prompts)?;
+    let args = train_options(&output, out)?;
+    let adapter = &args.out;
     note(&format!(
         "training {} of {} on {}",
         TOKENS.join(" and "),
         output.model.display(),
-        out.join("train.jsonl").display()
+        out.join(DATA[0].0).display()
     ));
-    let mut trainer = Trainer::new(decoder, data("train.jsonl")?, options)?;
-    let prompts: Vec<String> = serde_json::from_slice(PROMPTS)?;
-    let before = continue_all(trainer.model(), &model.vocabulary, &prompts)?;
-    let adapter = out.join("adapter");
-    let run = Run {
-        model: &model,
-        model_dir: &output.model,
-        target_modules: &["embed_tokens".to_owned()],
-        lora: None,
-        initial: &Initial::keep(TOKENS.len()),
-        outputs: Outputs {
-            adapter: &adapter,
-            overwrite: Overwrite::Replace,
-            metrics: Some(&output.metrics),
-            report: Some(&output.report),
-            resumes: false,
-            save_every: None,
-            config: None,
-        },
-        eval_data: Some(data("heldout.jsonl")?),
-        eval_every: Some(EVAL_EVERY),
-        warn_dead_after: STEPS,
-        keep_best: false,
-    };
-    let report = run.execute(&mut trainer)?;
-    let after = continue_all(trainer.model(), &model.vocabulary, &prompts)?;
+    let report = train::train(&args, overwrite, || Ok(()))?;
+    let after = continue_all(&model, Some(adapter), &prompts)?;
     let generated = prompts.into_iter().zip(before).zip(after);
     output.generated = generated
         .map(|((prompt, before), after)| Generated {
@@ -167,7 +142,7 @@ fn train(mut output: Output, out: &Path) -> Result<Output> {
         .collect();
     output.summary = report.summary;
 
-    let rows = Adapter::read(&adapter)?.replacements(&model.checkpoint)?;
+    let rows = Adapter::read(adapter)?.replacements(&model.checkpoint)?;
     merge_checkpoint(&model.checkpoint, &rows, &output.merged, Overwrite::Replace)?;
     let svg = charts_svg(&report.history.charts()[..1])?;
     write_file_atomically(&output.plot, Overwrite::Replace, |file| -> Result<()> {
@@ -177,8 +152,31 @@ fn train(mut output: Output, out: &Path) -> Result<Output> {
     Ok(output)
 }
 
+/// What `train` is told.
+fn train_options(output: &Output, out: &Path) -> Result<Box<TrainArgs>> {
+    let [data, held_out] = DATA.map(|(name, _)| out.join(name));
+    let paths = [
+        ("--model=", &output.model),
+        ("--data=", &data),
+        ("--eval-data=", &held_out),
+        ("--out=", &out.join("adapter")),
+        ("--metrics=", &output.metrics),
+        ("--report=", &output.report),
+    ];
+    let paths = paths.map(|(name, path)| {
+        let mut option = OsString::from(name);
+        option.push(path);
+        option
+    });
+    let tokens = OsString::from(format!("--tokens={}", TOKENS.join(",")));
+    let options = OPTIONS.map(OsString::from).into_iter().chain([tokens]);
+    train_args(paths.into_iter().chain(options))
+}
+
 /// The model's greedy continuation of each prompt.
-fn continue_all(model: &LanguageModel, vocabulary: &Vocabulary, prompts: &[String]) -> Result<Vec<String>> {
+fn continue_all(model: &Model, adapter: Option<&Path>, prompts: &[String]) -> Result<Vec<String>> {
+    let vocabulary = &model.vocabulary;
+    let model = model.load(adapter, COMPUTE)?;
     let model = model.as_decoder().context("the demo's model is no decoder")?;
     let continuation = |prompt: &String| -> Result<String> {
         let options = GenerateOptions {
@@ -210,4 +208,28 @@ fn to_text(output: &Output) -> String {
     ];
     let files = files.map(|(name, path)| (name, path.display().to_string()));
     text + "\n" + &output.summary.to_text_with(files)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn its_options_are_those_of_a_run() {
+        let out = Path::new("-demo");
+        let args = train_options(&Output::in_dir(out), out).unwrap();
+        assert_eq!((args.steps, args.batch_size), (Some(120), 8));
+        for line in [
+            "model = \"-demo/model\"",
+            "tokens = [\"<dax>\", \"<wug>\"]",
+            "eval-data = [\"-demo/heldout.jsonl\"]",
+            "lr = 0.02",
+        ] {
+            assert!(
+                args.resolved.lines().any(|other| other == line),
+                "{}",
+                args.resolved
+            );
+        }
+    }
 }

@@ -12,7 +12,7 @@ pub(super) fn run(args: &EvalArgs, cli: &Cli) -> Result<()> {
     let model = Model::open(&args.model)?;
     let loaded = model.load(args.adapter.as_deref(), args.compute)?;
     let objective = args.objective.resolve(&model, args.seed)?;
-    let data = Dataset::read(
+    let data = Dataset::read_all(
         &args.data,
         &model.vocabulary,
         loaded.input_spec(),
@@ -20,10 +20,11 @@ pub(super) fn run(args: &EvalArgs, cli: &Cli) -> Result<()> {
     )?;
     let evaluation = evaluate(&loaded, &data, &objective, args.batch_size)?;
     if !evaluation.loss.is_finite() {
+        let files: Vec<String> = data.paths().map(|path| path.display().to_string()).collect();
         bail!(
             "the loss of model {} on {} is {}: its weights, or the adapter's rows, are not finite or far too large",
             args.model.display(),
-            args.data.display(),
+            files.join(", "),
             evaluation.loss
         );
     }

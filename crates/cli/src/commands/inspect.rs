@@ -14,7 +14,7 @@ use trainable_tokens_trainer::Vocabulary;
 
 use super::adapters_in;
 use crate::args::{Cli, InspectArgs};
-use crate::model::Model;
+use crate::model::{Model, misfit};
 use crate::output::{bytes, print};
 use crate::rows::{RowReport, row_reports, rows_table, text_table};
 
@@ -130,7 +130,14 @@ pub(super) fn run(args: &InspectArgs, cli: &Cli) -> Result<()> {
     } else if path.is_dir() {
         Output::Model(model(path)?)
     } else if path.is_file() {
-        safetensors(path)?
+        let is_named_so = path.extension().is_some_and(|it| it == "safetensors");
+        safetensors(path).map_err(|error| {
+            if is_named_so {
+                return error;
+            }
+            let message = format!("{error}; an adapter, a model or a safetensors file can be inspected");
+            error.context(message)
+        })?
     } else {
         bail!("{} does not exist", path.display());
     };
@@ -147,8 +154,9 @@ fn adapter(dir: &Path, base: Option<&Path>) -> Result<AdapterOutput> {
         Err(error) => return Err(error.into()),
     };
     if let Some(base) = &base {
-        adapter.check_against(base, BaseCheck::Fits)?;
-        adapter.lora_deltas(base)?;
+        let fits = adapter.check_against(base, BaseCheck::Fits);
+        fits.map_err(|error| misfit(dir, error))?;
+        adapter.lora_deltas(base).map_err(|error| misfit(dir, error))?;
     }
     let config = adapter.config();
     let metadata = adapter.metadata();

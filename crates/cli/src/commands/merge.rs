@@ -9,6 +9,7 @@ use trainable_tokens_format::{Adapter, BaseCheck, Checkpoint, LoraDelta, Merge, 
 
 use super::check_free;
 use crate::args::{Cli, MergeArgs, OverlapChoice};
+use crate::model::misfit;
 use crate::output::{note, print};
 
 #[derive(Serialize)]
@@ -37,7 +38,9 @@ pub(super) fn run(args: &MergeArgs, cli: &Cli) -> Result<()> {
         .check(check)
         .base_check(BaseCheck::SameTable);
     for dir in &args.adapter {
-        merge = merge.with(dir.display().to_string(), &Adapter::read(dir)?)?;
+        let adapter = Adapter::read(dir)?;
+        let with = merge.with(dir.display().to_string(), &adapter);
+        merge = with.map_err(|error| misfit(dir, error))?;
     }
     let report = merge.write(&args.out, cli.overwrite())?;
     let model = ModelTables::of(&base)?;

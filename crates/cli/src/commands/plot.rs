@@ -3,7 +3,7 @@
 use std::io::Write as _;
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use serde::Serialize;
 use trainable_tokens_format::write_file_atomically;
 
@@ -22,6 +22,13 @@ struct Output<'a> {
 }
 
 pub(super) fn run(args: &PlotArgs, cli: &Cli) -> Result<()> {
+    let extension = args.out.extension();
+    if extension.is_some_and(|extension| !extension.eq_ignore_ascii_case("svg")) {
+        bail!(
+            "charts are drawn as SVG, which {} does not say: name it .svg",
+            args.out.display()
+        );
+    }
     check_free(&args.out, cli.overwrite())?;
     let history = History::read(&args.metrics)?;
     let charts = history.charts();

@@ -1,7 +1,7 @@
 //! `completions` and `man`: what the shell and `man` know of the program, written on standard output.
 
 use std::fs;
-use std::io::{Write as _, stdout};
+use std::io::Write as _;
 use std::path::Path;
 
 use anyhow::{Context, Result};
@@ -17,6 +17,11 @@ use crate::output::print;
 struct Pages {
     out: String,
     pages: Vec<String>,
+}
+
+#[derive(Serialize)]
+struct Page {
+    page: String,
 }
 
 #[derive(Serialize)]
@@ -40,11 +45,10 @@ pub(super) fn man(args: &ManArgs, cli: &Cli) -> Result<()> {
     root.build();
     match &args.out {
         None => {
-            let page = render(&root)?;
-            stdout()
-                .lock()
-                .write_all(&page)
-                .context("cannot write to standard output")
+            let page = Page {
+                page: String::from_utf8(render(&root)?)?,
+            };
+            print(cli.json, &page, |page| page.page.clone())
         }
         Some(dir) => pages(&root, dir, cli),
     }

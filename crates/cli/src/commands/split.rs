@@ -8,6 +8,7 @@ use trainable_tokens_format::{Adapter, Checkpoint, split_adapter};
 
 use super::check_free;
 use crate::args::{Cli, SplitArgs};
+use crate::model::misfit;
 use crate::output::print;
 
 #[derive(Serialize)]
@@ -31,13 +32,9 @@ pub(super) fn run(args: &SplitArgs, cli: &Cli) -> Result<()> {
     super::check_apart(&args.out_model, [args.adapter.as_path()])?;
     let base = Checkpoint::open(&args.model)?;
     let adapter = Adapter::read(&args.adapter)?;
-    let report = split_adapter(
-        &base,
-        &adapter,
-        &args.out_model,
-        &args.out_adapter,
-        cli.overwrite(),
-    )?;
+    let (out_model, out_adapter) = (&args.out_model, &args.out_adapter);
+    let report = split_adapter(&base, &adapter, out_model, out_adapter, cli.overwrite());
+    let report = report.map_err(|error| misfit(&args.adapter, error))?;
     let output = Output {
         model: &args.out_model,
         adapter: &args.out_adapter,

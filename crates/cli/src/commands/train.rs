@@ -7,13 +7,13 @@ mod run;
 mod save;
 
 pub(crate) use dead::DeadToken;
-pub(super) use run::{Outputs, Run};
+use run::{Outputs, Run, RunReport};
 
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 use trainable_tokens_core::{EmbeddingSource, PaddingRule, TokenRows, TokenSet};
-use trainable_tokens_format::{Adapter, Overwrite, TrainingState, is_path_or_suffix};
+use trainable_tokens_format::{Adapter, BaseCheck, Overwrite, TrainingState, is_path_or_suffix};
 use trainable_tokens_trainer::{
     self as trainer, Dataset, EarlyStopping, InputSpec, Objective, TrainOptions, Trainer,
 };
@@ -22,33 +22,53 @@ use super::{check_apart, check_free};
 use crate::args::{self, Cli, PaddingChoice, TrainArgs};
 use crate::initial::Initial;
 use crate::interrupt::{self, Interrupted};
-use crate::model::Model;
+use crate::model::{Model, misfit};
 use crate::output::{note, print};
 use crate::summary::{End, Summary};
+use crate::tokens::CommaList;
 
 pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
+    let RunReport { summary, .. } = train(args, cli.overwrite(), interrupt::watch)?;
+    print(cli.json, &summary, Summary::to_text)?;
+    match summary.end {
+        End::Interrupted => Err(Interrupted {
+            step: summary.steps,
+            adapter: args.out.clone(),
+        }
+        .into()),
+        End::LastStep | End::EarlyStopping => Ok(()),
+    }
+}
+
+/// The whole run; `ready` is called when all is loaded, before the first step.
+pub(super) fn train(
+    args: &TrainArgs,
+    overwrite: Overwrite,
+    ready: impl FnOnce() -> Result<()>,
+) -> Result<RunReport> {
     // An interrupted run may go on in the directory and the metrics file that it wrote itself.
     let resumes_here = |path: &Path| args.resume.as_deref().is_some_and(|from| same_path(from, path));
+    if let (Some(metrics), None) = (&args.watch.metrics, &args.resume) {
+        check_free(metrics, overwrite)?;
+    }
+    if let (Some(report), None) = (&args.watch.report, &args.resume) {
+        check_free(report, overwrite)?;
+    }
     let overwrite = if resumes_here(&args.out) {
         Overwrite::Replace
     } else {
-        cli.overwrite()
+        overwrite
     };
     check_free(&args.out, overwrite)?;
-    if let (Some(metrics), None) = (&args.watch.metrics, &args.resume) {
-        check_free(metrics, cli.overwrite())?;
-    }
-    if let (Some(report), None) = (&args.watch.report, &args.resume) {
-        check_free(report, cli.overwrite())?;
-    }
-    let others = [&args.eval_data, &args.watch.metrics, &args.watch.report];
-    let others = others.into_iter().flatten();
+    let others = [&args.watch.metrics, &args.watch.report];
+    let others = others.into_iter().flatten().chain(&args.eval_data);
     // The options of an earlier run in the same place are not lost: those of this run are like them.
     let config = args.config.as_ref();
     let config = config.filter(|path| !same_path(path, &args.out.join(save::CONFIG_FILE)));
     let others = others
         .chain(config)
-        .chain([&args.model, &args.data])
+        .chain([&args.model])
+        .chain(&args.data)
         .map(PathBuf::as_path);
     check_apart(&args.out, others)?;
 
@@ -62,11 +82,11 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
     let ids = args.tokens.resolve(&model.vocabulary, vocab_size)?;
     let padding = padding_rule(args.padding_idx, &ids, pad_token_id)?;
     let objective = args.objective.resolve(&model, args.seed)?;
-    let data = Dataset::read(&args.data, &model.vocabulary, &model.config, args.max_length)?;
-    let eval_data = args.eval_data.as_ref();
-    let eval_data = eval_data
-        .map(|path| Dataset::read(path, &model.vocabulary, &model.config, args.max_length))
-        .transpose()?;
+    let read =
+        |files: &[PathBuf]| Dataset::read_all(files, &model.vocabulary, &model.config, args.max_length);
+    let data = read(&args.data)?;
+    let eval_data = Some(&args.eval_data).filter(|files| !files.is_empty());
+    let eval_data = eval_data.map(|files| read(files)).transpose()?;
     let initial = args.init.resolve(&model.vocabulary, &ids, args.seed)?;
     let rows = start(&model, &ids, &initial)?;
     let lora = args.lora.options(args.seed);
@@ -77,15 +97,14 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
             model.load_adapter(&start, padding, args.compute)?
         }
     };
-    let token_lr = args.token_lr.iter();
-    let token_lr = token_lr.map(|own| own.resolve(&model.vocabulary));
+    let token_lr = CommaList::all(&args.token_lr).map(|own| own.resolve(&model.vocabulary));
     let options = TrainOptions {
         token_lr: token_lr.collect::<Result<_>>()?,
         ..options(args, objective)
     };
     let mut trainer = Trainer::new(loaded, data, options)?;
     if let Some(dir) = &args.resume {
-        resume(&mut trainer, dir, &initial, args.keep_best)?;
+        resume(&mut trainer, &model, dir, &initial, args.keep_best)?;
     }
     let run = Run {
         model: &model,
@@ -100,24 +119,15 @@ pub(super) fn run(args: &TrainArgs, cli: &Cli) -> Result<()> {
             report: args.watch.report.as_deref(),
             resumes: args.resume.is_some(),
             save_every: args.save_every,
-            config: Some(&args.resolved),
+            config: &args.resolved,
         },
         eval_data,
         eval_every: args.eval_every,
         warn_dead_after: args.watch.warn_dead_after,
         keep_best: args.keep_best,
     };
-    interrupt::watch()?;
-    let report = run.execute(&mut trainer)?;
-    print(cli.json, &report.summary, Summary::to_text)?;
-    match report.summary.end {
-        End::Interrupted => Err(Interrupted {
-            step: report.summary.steps,
-            adapter: args.out.clone(),
-        }
-        .into()),
-        End::LastStep | End::EarlyStopping => Ok(()),
-    }
+    ready()?;
+    run.execute(&mut trainer)
 }
 
 fn options(args: &TrainArgs, objective: Objective) -> TrainOptions {
@@ -210,8 +220,16 @@ fn start(model: &Model, ids: &[u32], initial: &Initial) -> Result<Option<TokenRo
     Ok(Some(initial.rows(&table, &tokens)?))
 }
 
-fn resume(trainer: &mut Trainer, dir: &Path, initial: &Initial, keep_best: bool) -> Result<()> {
+fn resume(
+    trainer: &mut Trainer,
+    model: &Model,
+    dir: &Path,
+    initial: &Initial,
+    keep_best: bool,
+) -> Result<()> {
     let adapter = Adapter::read(dir)?;
+    let same = adapter.check_against(&model.checkpoint, BaseCheck::SameTable);
+    same.map_err(|error| misfit(dir, error))?;
     // Decay toward the original rows needs them again, and the adapter tells how it started.
     if let Some(init) = adapter
         .metadata()

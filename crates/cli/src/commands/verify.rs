@@ -8,7 +8,8 @@ use anyhow::{Result, bail};
 use serde::Serialize;
 use trainable_tokens_core::EmbeddingSource;
 use trainable_tokens_format::{
-    Adapter, AdapterModule, BaseCheck, Checkpoint, LoraDelta, MappedTable, PeftType, TableDigest,
+    self as format, Adapter, AdapterModule, BaseCheck, Checkpoint, LoraDelta, MappedTable, PeftType,
+    TableDigest,
 };
 use trainable_tokens_trainer::Vocabulary;
 
@@ -138,7 +139,7 @@ impl Verification<'_> {
 
     fn sizes(&self) -> Check {
         let fits = self.adapter.check_against(self.base, BaseCheck::Fits);
-        let outcome = fits.map_err(|error| error.to_string()).map(|()| {
+        let outcome = fits.map_err(reason).map(|()| {
             let sizes = self.adapter.modules().iter().filter_map(|module| {
                 let table = self.adapter.table(module.path(), self.base).ok()?;
                 let (ids, dim) = (module.token_indices().len(), table.embedding_dim());
@@ -159,10 +160,7 @@ impl Verification<'_> {
     }
 
     fn lora(&self) -> Check {
-        let outcome = self
-            .adapter
-            .lora_deltas(self.base)
-            .map_err(|error| error.to_string());
+        let outcome = self.adapter.lora_deltas(self.base).map_err(reason);
         Check::of("weights of LoRA", outcome.map(|deltas| lora_summary(&deltas)))
     }
 
@@ -235,6 +233,14 @@ impl Verification<'_> {
             }
         }
         Ok(Ok(format!("{} ids mean the same strings", recorded.len())))
+    }
+}
+
+/// What does not fit; which adapter and model it is, is known.
+fn reason(error: format::Error) -> String {
+    match error {
+        format::Error::Base { reason, .. } => reason,
+        other => other.to_string(),
     }
 }
 

@@ -132,6 +132,47 @@ pub(crate) fn fixture(name: &str) -> PathBuf {
     fs::canonicalize(all).unwrap().join(name)
 }
 
+/// A file of the demo.
+pub(crate) fn demo(name: &str) -> PathBuf {
+    PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/demo")).join(name)
+}
+
+/// What `eval` reports of a model.
+#[track_caller]
+pub(crate) fn eval(model: &Path, adapter: Option<&Path>, data: &Path, more: &[&str]) -> Value {
+    let mut args = args!["eval", "--json", "--model", model, "--data", data];
+    args.extend(
+        adapter
+            .into_iter()
+            .flat_map(|adapter| args!["--adapter", adapter]),
+    );
+    args.extend(more.iter().map(Into::into));
+    run(&args).ok().json()
+}
+
+/// The loss of such a report.
+#[track_caller]
+pub(crate) fn loss(report: &Value) -> f64 {
+    report["loss"].as_f64().unwrap()
+}
+
+/// The options beside an adapter train the same adapter again.
+#[track_caller]
+pub(crate) fn trains_again(adapter: &Path, again: &Path) {
+    run(&args![
+        "train",
+        "--config",
+        adapter.join("train_config.toml"),
+        "--out",
+        again
+    ])
+    .ok();
+    for name in ["adapter_model.safetensors", "adapter_config.json"] {
+        let bytes = |dir: &Path| fs::read(dir.join(name)).unwrap();
+        assert!(bytes(adapter) == bytes(again), "{name} differs");
+    }
+}
+
 /// One of PEFT's whole-model cases, opened.
 pub(crate) struct Case {
     pub(crate) dir: PathBuf,

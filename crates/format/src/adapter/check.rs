@@ -127,6 +127,7 @@ impl Adapter {
                 base: base.dir().to_owned(),
                 table: table.base().clone(),
                 recorded,
+                adapter: "it".to_owned(),
             }))
     }
 
@@ -229,9 +230,17 @@ pub(crate) struct RecordedTable {
     base: PathBuf,
     table: MappedTable,
     recorded: TableDigest,
+    /// The adapter, for messages.
+    adapter: String,
 }
 
 impl RecordedTable {
+    /// That of an adapter which messages call `name`.
+    pub(crate) fn of(self, name: &str) -> Self {
+        let adapter = name.to_owned();
+        Self { adapter, ..self }
+    }
+
     /// Reads the whole table.
     pub(crate) fn check(&self) -> Result<()> {
         let (recorded, name, digest) = (self.recorded, self.table.name(), self.table.digest());
@@ -241,7 +250,10 @@ impl RecordedTable {
         Err(Error::Base {
             path: self.base.clone(),
             kind: ErrorKind::File,
-            reason: format!("it was trained on a table of {recorded}, but {name} is {digest}"),
+            reason: format!(
+                "{} was trained on a table of {recorded}, but {name} is {digest}",
+                self.adapter
+            ),
         })
     }
 

@@ -97,7 +97,7 @@ impl<'a> Merge<'a> {
         }
         for table in adapter.check_all(self.base, self.base_check)? {
             if !self.recorded.iter().any(|known| known.is_like(&table)) {
-                self.recorded.push(table);
+                self.recorded.push(table.of(&name));
             }
         }
         self.parts.push(Part {

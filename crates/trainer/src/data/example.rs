@@ -109,6 +109,9 @@ struct Fields {
 impl Line {
     /// Parses a line that is not blank.
     pub(crate) fn parse(line: &str, limits: Limits) -> Result<Self, String> {
+        if !line.trim_start().starts_with('{') {
+            return Err("is no JSON object: data is JSON Lines, one object a line".to_owned());
+        }
         let fields: Fields = parse_object(line.as_bytes())?;
         let check = |name, ids: &[i64]| check_ids(name, ids, limits.vocab_size);
         if let Some(ids) = fields.input_ids {

@@ -75,6 +75,19 @@ impl Encoder {
         device: &Device,
     ) -> Result<Self> {
         let config = EncoderConfig::read(&checkpoint.config_path())?;
+        Self::load_as(config, checkpoint, tokens, rows, padding, dtype, device)
+    }
+
+    /// [`load`](Self::load) with a configuration that was read before.
+    pub(crate) fn load_as(
+        config: EncoderConfig,
+        checkpoint: &Checkpoint,
+        tokens: &[u32],
+        rows: Option<&TokenRows>,
+        padding: PaddingRule,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self> {
         let names = Names::of(&config, checkpoint);
         let weights = Weights::new(checkpoint, dtype, device);
         let tensor = format!("{}.weight", names.embedding());
@@ -99,6 +112,18 @@ impl Encoder {
         device: &Device,
     ) -> Result<Self> {
         let config = EncoderConfig::read(&checkpoint.config_path())?;
+        Self::load_adapter_as(config, checkpoint, adapter, padding, dtype, device)
+    }
+
+    /// [`load_adapter`](Self::load_adapter) with a configuration that was read before.
+    pub(crate) fn load_adapter_as(
+        config: EncoderConfig,
+        checkpoint: &Checkpoint,
+        adapter: &Adapter,
+        padding: PaddingRule,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self> {
         let names = Names::of(&config, checkpoint);
         adapter.check_against(checkpoint, BaseCheck::SameTable)?;
         let low_rank = low_rank(checkpoint, adapter, device)?;

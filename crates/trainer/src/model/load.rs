@@ -39,10 +39,23 @@ impl Decoder {
         device: &Device,
     ) -> Result<Self> {
         let config = ModelConfig::read(&checkpoint.config_path())?;
+        Self::load_as(&config, checkpoint, tokens, rows, padding, dtype, device)
+    }
+
+    /// [`load`](Self::load) with a configuration that was read before.
+    pub(crate) fn load_as(
+        config: &ModelConfig,
+        checkpoint: &Checkpoint,
+        tokens: &[u32],
+        rows: Option<&TokenRows>,
+        padding: PaddingRule,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self> {
         let weights = Weights::new(checkpoint, dtype, device);
         let (name, shape) = (config.embedding_tensor(), [config.vocab_size, config.hidden_size]);
         let (table, tokens, rows) = table_and_rows(&weights, checkpoint, (&name, shape), tokens, rows)?;
-        let embedding = embedding(table, &tokens, &rows, options(&config, padding))?;
+        let embedding = embedding(table, &tokens, &rows, options(config, padding))?;
         let head = |weights: &Weights<'_>| {
             let out_in = [config.vocab_size, config.hidden_size];
             let head = weights.linear(config.head_module(), out_in, false, WeightLayout::OutIn)?;
@@ -66,7 +79,19 @@ impl Decoder {
         dtype: DType,
         device: &Device,
     ) -> Result<Self> {
-        let mut config = ModelConfig::read(&checkpoint.config_path())?;
+        let config = ModelConfig::read(&checkpoint.config_path())?;
+        Self::load_adapter_as(config, checkpoint, adapter, padding, dtype, device)
+    }
+
+    /// [`load_adapter`](Self::load_adapter) with a configuration that was read before.
+    pub(crate) fn load_adapter_as(
+        mut config: ModelConfig,
+        checkpoint: &Checkpoint,
+        adapter: &Adapter,
+        padding: PaddingRule,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self> {
         adapter.check_against(checkpoint, BaseCheck::SameTable)?;
         let low_rank = low_rank(checkpoint, adapter, device)?;
         let weights = Weights::new(checkpoint, dtype, device).with_low_rank(low_rank);

@@ -55,7 +55,7 @@ impl Teach {
         }
         if data.definitions().len() == 1 {
             return Err(Error::Dataset {
-                path: data.path().to_owned(),
+                path: data.path_of(0).to_owned(),
                 reason: "has one definition, but a ranking needs another".to_owned(),
             });
         }

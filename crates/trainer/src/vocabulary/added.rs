@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use serde_json::{Map, Value, json};
 use tokenizers::{AddedToken, NormalizedString, Normalizer as _, Tokenizer};
 
-use super::{Vocabulary, read};
-use crate::{Error, Result};
+use super::Vocabulary;
+use crate::{Error, Result, file};
 
 /// How a tokenizer finds an added token: the flags of `AddedToken` in Hugging Face's tokenizers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -61,7 +61,8 @@ impl Vocabulary {
         for (at, token) in tokens.iter().enumerate() {
             self.expect_new(token, &tokens[..at], flags.kind)?;
         }
-        let mut tokenizer = Tokenizer::from_bytes(read(&self.path)?).map_err(|error| self.error(&error))?;
+        let mut tokenizer =
+            Tokenizer::from_bytes(file::read(&self.path)?).map_err(|error| self.error(&error))?;
         let special = flags.kind == TokenKind::Special;
         let added = tokens.iter().map(|token| {
             AddedToken::from(token, special)
@@ -168,7 +169,7 @@ impl Vocabulary {
                 reason,
             };
             let before: Map<String, Value> =
-                serde_json::from_slice(&read(&path)?).map_err(|error| wrong(error.to_string()))?;
+                serde_json::from_slice(&file::read(&path)?).map_err(|error| wrong(error.to_string()))?;
             let mut fields = before.clone();
             if name == "added_tokens.json" {
                 fields.extend(

@@ -6,8 +6,8 @@ use std::collections::HashSet;
 use serde_json::{Value, json};
 use tokenizers::Tokenizer;
 
-use super::{Vocabulary, read};
-use crate::{Error, Result};
+use super::Vocabulary;
+use crate::{Error, Result, file};
 
 /// The tokens of a text.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -26,7 +26,7 @@ impl Vocabulary {
     ///
     /// [`Error::Tokenizer`], [`Error::Read`].
     pub fn without(&self, ids: &[u32]) -> Result<Self> {
-        let bytes = read(&self.path)?;
+        let bytes = file::read(&self.path)?;
         let mut tokenizer: Value =
             serde_json::from_slice(&bytes).map_err(|error| self.error(&error.to_string().into()))?;
         hide(&mut tokenizer, &ids.iter().map(|id| u64::from(*id)).collect());

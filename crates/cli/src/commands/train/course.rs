@@ -112,7 +112,7 @@ impl Run<'_> {
     }
 
     fn write_report(&self, path: &Path, summary: &Summary, history: &History) -> Result<()> {
-        let options: toml::Table = self.outputs.config.unwrap_or_default().parse()?;
+        let options: toml::Table = self.outputs.config.parse()?;
         let text = |value: toml::Value| match value {
             toml::Value::String(text) => text,
             toml::Value::Array(items) => {

@@ -49,7 +49,7 @@ pub(crate) struct Outputs<'a> {
     pub(crate) resumes: bool,
     pub(crate) save_every: Option<u64>,
     /// The options of the run, to be written beside the adapter.
-    pub(crate) config: Option<&'a str>,
+    pub(crate) config: &'a str,
 }
 
 /// What a run leaves besides its files.

@@ -49,11 +49,8 @@ impl Run<'_> {
             if let Some(training_state) = &training_state {
                 training_state.write_into(dir)?;
             }
-            if let Some(config) = self.outputs.config {
-                let path = dir.join(CONFIG_FILE);
-                fs::write(&path, config).with_context(|| format!("cannot write {}", path.display()))?;
-            }
-            Ok(())
+            let path = dir.join(CONFIG_FILE);
+            fs::write(&path, self.outputs.config).with_context(|| format!("cannot write {}", path.display()))
         })
     }
 

@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use crate::json::parse_object;
 use crate::ops::{mul_frozen, working_dtype};
-use crate::{Error, Result};
+use crate::{Error, Result, file};
 
 /// Which hidden states are pooled.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -64,7 +64,7 @@ impl Pooling {
             path: path.to_owned(),
             reason,
         };
-        let modules: Vec<ModuleEntry> = serde_json::from_slice(&read(&path)?)
+        let modules: Vec<ModuleEntry> = serde_json::from_slice(&file::read(&path)?)
             .map_err(|error| invalid(&path, format!("is no list of modules: {error}")))?;
         let mut pooling = Self::default();
         for module in &modules {
@@ -73,7 +73,7 @@ impl Pooling {
                 "Normalize" => pooling.normalizes = true,
                 "Pooling" => {
                     let path = dir.join(&module.path).join("config.json");
-                    let raw = parse_object(&read(&path)?)
+                    let raw = parse_object(&file::read(&path)?)
                         .map_err(|reason| invalid(&path, format!("is no config of a pooling: {reason}")))?;
                     pooling.mode = mode(&raw).map_err(|what| Error::UnsupportedModel {
                         path: path.clone(),
@@ -143,11 +143,4 @@ fn mode(config: &BTreeMap<String, Value>) -> Result<PoolingMode, String> {
         ["cls"] => Ok(PoolingMode::Cls),
         other => Err(format!("pooling_mode '{}'", other.join(" and ").escape_debug())),
     }
-}
-
-fn read(path: &Path) -> Result<Vec<u8>> {
-    std::fs::read(path).map_err(|source| Error::Read {
-        path: path.to_owned(),
-        source,
-    })
 }
