@@ -26,6 +26,7 @@ import reference
 from add_tokens import check_add_tokens
 from cli import Cli
 from decoders import check_decoders
+from encoder_lora import check_encoder_lora
 from encoders import ENCODERS, check_encoders
 from extract import check_extract
 from lora import check_lora
@@ -323,6 +324,7 @@ def main() -> int:
         groups["decoders"] = lambda: check_decoders(cli, report, work / "decoders")
         groups["extract"] = lambda: check_extract(cli, report, work / "extract")
         groups[ENCODERS] = lambda: check_encoders(cli, report, work / ENCODERS)
+        groups["encoder-lora"] = lambda: check_encoder_lora(cli, report, work / "encoder-lora")
         groups["split"] = lambda: check_split(cli, report, work / "split")
         groups[LORA] = lambda: check_lora(cli, report, work / LORA)
         groups["round-trips"] = lambda: check_round_trips(options.adapters.resolve(), report, work / "trips", guarded)

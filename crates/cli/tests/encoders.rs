@@ -8,16 +8,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
-use support::{Case, args, assert_close, copy_dir, floats_of, read_json, read_tensors, run};
+use support::{Case, args, assert_close, copy_dir, encoder, floats_of, read_json, read_tensors, run};
 use tempfile::TempDir;
-
-fn encoder(name: &str) -> PathBuf {
-    let all = concat!(
-        env!("CARGO_MANIFEST_DIR"),
-        "/../../tests/fixtures/transformers/encoders"
-    );
-    fs::canonicalize(all).unwrap().join(name)
-}
 
 fn eval(model: &Path, adapter: Option<&Path>, data: &Path, more: &[&str]) -> Value {
     let mut args = args!["eval", "--json", "--model", model, "--data", data];

@@ -132,6 +132,15 @@ pub(crate) fn fixture(name: &str) -> PathBuf {
     fs::canonicalize(all).unwrap().join(name)
 }
 
+/// A small encoder of transformers.
+pub(crate) fn encoder(name: &str) -> PathBuf {
+    let all = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/../../tests/fixtures/transformers/encoders"
+    );
+    fs::canonicalize(all).unwrap().join(name)
+}
+
 /// One of PEFT's whole-model cases, opened.
 pub(crate) struct Case {
     pub(crate) dir: PathBuf,
