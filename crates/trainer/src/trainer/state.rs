@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use trainable_tokens_format::{Adapter, TrainingState};
 
 use super::Trainer;
+use crate::activity::SavedActivity;
 use crate::early_stopping::Evaluations;
 use crate::part::{self, Part};
 use crate::{Error, Objective, OptimizerKind, Result};
@@ -40,6 +41,9 @@ struct Saved {
     /// The digest of the values that it was saved beside.
     #[serde(default)]
     values: Option<String>,
+    /// Absent in states from before it was saved, and for very many tokens.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    activity: Option<SavedActivity>,
 }
 
 fn one() -> usize {
@@ -62,6 +66,7 @@ impl Trainer {
             run: self.identity(),
             evaluations: self.evaluations,
             values: Some(part::digest(&self.parts, &self.values()?)),
+            activity: self.activity.saved(),
         };
         let extra = serde_json::to_value(saved).map_err(|error| Error::Setting(error.to_string()))?;
         Ok(TrainingState {
@@ -88,6 +93,7 @@ impl Trainer {
             run: saved,
             evaluations,
             values,
+            activity,
         } = serde_json::from_value(state.extra)
             .map_err(|error| refuse(format!("is not the state of a training run: {error}")))?;
         let current = self.identity();
@@ -110,7 +116,15 @@ impl Trainer {
                 "is not the state of the adapter beside it, but of other values, after step {step}"
             )));
         }
+        let activity = activity.map(|saved| {
+            let reason = || "does not hold the counts of as many tokens as train".to_owned();
+            self.activity.continued(&saved).ok_or_else(|| refuse(reason()))
+        });
+        let activity = activity.transpose()?;
         part::load(&mut self.parts, state.optimizer, adapter)?;
+        if let Some(activity) = activity {
+            self.activity = activity;
+        }
         self.step = step;
         self.evaluations = evaluations;
         Ok(())

@@ -231,6 +231,7 @@ fn rows_and_weights_train_together() {
             .unwrap();
         (2..STEPS).for_each(|_| assert!(second.step().unwrap().loss.is_finite()));
         expect_same(&what, &end, &saved(&second, &start));
+        assert_eq!(second.activity(), whole.activity(), "{what}");
         assert_eq!(
             outputs(name, &with(name, &end)),
             outputs(name, second.model()),

@@ -289,6 +289,8 @@ fn masked_runs_resume_bit_for_bit() {
             .bits_eq(adapter(&second).modules()[0].rows())
     );
 
+    assert_eq!(second.activity(), whole.activity());
+
     // Other masks are another run.
     let other = TrainOptions {
         objective: Some(Objective::Masked(Some(Masking { seed: 6, ..masking() }))),
