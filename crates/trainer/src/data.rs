@@ -37,8 +37,8 @@ struct Contents {
 
 impl Dataset {
     /// Reads JSON Lines, each `{"input_ids": […], "labels": […]?}` or `{"text": "…"}`, or a `.txt` file, which is
-    /// cut into windows of `max_length` tokens. Longer lines are cut at `max_length`; blank lines are skipped. Lines
-    /// `{"sentence": "…", "definition": "…"}`, or `{"input_ids": […], "definition_ids": […]}`, teach a word.
+    /// cut into windows of `max_length` tokens. Longer lines are cut at `max_length`, a text before the special tokens that end
+    /// it; blank lines are skipped. Lines `{"sentence": "…", "definition": "…"}`, or `{"input_ids": […], "definition_ids": […]}`, teach a word.
     ///
     /// # Errors
     ///
@@ -153,6 +153,10 @@ fn lines(
     max_length: Option<usize>,
 ) -> Result<Contents> {
     let limits = Limits::new(model.vocab_size, model.max_length, max_length);
+    let encode = |text: &str| match max_length {
+        Some(length) => vocabulary.encode_truncated(text, length),
+        None => vocabulary.encode(text),
+    };
     let mut contents = Contents::default();
     let mut known = HashMap::new();
     let lines = (1..)
@@ -166,14 +170,14 @@ fn lines(
         };
         let (input_ids, labels, definition) = match Line::parse(line, limits).map_err(wrong)? {
             Line::Ids { input_ids, labels } => (input_ids, labels, None),
-            Line::Text(text) => (vocabulary.encode(&text)?, None, None),
+            Line::Text(text) => (encode(&text)?, None, None),
             Line::DefinedIds {
                 input_ids,
                 definition_ids,
             } => (input_ids, None, Some(definition_ids)),
             Line::Defined { sentence, definition } => {
-                let definition = vocabulary.encode(&definition)?;
-                (vocabulary.encode(&sentence)?, None, Some(definition))
+                let definition = encode(&definition)?;
+                (encode(&sentence)?, None, Some(definition))
             }
         };
         let mut example = Example::new(input_ids, labels, number, limits).map_err(wrong)?;
