@@ -301,8 +301,8 @@ mod tests {
             (r#"{"model_type":"gpt3"}"#.to_owned(), "model_type 'gpt3'"),
             ("{}".to_owned(), "model_type ''"),
             (
-                format!(r#"{{"model_type":"llama",{MINIMAL},"hidden_act":"gelu"}}"#),
-                "hidden_act 'gelu'",
+                format!(r#"{{"model_type":"llama",{MINIMAL},"hidden_act":"quick_gelu"}}"#),
+                "hidden_act 'quick_gelu'",
             ),
             (
                 format!(r#"{{"model_type":"llama",{MINIMAL},"rope_scaling":{{"rope_type":"longrope"}}}}"#),
