@@ -52,8 +52,8 @@ impl Adapter {
     ///
     /// Those of [`lora_weights`](Self::lora_weights); [`Error::Base`] if a module has no weight there or one of another
     /// shape; [`Error::TensorMissing`] if a weight there is targeted, but the file has no factors for it (PEFT only warns; a
-    /// pooler of BERT may have none), or if a module there is saved whole, but not in the file; [`Error::Unsupported`] if a module also has rows of
-    /// tokens (so does PEFT refuse it); those of [`Checkpoint::table`].
+    /// pooler of BERT may have none), or if a module there is saved whole, but not in the file; [`Error::Unsupported`] if a
+    /// module also has rows of tokens (so does PEFT refuse it); those of [`Checkpoint::table`].
     pub fn lora_deltas(&self, base: &Checkpoint) -> Result<Vec<LoraDelta>> {
         let weights = self.lora_weights()?;
         if self.config().peft_type() == PeftType::Lora {

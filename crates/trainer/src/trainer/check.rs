@@ -18,8 +18,8 @@ const PROBE_LENGTH: usize = 64;
 impl Trainer {
     /// Compares the gradient of the first example with finite differences of its loss, once for the rows and once for
     /// LoRA's factors; all values are as before afterwards. Rows of zeros are compared at another place, for the norms behind
-    /// them bend the loss there too sharply to be followed by differences. The row of a padding token that gets no gradient from the lookup
-    /// is left out: that gradient is not the slope of the loss, by choice. Returns the worse of the two.
+    /// them bend the loss there too sharply to be followed by differences. The row of a padding token that gets no gradient
+    /// from the lookup is left out: that gradient is not the slope of the loss, by choice. Returns the worse of the two.
     ///
     /// # Errors
     ///
