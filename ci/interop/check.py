@@ -8,6 +8,7 @@ Every check prints a line with the number measured. The exit status is 1 if any 
 import argparse
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -20,12 +21,14 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # both sides on the CPU
 import peft
 import torch
 import transformers
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import reference
 from add_tokens import check_add_tokens
 from cli import Cli
 from decoders import check_decoders
+from encoder_lora import check_encoder_lora
 from encoders import ENCODERS, check_encoders
 from extract import check_extract
 from lora import check_lora
@@ -288,6 +291,30 @@ def check_text(cli: Cli, report: Report, work: Path, model: Path, tokenizer, wor
     theirs = reference.loss(reference.load_model(model), examples, tokenizer.pad_token_id).item()
     report.within(f"tokenizer: eval of text, loss {theirs:.4f}", abs(ours["loss"] - theirs), LOSS)
     report.equal("tokenizer: targets", ours["tokens"], sum(len(e["input_ids"]) - 1 for e in examples))
+    check_truncation(cli, report, work, model, texts)
+
+
+def check_truncation(cli: Cli, report: Report, work: Path, model: Path, texts: list[str]):
+    """Texts are cut where transformers cuts them, before the token that the tokenizer appends."""
+    ending = work / "ending"
+    shutil.copytree(model, ending)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    end = tokenizer.convert_ids_to_tokens(2)
+    processor = TemplateProcessing(single=f"$A {end}", pair=f"$A {end} $B {end}", special_tokens=[(end, 2)])
+    tokenizer.backend_tokenizer.post_processor = processor
+    tokenizer.backend_tokenizer.save(str(ending / "tokenizer.json"))
+    tokenizer = AutoTokenizer.from_pretrained(ending)
+    longest = max(len(tokenizer(text).input_ids) for text in texts)
+    data = write_lines(work / "long.jsonl", [{"text": text} for text in texts])
+    for length in (5, longest - 1):
+        ours = cli("eval", model=ending, data=data, batch_size=5, max_length=length)
+        cut = [tokenizer(text, truncation=True, max_length=length).input_ids for text in texts]
+        ends = all(ids[-1] == 2 for ids in cut) and max(map(len, cut)) == length
+        report.equal(f"tokenizer: texts cut at {length} end with {end}", ends, True)
+        pad = tokenizer.pad_token_id
+        theirs = reference.loss(reference.load_model(ending), [{"input_ids": ids} for ids in cut], pad).item()
+        difference = abs(ours["loss"] - theirs)
+        report.within(f"tokenizer: eval of texts cut at {length}, loss {theirs:.4f}", difference, LOSS)
 
 
 def guarded(report: Report, name: str, check):
@@ -323,6 +350,7 @@ def main() -> int:
         groups["decoders"] = lambda: check_decoders(cli, report, work / "decoders")
         groups["extract"] = lambda: check_extract(cli, report, work / "extract")
         groups[ENCODERS] = lambda: check_encoders(cli, report, work / ENCODERS)
+        groups["encoder-lora"] = lambda: check_encoder_lora(cli, report, work / "encoder-lora")
         groups["split"] = lambda: check_split(cli, report, work / "split")
         groups[LORA] = lambda: check_lora(cli, report, work / LORA)
         groups["round-trips"] = lambda: check_round_trips(options.adapters.resolve(), report, work / "trips", guarded)

@@ -17,6 +17,8 @@ from models import SHARDS, save_random_model
 # Shorter than the sequences, so that windows and long positions count.
 WINDOW, POSITIONS = 5, 24
 PROMPT_LENGTH, NEW_TOKENS = 9, 12
+# Between the prompt's length and that of the sequences.
+LONG_FROM = 16
 
 COMMON = dict(
     vocab_size=83,
@@ -36,6 +38,7 @@ ROPE = dict(rope_theta=10000.0)
 LLAMA3 = dict(low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16, factor=8.0)
 SMALL_SHARDS = SHARDS | dict(max_shard_size="10KB")
 GEMMA = dict(tie_word_embeddings=True, query_pre_attn_scalar=6, sliding_window=WINDOW)
+LATER = ("-longrope", "-gelu")
 MIXED_LAYERS = ["full_attention", "sliding_attention"]
 
 # name: (model_type, what its config says besides, how it is saved)
@@ -57,6 +60,20 @@ DECODERS = {
         ),
         {},
     ),
+    "llama-longrope": (
+        "llama",
+        dict(
+            rope_parameters=dict(
+                ROPE,
+                rope_type="longrope",
+                short_factor=[1.0, 1.1, 1.2, 1.5],
+                long_factor=[1.0, 2.0, 5.0, 9.0],
+                original_max_position_embeddings=LONG_FROM,
+            )
+        ),
+        {},
+    ),
+    "llama-gelu": ("llama", dict(hidden_act="gelu"), {}),
     "mistral": ("mistral", dict(sliding_window=WINDOW), {}),
     "qwen2": ("qwen2", dict(use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1), SMALL_SHARDS),
     "qwen3": ("qwen3", dict(tie_word_embeddings=True), {}),
@@ -81,6 +98,9 @@ DECODERS = {
         {},
     ),
     "gpt2": ("gpt2", dict(n_inner=40), {}),
+    "gemma-gelu": ("gemma", dict(tie_word_embeddings=True, hidden_act="gelu"), {}),
+    "gemma2-gelu": ("gemma2", GEMMA | dict(hidden_activation="gelu"), {}),
+    "gpt2-gelu": ("gpt2", dict(n_inner=40, activation_function="gelu"), {}),
     "gpt2-untied": ("gpt2", dict(tie_word_embeddings=False), SMALL_SHARDS),
 }
 
@@ -98,7 +118,9 @@ def make_config(name: str):
 def make_decoder(name: str, path: Path) -> Path:
     config = make_config(name)
     cls = AutoModelForCausalLM._model_mapping[type(config)]
-    save_random_model(path, cls, config, seed=sorted(DECODERS).index(name), **DECODERS[name][2])
+    # Those that came later leave the seeds of the others.
+    order = sorted(DECODERS, key=lambda other: (other.endswith(LATER), other))
+    save_random_model(path, cls, config, seed=order.index(name), **DECODERS[name][2])
     # A token that ends a text would cut the comparison short.
     for file in ("config.json", "generation_config.json"):
         fields = json.loads((path / file).read_text())
@@ -130,6 +152,7 @@ def results(path: Path) -> dict[str, torch.Tensor]:
         "embeddings": seen["embeddings"].contiguous(),
         "logits": logits.contiguous(),
         "prompt": prompt[0],
+        "prompt_logits": model(input_ids=prompt, use_cache=False).logits.contiguous(),
         "generated": generated[0, PROMPT_LENGTH:].contiguous(),
     }
 
@@ -143,6 +166,8 @@ def check_decoders(cli, report, work: Path):
         ours = cli.forward(work, path, theirs["input_ids"])
         report.equal_bits(f"{name}: embeddings", ours["embeddings"], theirs["embeddings"])
         report.close(f"{name}: logits", ours["logits"], theirs["logits"], 1e-4)
+        prompt = cli.forward(work, path, theirs["prompt"][None])
+        report.close(f"{name}: logits of the prompt", prompt["logits"], theirs["prompt_logits"], 1e-4)
         prompt = ",".join(str(id) for id in theirs["prompt"].tolist())
         said = cli("generate", model=path, prompt_ids=prompt, max_new_tokens=NEW_TOKENS)
         report.equal(f"{name}: greedy tokens", said["token_ids"], theirs["generated"].tolist())

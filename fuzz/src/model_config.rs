@@ -61,15 +61,15 @@ fn check_decoder(config: &ModelConfig) {
     ];
     let mut above_0 = above_0.into_iter().flatten();
     assert!(above_0.all(|factor| factor.is_finite() && factor > 0.0));
-    if let Positions::Rotary { full, sliding } = config.positions {
+    if let Positions::Rotary { full, sliding } = &config.positions {
         assert!(config.head_dim.is_multiple_of(2));
         check_rope(full);
         check_rope(sliding);
     }
 }
 
-fn check_rope(rope: Rope) {
-    let factors = match rope.scaling {
+fn check_rope(rope: &Rope) {
+    let factors = match rope.scaling.clone() {
         RopeScaling::Default => Vec::new(),
         RopeScaling::Linear { factor } | RopeScaling::Dynamic { factor } => vec![factor],
         RopeScaling::Llama3 {
@@ -92,6 +92,16 @@ fn check_rope(rope: Rope) {
             original_max_position_embeddings,
             ..
         } => vec![factor, attention_factor, original_max_position_embeddings],
+        RopeScaling::LongRope {
+            short_factor,
+            long_factor,
+            attention_factor,
+            original_max_position_embeddings,
+        } => {
+            assert_eq!(short_factor.len(), long_factor.len());
+            let others = [attention_factor, original_max_position_embeddings];
+            [&short_factor[..], &long_factor, &others].concat()
+        }
     };
     let mut all = factors.into_iter().chain([rope.theta]);
     assert!(all.all(|factor| factor.is_finite() && factor > 0.0), "{rope:?}");

@@ -9,17 +9,10 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, json};
 use support::{
-    Case, args, assert_close, copy_dir, eval, floats_of, loss, read_json, read_tensors, run, trains_again,
+    Case, args, assert_close, copy_dir, edit_json, encoder, eval, floats_of, loss, read_json, read_tensors,
+    run, trains_again,
 };
 use tempfile::TempDir;
-
-fn encoder(name: &str) -> PathBuf {
-    let all = concat!(
-        env!("CARGO_MANIFEST_DIR"),
-        "/../../tests/fixtures/transformers/encoders"
-    );
-    fs::canonicalize(all).unwrap().join(name)
-}
 
 /// From training to the merged model, with the bias of the output layer that PEFT forgets.
 #[test]
@@ -337,6 +330,51 @@ fn texts_are_masked_by_their_seed() {
     run(&wrong).refused(&["the mask probability is 1.5"]);
     let causal = args!["eval", "--model", model, "--data", data, "--objective", "causal"];
     run(&causal).refused(&["the objective causal is not for an encoder"]);
+}
+
+/// What is cut off a line of text is text: its last token is the special one that ends every text.
+#[test]
+fn special_tokens_of_cut_texts_stay() {
+    let home = TempDir::new().unwrap();
+    let (model, texts, ids) = (
+        home.path().join("model"),
+        home.path().join("t.jsonl"),
+        home.path().join("i.jsonl"),
+    );
+    copy_dir(&encoder("bert"), &model);
+    write_tokenizer(&model);
+    edit_json(&model.join("tokenizer.json"), |tokenizer| {
+        tokenizer["post_processor"] =
+            json!({"type": "BertProcessing", "sep": ["[UNK]", 1], "cls": ["[CLS]", 2]});
+    });
+    let line = |sentence: &str, definition: &str| {
+        json!({"sentence": sentence, "definition": definition}).to_string()
+    };
+    fs::write(&texts, line("w9 w8 w7 w6 w5 w4", "w10 w11 w12 w13 w14")).unwrap();
+    fs::write(
+        &ids,
+        json!({"input_ids": [2, 9, 8, 7, 1], "definition_ids": [2, 10, 11, 12, 1]}).to_string(),
+    )
+    .unwrap();
+    let cosine = |data: &Path, more: &[&str]| {
+        let report = eval(&model, None, data, &[&["--objective", "teach"], more].concat());
+        report["cosine"].as_f64().unwrap()
+    };
+    let cut = cosine(&texts, &["--max-length", "5"]);
+    assert_eq!(cut.to_bits(), cosine(&ids, &[]).to_bits());
+    assert_ne!(cut.to_bits(), cosine(&texts, &[]).to_bits());
+    let wrong = args![
+        "eval",
+        "--model",
+        model,
+        "--data",
+        texts,
+        "--objective",
+        "teach",
+        "--max-length",
+        "2"
+    ];
+    run(&wrong).refused(&["max-length 2 leaves no room for text: the tokenizer adds 2 special tokens"]);
 }
 
 /// Texts of `w4` to `w89` for a model with [`write_tokenizer`]'s tokenizer.

@@ -151,7 +151,7 @@ fn malformed_configs() {
         ("pad_token_id", json!(300)),
         ("rope_parameters", json!({"rope_type": "longrope", "factor": 2.0})),
         ("rope_parameters", json!({"rope_type": "linear"})),
-        ("hidden_act", json!("gelu")),
+        ("hidden_act", json!("quick_gelu")),
         ("model_type", json!(null)),
         ("model_type", json!("gpt_neox")),
         ("tie_word_embeddings", json!("no")),

@@ -111,6 +111,36 @@ fn rows_that_no_step_reaches_are_named() {
     );
 }
 
+/// A run that is cut in two knows of the steps before the cut.
+#[test]
+fn a_resumed_run_tells_what_a_straight_one_does() {
+    let workspace = Workspace::new();
+    // 12 is in the first line alone, 44 in none.
+    let lines = [[1, 12, 7, 60], [1, 299, 7, 60], [1, 299, 8, 61], [1, 299, 9, 62]];
+    let lines = lines.map(|ids| json!({ "input_ids": ids }).to_string());
+    fs::write(workspace.data(), lines.join("\n")).unwrap();
+    let out = workspace.out();
+    let run = |steps: &str, more: &[&str]| {
+        let options = ["--batch-size", "1", "--save-every", "1", "--warn-dead-after", "3"];
+        let more = [&["--steps", steps], &options[..], more].concat();
+        let outcome = run(&train(&workspace, "299,12,44", &more));
+        assert_eq!(outcome.code, Some(0), "{outcome:#?}");
+        let never = "it never occurs in the data";
+        assert_eq!(dead(&outcome.json()), [(44, never.to_owned())], "{outcome:#?}");
+        outcome.stderr
+    };
+    let straight = run("4", &[]);
+    let of = |text: &str, part: &str| text.lines().filter(|line| line.contains(part)).count();
+    assert_eq!(
+        [of(&straight, "44"), of(&straight, "it was reached before")],
+        [1, 1],
+        "{straight}"
+    );
+    let first = run("2", &[]);
+    let second = run("4", &["--resume", out.to_str().unwrap()]);
+    assert_eq!(format!("{first}{second}"), straight);
+}
+
 /// A tied head gives every row a gradient, whether or not its token is anywhere.
 #[test]
 fn a_tied_head_hides_no_dead_row() {

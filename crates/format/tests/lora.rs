@@ -701,6 +701,37 @@ fn a_base_that_does_not_fit_is_refused_by_name() {
 }
 
 /// In PEFT the two cannot be on one module either.
+/// Checkpoints of BERT hold parts that a masked language model does not have, and PEFT's `dense` does not find there.
+#[test]
+fn a_pooler_may_have_no_weights() {
+    let home = tempfile::tempdir().unwrap();
+    let (dense, pooler) = ("bert.encoder.layer.0.output.dense", "bert.pooler.dense");
+    let names = [dense, pooler].map(|path| format!("{path}.weight"));
+    let base = checkpoint(
+        &home.path().join("base"),
+        DType::F32,
+        &names.each_ref().map(|name| (name.as_str(), [2, 3], vec![0.0; 6])),
+    );
+    let adapter = |path: &str| {
+        let (a, b, [a_values, b_values]) = factors(path);
+        let tensors = [(a.as_str(), [2, 3], a_values), (b.as_str(), [2, 2], b_values)];
+        adapter_of(
+            &json!({"r": 2, "target_modules": ["dense"]}),
+            DType::F32,
+            &tensors,
+        )
+        .unwrap()
+    };
+    let out = home.path().join("out");
+    let report = merge(&base, &[&adapter(dense)], &out).unwrap();
+    assert_eq!(report.tensors, [names[0].clone()]);
+    let error = merge(&base, &[&adapter(pooler)], &out).unwrap_err().to_string();
+    assert!(
+        error.contains(dense) && error.contains("exclude_modules"),
+        "{error}"
+    );
+}
+
 #[test]
 fn rows_and_weights_of_one_module_are_refused() {
     let home = tempfile::tempdir().unwrap();

@@ -1,10 +1,15 @@
 //! Which rows training reaches.
 
+use serde::{Deserialize, Serialize};
 use trainable_tokens_core::{TokenId, TokenRows, TokenSet};
 
 use crate::Example;
 
-/// What training has done to one row of the input embedding so far, since the run was started or resumed.
+/// Counts of more tokens than this are not saved: they would not fit into the text of a training state, which is limited.
+const MOST_SAVED: usize = 1 << 15;
+
+/// What training has done to one row of the input embedding so far. A resumed run counts on from what was saved, but for more
+/// than 32768 tokens, whose counts are not saved: then since it was resumed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TokenActivity {
     /// The token.
@@ -25,6 +30,14 @@ impl TokenActivity {
     pub fn is_dead(&self) -> bool {
         self.steps_reached == 0 && !self.frozen
     }
+}
+
+/// The counts of all tokens, in slot order, as a training state holds them.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct SavedActivity {
+    occurrences: Vec<u64>,
+    steps_reached: Vec<u64>,
+    idle_steps: Vec<u64>,
 }
 
 /// The counts of all tokens, in slot order.
@@ -55,11 +68,50 @@ impl Activity {
         &self.counts
     }
 
+    /// What a training state holds of the counts, if they are not too many.
+    pub(crate) fn saved(&self) -> Option<SavedActivity> {
+        let all = |count: fn(&TokenActivity) -> u64| self.counts.iter().map(count).collect();
+        (self.counts.len() <= MOST_SAVED).then(|| SavedActivity {
+            occurrences: all(|it| it.occurrences),
+            steps_reached: all(|it| it.steps_reached),
+            idle_steps: all(|it| it.idle_steps),
+        })
+    }
+
+    /// Counts on from what was saved; none if it is not of as many tokens.
+    pub(crate) fn continued(&self, saved: &SavedActivity) -> Option<Self> {
+        let SavedActivity {
+            occurrences,
+            steps_reached,
+            idle_steps,
+        } = saved;
+        let lists = [occurrences, steps_reached, idle_steps];
+        if lists.iter().any(|list| list.len() != self.counts.len()) {
+            return None;
+        }
+        let saved = occurrences.iter().zip(steps_reached).zip(idle_steps);
+        let counts = self.counts.iter().zip(saved);
+        let counts = counts.map(
+            |(now, ((occurrences, steps_reached), idle_steps))| TokenActivity {
+                occurrences: *occurrences,
+                steps_reached: *steps_reached,
+                idle_steps: *idle_steps,
+                ..*now
+            },
+        );
+        Some(Self {
+            counts: counts.collect(),
+            present: vec![false; self.tokens.len()],
+            tokens: self.tokens.clone(),
+        })
+    }
+
     /// An example of the step that is being taken.
     pub(crate) fn see(&mut self, example: &Example) {
         for id in ids(example) {
             if let Some(slot) = self.tokens.slot(id) {
-                self.counts[slot.0].occurrences += 1;
+                let count = &mut self.counts[slot.0].occurrences;
+                *count = count.saturating_add(1);
                 self.present[slot.0] = true;
             }
         }
@@ -70,10 +122,10 @@ impl Activity {
         let norms = gradient.row_norms();
         for ((count, present), norm) in self.counts.iter_mut().zip(&mut self.present).zip(norms) {
             if std::mem::take(present) && norm != 0.0 {
-                count.steps_reached += 1;
+                count.steps_reached = count.steps_reached.saturating_add(1);
                 count.idle_steps = 0;
             } else {
-                count.idle_steps += 1;
+                count.idle_steps = count.idle_steps.saturating_add(1);
             }
         }
     }

@@ -8,6 +8,7 @@ use trainable_tokens_candle::TrainableTokens;
 use trainable_tokens_core::{LogitsChunk, PaddingRule, TokenRows};
 use trainable_tokens_format::{Adapter, Checkpoint};
 
+use crate::config::WeightLayout;
 use crate::json::parse_object;
 use crate::model::Names;
 use crate::{Decoder, Encoder, EncoderConfig, Graph, LowRank, ModelConfig, Result, file};
@@ -30,6 +31,20 @@ pub struct InputSpec {
     pub max_length: usize,
     /// What shorter sequences are padded with; 0 without one.
     pub pad_token_id: Option<u32>,
+}
+
+/// The layers of a model that weights of LoRA can train beside.
+pub(crate) struct LinearLayers {
+    /// The ends of their paths, but for the head: what PEFT's `all-linear` stands for.
+    pub(crate) names: Vec<&'static str>,
+    /// Those of them that PEFT takes if none is named.
+    pub(crate) preferred: Vec<&'static str>,
+    /// The path of the output layer, if there is one.
+    pub(crate) head: Option<String>,
+    /// Whether that shares the embedding table.
+    pub(crate) ties_head: bool,
+    /// How the weights lie, but for the head's.
+    pub(crate) layout: WeightLayout,
 }
 
 #[derive(Deserialize)]
@@ -87,15 +102,38 @@ impl Architecture {
 
     /// The path of the output layer that shares the embedding table, if there is one.
     pub fn tied_head(&self, checkpoint: &Checkpoint) -> Option<String> {
-        if !self.tie_word_embeddings() {
-            return None;
-        }
+        self.head(checkpoint).filter(|_| self.tie_word_embeddings())
+    }
+
+    fn head(&self, checkpoint: &Checkpoint) -> Option<String> {
         match self {
             Self::Decoder(config) => Some(config.head_module().to_owned()),
             Self::Encoder(config) => {
                 let head = Names::of(config, checkpoint).head();
                 head.map(|head| head.decoder.to_owned())
             }
+        }
+    }
+
+    /// The layers of a checkpoint of this architecture that weights of LoRA can train beside.
+    pub(crate) fn linear_layers(&self, checkpoint: &Checkpoint) -> LinearLayers {
+        let (names, preferred, layout) = match self {
+            Self::Decoder(config) => (
+                config.linear_layers(),
+                config.lora_targets(),
+                config.names.layer.layout,
+            ),
+            Self::Encoder(config) => {
+                let names = Names::of(config, checkpoint);
+                (names.linear(), vec!["query", "value"], WeightLayout::OutIn)
+            }
+        };
+        LinearLayers {
+            names,
+            preferred,
+            head: self.head(checkpoint),
+            ties_head: self.tie_word_embeddings(),
+            layout,
         }
     }
 }

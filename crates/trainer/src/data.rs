@@ -35,8 +35,9 @@ pub struct Dataset {
 
 impl Dataset {
     /// Reads JSON Lines, each `{"input_ids": […], "labels": […]?}` or `{"text": "…"}`, or a `.txt` file, which is
-    /// cut into windows of `max_length` tokens. Longer lines are cut at `max_length`; blank lines are skipped. Lines
-    /// `{"sentence": "…", "definition": "…"}`, or `{"input_ids": […], "definition_ids": […]}`, teach a word.
+    /// cut into windows of `max_length` tokens. Longer lines are cut at `max_length`, a text before the special tokens that end
+    /// it; blank lines are skipped. Lines `{"sentence": "…", "definition": "…"}`, or
+    /// `{"input_ids": […], "definition_ids": […]}`, teach a word.
     ///
     /// # Errors
     ///

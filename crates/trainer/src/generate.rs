@@ -59,27 +59,27 @@ pub fn generate(model: &Decoder, prompt: &[u32], options: &GenerateOptions) -> R
     }
     let mut random = ChaCha8Rng::seed_from_u64(options.seed);
     let mut cache = model.new_cache();
-    let mut token_ids: Vec<u32> = Vec::new();
-    let mut unread = prompt.to_vec();
-    while token_ids.len() < options.max_new_tokens && prompt.len() + token_ids.len() < most {
-        let input = Tensor::from_slice(&unread, (1, unread.len()), model.device())?;
+    let mut text = prompt.to_vec();
+    let generated = |text: &[u32], ended| Generated {
+        token_ids: text[prompt.len()..].to_vec(),
+        ended,
+    };
+    while text.len() - prompt.len() < options.max_new_tokens && text.len() < most {
+        if model.config().rotates_anew(cache.length(), text.len()) {
+            cache = model.new_cache();
+        }
+        let unread = &text[cache.length()..];
+        let input = Tensor::from_slice(unread, (1, unread.len()), model.device())?;
         let hidden = model.hidden_after(&mut cache, &model.embed(&input)?)?;
         let logits = model.logits(&hidden.i((.., unread.len() - 1, ..))?)?.detach();
         let logits = logits.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
         let next = options.choose(&logits, &mut random)?;
         if model.config().eos_token_ids.contains(&next) {
-            return Ok(Generated {
-                token_ids,
-                ended: true,
-            });
+            return Ok(generated(&text, true));
         }
-        token_ids.push(next);
-        unread = vec![next];
+        text.push(next);
     }
-    Ok(Generated {
-        token_ids,
-        ended: false,
-    })
+    Ok(generated(&text, false))
 }
 
 impl GenerateOptions {

@@ -52,8 +52,15 @@ impl Objective {
         if let Self::Masked(Some(masking)) = self {
             masking.check(model.input_spec().vocab_size)?;
         }
-        if let Self::Teach(teach) = self {
+        if let (Self::Teach(teach), Some(encoder)) = (self, model.as_encoder()) {
             teach.check(data)?;
+            if let Some(weights) = encoder.low_rank_of_head() {
+                return Err(Error::Setting(format!(
+                    "module {} predicts tokens, so that the objective teach trains no weights of LoRA for it; name other \
+                     targets",
+                    weights.path()
+                )));
+            }
         }
         for (index, example) in data.examples().iter().enumerate() {
             let reason = match self {

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 pub use added::{AddedTokens, TokenFlags, TokenKind};
 pub use context::{Context, MissedContext};
 pub use pieces::Pieces;
-use tokenizers::Tokenizer;
+use tokenizers::{PostProcessor, Tokenizer, TruncationDirection};
 
 use crate::{Error, Result, file};
 
@@ -43,6 +43,35 @@ impl Vocabulary {
     /// [`Error::Tokenizer`].
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         self.encode_with(text, true)
+    }
+
+    /// The ids of a text as by [`encode`](Self::encode), at most `max_length` of them: cut at the end of the text as tokenizers
+    /// cut it, so that the special tokens stay.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Setting`] if the special tokens leave no room; [`Error::Tokenizer`].
+    pub fn encode_truncated(&self, text: &str, max_length: usize) -> Result<Vec<u32>> {
+        let all = self.encode(text)?;
+        if all.len() <= max_length {
+            return Ok(all);
+        }
+        let tokenizer = self.load()?;
+        let special = tokenizer
+            .get_post_processor()
+            .map_or(0, |processor| processor.added_tokens(false));
+        if special >= max_length {
+            return Err(Error::Setting(format!(
+                "max-length {max_length} leaves no room for text: the tokenizer adds {special} special tokens"
+            )));
+        }
+        let truncated = || {
+            let mut encoding = tokenizer.encode_fast(text, false)?;
+            encoding.truncate(max_length - special, 0, TruncationDirection::Right);
+            tokenizer.post_process(encoding, None, true)
+        };
+        let encoding = truncated().map_err(|error| self.error(&error))?;
+        Ok(encoding.get_ids().to_vec())
     }
 
     /// The text of ids, special tokens included.
@@ -137,6 +166,83 @@ impl Vocabulary {
         Error::Tokenizer {
             path: self.path.clone(),
             reason,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+    use tokenizers::TruncationParams;
+
+    use super::*;
+
+    /// A tokenizer of words `a` to `h`, with `[CLS]` and `[SEP]`, in a directory.
+    fn tokenizer(post_processor: &Value) -> tempfile::TempDir {
+        let words = ["[CLS]", "[SEP]", "a", "b", "c", "d", "e", "f", "g", "h"];
+        let vocab: serde_json::Map<_, _> = (0..)
+            .zip(words)
+            .map(|(id, word)| (word.to_owned(), json!(id)))
+            .collect();
+        let tokenizer = json!({
+            "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
+            "pre_tokenizer": {"type": "WhitespaceSplit"}, "post_processor": post_processor, "decoder": null,
+            "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "a"},
+        });
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("tokenizer.json"), tokenizer.to_string()).unwrap();
+        dir
+    }
+
+    #[test]
+    fn texts_are_cut_as_the_tokenizers_library_cuts_them() {
+        let special = |name: &str, id: u32| json!({"id": name, "ids": [id], "tokens": [name]});
+        let one = |name: &str| json!({"SpecialToken": {"id": name, "type_id": 0}});
+        let text = json!({"Sequence": {"id": "A", "type_id": 0}});
+        let at_the_end = json!({
+            "type": "TemplateProcessing", "single": [text, one("[SEP]")], "pair": [text, one("[SEP]")],
+            "special_tokens": {"[SEP]": special("[SEP]", 1)},
+        });
+        let bert = json!({"type": "BertProcessing", "sep": ["[SEP]", 1], "cls": ["[CLS]", 0]});
+        let roberta = json!({
+            "type": "RobertaProcessing", "sep": ["[SEP]", 1], "cls": ["[CLS]", 0], "trim_offsets": true,
+            "add_prefix_space": true,
+        });
+        let bytes =
+            json!({"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true});
+        let both = json!({"type": "Sequence", "processors": [bytes, at_the_end]});
+        for (post_processor, added) in [
+            (json!(null), 0),
+            (at_the_end, 1),
+            (both, 1),
+            (bert, 2),
+            (roberta, 2),
+        ] {
+            let dir = tokenizer(&post_processor);
+            let vocabulary = Vocabulary::of_model(dir.path());
+            for max_length in added + 1..10 {
+                let mut library = Tokenizer::from_file(dir.path().join("tokenizer.json")).unwrap();
+                let truncation = TruncationParams {
+                    max_length,
+                    ..TruncationParams::default()
+                };
+                library.with_truncation(Some(truncation)).unwrap();
+                for text in ["a b c d e f g h", "h g", ""] {
+                    let ours = vocabulary.encode_truncated(text, max_length).unwrap();
+                    let theirs = library.encode(text, true).unwrap();
+                    assert_eq!(ours, theirs.get_ids(), "{post_processor}, {max_length}, '{text}'");
+                }
+            }
+            if added > 0 {
+                let error = vocabulary
+                    .encode_truncated("a b c", added)
+                    .unwrap_err()
+                    .to_string();
+                assert!(
+                    error.contains(&format!("max-length {added} leaves no room")),
+                    "{error}"
+                );
+            }
         }
     }
 }

@@ -28,7 +28,7 @@ pub(crate) struct EvalArgs {
     /// Lines at a time.
     #[arg(long, default_value_t = 8, value_parser = positive)]
     pub(crate) batch_size: usize,
-    /// Cut longer lines, and plain text, at this many tokens.
+    /// Cut longer lines, and plain text, at this many tokens. Special tokens at the end of a line of text stay.
     #[arg(long, value_parser = positive)]
     pub(crate) max_length: Option<usize>,
     #[command(flatten)]

@@ -97,7 +97,7 @@ pub(crate) struct TrainArgs {
     /// Take the lines in a new order at each pass.
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value_t = false, action = ArgAction::Set, value_name = "BOOL", hide_default_value = true, hide_possible_values = true)]
     pub(crate) shuffle: bool,
-    /// Cut longer lines, and plain text, at this many tokens.
+    /// Cut longer lines, and plain text, at this many tokens. Special tokens at the end of a line of text stay.
     #[arg(long, value_parser = positive)]
     pub(crate) max_length: Option<usize>,
     /// Compute the activations of layers again in the backward pass instead of keeping them: less memory, more time.

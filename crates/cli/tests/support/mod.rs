@@ -173,6 +173,15 @@ pub(crate) fn trains_again(adapter: &Path, again: &Path) {
     }
 }
 
+/// A small encoder of transformers.
+pub(crate) fn encoder(name: &str) -> PathBuf {
+    let all = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/../../tests/fixtures/transformers/encoders"
+    );
+    fs::canonicalize(all).unwrap().join(name)
+}
+
 /// One of PEFT's whole-model cases, opened.
 pub(crate) struct Case {
     pub(crate) dir: PathBuf,

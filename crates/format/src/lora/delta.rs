@@ -9,10 +9,14 @@ use super::target::LoraTargets;
 use super::{LoraLayer, LoraWeights, StoredFactor};
 use crate::adapter::Adapter;
 use crate::checkpoint::Checkpoint;
-use crate::config::PeftType;
+use crate::config::{PeftType, is_path_or_suffix};
 use crate::error::{Error, Result};
 use crate::model::ModelTables;
 use crate::table::ExtendedTable;
+
+/// Modules that checkpoints of BERT also hold for models of classes that do not have them: only the file tells whether they
+/// have weights.
+const OPTIONAL: [&str; 2] = ["pooler.dense", "cls.seq_relationship"];
 
 /// LoRA's weights of one module, matched with the tensor of a checkpoint that they are added to.
 #[derive(Clone, Debug)]
@@ -47,9 +51,9 @@ impl Adapter {
     /// # Errors
     ///
     /// Those of [`lora_weights`](Self::lora_weights); [`Error::Base`] if a module has no weight there or one of another
-    /// shape; [`Error::TensorMissing`] if a weight there is targeted, but the file has no factors for it (PEFT only warns),
-    /// or if a module there is saved whole, but not in the file; [`Error::Unsupported`] if a module also has rows of
-    /// tokens (so does PEFT refuse it); those of [`Checkpoint::table`].
+    /// shape; [`Error::TensorMissing`] if a weight there is targeted, but the file has no factors for it (PEFT only warns; a
+    /// pooler of BERT may have none), or if a module there is saved whole, but not in the file; [`Error::Unsupported`] if a
+    /// module also has rows of tokens (so does PEFT refuse it); those of [`Checkpoint::table`].
     pub fn lora_deltas(&self, base: &Checkpoint) -> Result<Vec<LoraDelta>> {
         let weights = self.lora_weights()?;
         if self.config().peft_type() == PeftType::Lora {
@@ -83,6 +87,7 @@ impl Adapter {
             let has_weights = |path: &str| weights.iter().any(|lora| lora.path() == path);
             if targets.are_known()
                 && let Some(path) = targets.matrix(base, name)?
+                && !OPTIONAL.iter().any(|end| is_path_or_suffix(end, path))
                 && !has_weights(path)
             {
                 let hint = format!(

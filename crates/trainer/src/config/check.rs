@@ -43,7 +43,7 @@ impl ModelConfig {
         ] {
             cap.map_or(Ok(()), |cap| positive(name, cap))?;
         }
-        match self.positions {
+        match &self.positions {
             Positions::Learned if self.head_dim * self.num_attention_heads != self.hidden_size => {
                 Err(format!(
                     "hidden_size {} is not a multiple of num_attention_heads {}",
@@ -65,27 +65,27 @@ impl ModelConfig {
     }
 }
 
-fn check_rope(rope: Rope, head_dim: usize) -> Result<(), String> {
+fn check_rope(rope: &Rope, head_dim: usize) -> Result<(), String> {
     positive("rope_theta", rope.theta)?;
-    match rope.scaling {
+    match &rope.scaling {
         RopeScaling::Default => Ok(()),
         // The exponent of the base's growth is `head_dim / (head_dim - 2)`.
         RopeScaling::Dynamic { .. } if head_dim == 2 => {
             Err("head_dim is 2, which is too small for dynamic rotary embeddings".to_owned())
         }
-        RopeScaling::Linear { factor } | RopeScaling::Dynamic { factor } => positive("factor", factor),
+        RopeScaling::Linear { factor } | RopeScaling::Dynamic { factor } => positive("factor", *factor),
         RopeScaling::Llama3 {
             factor,
             low_freq_factor,
             high_freq_factor,
             original_max_position_embeddings,
         } => {
-            positive("factor", factor)?;
-            positive("low_freq_factor", low_freq_factor)?;
-            positive("high_freq_factor", high_freq_factor)?;
+            positive("factor", *factor)?;
+            positive("low_freq_factor", *low_freq_factor)?;
+            positive("high_freq_factor", *high_freq_factor)?;
             positive(
                 "original_max_position_embeddings",
-                original_max_position_embeddings,
+                *original_max_position_embeddings,
             )?;
             if low_freq_factor < high_freq_factor {
                 return Ok(());
@@ -102,13 +102,34 @@ fn check_rope(rope: Rope, head_dim: usize) -> Result<(), String> {
             original_max_position_embeddings,
             ..
         } => {
-            positive("factor", factor)?;
-            positive("attention_factor", attention_factor)?;
-            positive("beta_fast", beta_fast)?;
-            positive("beta_slow", beta_slow)?;
+            positive("factor", *factor)?;
+            positive("attention_factor", *attention_factor)?;
+            positive("beta_fast", *beta_fast)?;
+            positive("beta_slow", *beta_slow)?;
             positive(
                 "original_max_position_embeddings",
-                original_max_position_embeddings,
+                *original_max_position_embeddings,
+            )
+        }
+        RopeScaling::LongRope {
+            short_factor,
+            long_factor,
+            attention_factor,
+            original_max_position_embeddings,
+        } => {
+            for (name, factors) in [("short_factor", short_factor), ("long_factor", long_factor)] {
+                if factors.len() != head_dim / 2 {
+                    return Err(format!(
+                        "{name} has {} numbers, not one for each pair of the {head_dim} dimensions of a head",
+                        factors.len()
+                    ));
+                }
+                factors.iter().try_for_each(|factor| positive(name, *factor))?;
+            }
+            positive("attention_factor", *attention_factor)?;
+            positive(
+                "original_max_position_embeddings",
+                *original_max_position_embeddings,
             )
         }
     }

@@ -2,6 +2,7 @@
 
 use serde::Deserialize;
 
+use super::layers;
 use super::model::Activation;
 use super::parse::{Field, Refusal, need, unsupported};
 use crate::json::parse_object;
@@ -101,7 +102,10 @@ impl EncoderConfig {
             intermediate_size: need("intermediate_size", raw.intermediate_size)?,
             num_hidden_layers: need("num_hidden_layers", raw.num_hidden_layers)?,
             num_attention_heads: need("num_attention_heads", raw.num_attention_heads)?,
-            hidden_act: activation(raw.hidden_act.as_deref())?,
+            hidden_act: match raw.hidden_act.as_deref() {
+                None => Activation::Gelu,
+                Some(name) => layers::named("hidden_act", name)?,
+            },
             layer_norm_eps: raw.layer_norm_eps.unwrap_or(1e-12),
             max_position_embeddings: need(
                 "max_position_embeddings",
@@ -162,14 +166,6 @@ impl EncoderConfig {
             self.max_position_embeddings
         }
     }
-}
-
-fn activation(name: Option<&str>) -> Result<Activation, Refusal> {
-    let Some(name) = name else {
-        return Ok(Activation::Gelu);
-    };
-    let hint = "the encoder implements gelu, gelu_new, gelu_pytorch_tanh, relu and silu";
-    Activation::named(name).ok_or_else(|| unsupported("hidden_act", name, hint))
 }
 
 #[cfg(test)]

@@ -15,13 +15,14 @@ pub(super) fn activation(raw: &Raw, family: &Family) -> Result<Activation, Refus
     match name.as_deref() {
         None => Ok(family.activation),
         Some("gelu") if family.model_type == "gemma" => Ok(Activation::GeluTanh),
-        Some(name) => {
-            let known = Activation::named(name);
-            let known = known.filter(|it| matches!(it, Activation::Silu | Activation::GeluTanh));
-            let hint = "the decoder implements silu, gelu_new and gelu_pytorch_tanh";
-            known.ok_or_else(|| unsupported(field, name, hint))
-        }
+        Some(name) => named(field, name),
     }
+}
+
+/// The nonlinearity that a field names as transformers does.
+pub(super) fn named(field: &str, name: &str) -> Result<Activation, Refusal> {
+    let hint = "models here can have gelu, gelu_new, gelu_pytorch_tanh, relu and silu";
+    Activation::named(name).ok_or_else(|| unsupported(field, name, hint))
 }
 
 /// What `sliding_window` comes to.
@@ -112,6 +113,25 @@ mod tests {
         );
     }
 
+    /// The exact error function where a config says so, but for the first Gemma, whose `gelu` transformers takes for the other.
+    #[test]
+    fn gelu_is_exact_but_for_the_first_gemma() {
+        for (model_type, fields, activation) in [
+            ("llama", r#","hidden_act":"gelu""#, Activation::Gelu),
+            ("gpt2", r#","activation_function":"gelu""#, Activation::Gelu),
+            ("gemma2", r#","hidden_activation":"gelu""#, Activation::Gelu),
+            ("gemma", r#","hidden_act":"gelu""#, Activation::GeluTanh),
+            ("gemma2", r#","hidden_act":"gelu""#, Activation::GeluTanh),
+            ("qwen2", r#","hidden_act":"relu""#, Activation::Relu),
+        ] {
+            assert_eq!(
+                family(model_type, fields).activation,
+                activation,
+                "{model_type} {fields}"
+            );
+        }
+    }
+
     #[test]
     fn windows_are_where_each_family_has_them() {
         let late = r#","use_sliding_window":true,"max_window_layers":2,"sliding_window":5"#;
@@ -181,7 +201,10 @@ mod tests {
             ),
             (r#""sliding_window_pattern":0"#, "sliding_window_pattern is 0"),
             (r#""sliding_window":null"#, "sliding_window is missing"),
-            (r#""hidden_activation":"relu""#, "hidden_activation 'relu'"),
+            (
+                r#""hidden_activation":"quick_gelu""#,
+                "hidden_activation 'quick_gelu'",
+            ),
             (
                 r#""use_bidirectional_attention":true"#,
                 "use_bidirectional_attention 'true'",

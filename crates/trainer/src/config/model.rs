@@ -3,7 +3,7 @@
 use super::names::Names;
 
 /// How the angular frequencies of rotary embeddings are stretched.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum RopeScaling {
     /// Not at all.
     Default,
@@ -43,10 +43,21 @@ pub enum RopeScaling {
         /// Whether the ends of the ramp are whole dimensions.
         truncate: bool,
     },
+    /// A divisor for each frequency, with longer queries and keys (`LongRoPE`, Ding et al. 2024).
+    LongRope {
+        /// The divisors, for a sequence of up to `original_max_position_embeddings`.
+        short_factor: Box<[f64]>,
+        /// The divisors, for a longer one.
+        long_factor: Box<[f64]>,
+        /// What cosines and sines are multiplied by.
+        attention_factor: f64,
+        /// The context length before stretching.
+        original_max_position_embeddings: f64,
+    },
 }
 
 /// Rotary position embeddings (Su et al. 2021).
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Rope {
     /// Base of the angular frequencies.
     pub theta: f64,
@@ -55,7 +66,7 @@ pub struct Rope {
 }
 
 /// How a model knows where a token stands.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Positions {
     /// A learned vector for each position is added to the embedding (GPT-2).
     Learned,
@@ -212,5 +223,20 @@ impl ModelConfig {
             } => (self.max_position_embeddings as f64 * factor.max(1.0)) as usize,
             _ => self.max_position_embeddings,
         }
+    }
+
+    /// Whether what was computed of a text's first `before` tokens no longer counts when it has `after`: `LongRope` rotates all
+    /// positions of a long text otherwise. (So do dynamic rotary embeddings with every token; as in transformers, that is let be.)
+    pub(crate) fn rotates_anew(&self, before: usize, after: usize) -> bool {
+        let Positions::Rotary { full, sliding } = &self.positions else {
+            return false;
+        };
+        [full, sliding].iter().any(|rope| match &rope.scaling {
+            RopeScaling::LongRope {
+                original_max_position_embeddings: original,
+                ..
+            } => before as f64 <= *original && after as f64 > *original,
+            _ => false,
+        })
     }
 }

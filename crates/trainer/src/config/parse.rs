@@ -67,6 +67,7 @@ pub(super) struct Raw {
     max_position_embeddings: Option<usize>,
     #[serde(default)]
     pub(super) sliding_window: Field<usize>,
+    pub(super) original_max_position_embeddings: Option<f64>,
     pub(super) layer_types: Option<Vec<String>>,
     pub(super) sliding_window_pattern: Option<usize>,
     pub(super) use_sliding_window: Option<bool>,
@@ -285,7 +286,7 @@ mod tests {
             scaling: RopeScaling::Linear { factor: 2.0 },
         };
         let positions = Positions::Rotary {
-            full: rope,
+            full: rope.clone(),
             sliding: rope,
         };
         assert_eq!(new.positions, positions);
@@ -295,18 +296,70 @@ mod tests {
         );
     }
 
+    /// As transformers reads it: settings by layer leave it to each of them.
+    #[test]
+    fn a_context_length_outside_of_the_settings_counts() {
+        let original = |fields: &str| {
+            let config = parse(&format!(
+                r#"{{"model_type":"gemma3_text",{MINIMAL},"head_dim":4,{fields}}}"#
+            ));
+            match config.unwrap().positions {
+                Positions::Rotary { full, .. } => full.scaling,
+                Positions::Learned => panic!("no rotation"),
+            }
+        };
+        let longrope = |inside: &str| {
+            format!(
+                r#"{{"rope_type":"longrope","short_factor":[1,2],"long_factor":[3,4],"factor":4{inside}}}"#
+            )
+        };
+        let outside = r#""original_max_position_embeddings":16,"rope_parameters""#;
+        for (fields, want) in [
+            (format!("{outside}:{}", longrope("")), 16.0),
+            (
+                format!(
+                    "{outside}:{}",
+                    longrope(r#","original_max_position_embeddings":8"#)
+                ),
+                16.0,
+            ),
+            (
+                format!(
+                    r#""rope_parameters":{}"#,
+                    longrope(r#","original_max_position_embeddings":8"#)
+                ),
+                8.0,
+            ),
+            (
+                format!(r#"{outside}:{{"full_attention":{}}}"#, longrope("")),
+                131_072.0,
+            ),
+        ] {
+            let attention_factor = (1.0 + 4f64.ln() / f64::ln(want)).sqrt();
+            let scaling = RopeScaling::LongRope {
+                short_factor: [1.0, 2.0].into(),
+                long_factor: [3.0, 4.0].into(),
+                attention_factor,
+                original_max_position_embeddings: want,
+            };
+            assert_eq!(original(&fields), scaling, "{fields}");
+        }
+    }
+
     #[test]
     fn what_is_not_implemented_is_refused_by_name() {
         for (json, name) in [
             (r#"{"model_type":"gpt3"}"#.to_owned(), "model_type 'gpt3'"),
             ("{}".to_owned(), "model_type ''"),
             (
-                format!(r#"{{"model_type":"llama",{MINIMAL},"hidden_act":"gelu"}}"#),
-                "hidden_act 'gelu'",
+                format!(r#"{{"model_type":"llama",{MINIMAL},"hidden_act":"quick_gelu"}}"#),
+                "hidden_act 'quick_gelu'",
             ),
             (
-                format!(r#"{{"model_type":"llama",{MINIMAL},"rope_scaling":{{"rope_type":"longrope"}}}}"#),
-                "rope_type 'longrope'",
+                format!(
+                    r#"{{"model_type":"llama",{MINIMAL},"rope_scaling":{{"rope_type":"proportional"}}}}"#
+                ),
+                "rope_type 'proportional'",
             ),
             (
                 r#"{"model_type":"llama","vocab_size":3}"#.to_owned(),
@@ -327,6 +380,7 @@ mod tests {
     fn what_cannot_be_computed_with_is_refused() {
         const LLAMA3: &str =
             r#""rope_scaling":{"rope_type":"llama3","factor":8.0,"original_max_position_embeddings":64"#;
+        const LONGROPE: &str = r#""rope_scaling":{"rope_type":"longrope","short_factor":[1,2]"#;
         for (fields, reason) in [
             (
                 r#""head_dim":9223372036854775808"#.to_owned(),
@@ -350,6 +404,19 @@ mod tests {
                 "low_freq_factor is 0",
             ),
             (r#""pad_token_id":10"#.to_owned(), "pad_token_id 10 is outside"),
+            (
+                r#""rope_scaling":{"rope_type":"longrope","short_factor":[1,2]}"#.to_owned(),
+                "long_factor of the rotary settings is missing",
+            ),
+            (
+                format!(r#"{LONGROPE},"long_factor":[1]}}"#),
+                "long_factor has 1 numbers",
+            ),
+            (format!(r#"{LONGROPE},"long_factor":[1,0]}}"#), "long_factor is 0"),
+            (
+                format!(r#"{LONGROPE},"long_factor":[1,2],"original_max_position_embeddings":1}}"#),
+                "attention_factor is inf",
+            ),
         ] {
             let json = format!(r#"{{"model_type":"llama",{MINIMAL},{fields}}}"#);
             match parse(&json) {

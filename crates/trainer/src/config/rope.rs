@@ -23,6 +23,8 @@ pub(super) struct RawRope {
     mscale: Option<f64>,
     mscale_all_dim: Option<f64>,
     truncate: Option<bool>,
+    short_factor: Option<Box<[f64]>>,
+    long_factor: Option<Box<[f64]>>,
     full_attention: Option<Box<RawRope>>,
     sliding_attention: Option<Box<RawRope>>,
 }
@@ -42,10 +44,16 @@ pub(super) fn positions(raw: &Raw, family: &Family, max_positions: usize) -> Res
         Some(default) => raw.rope_local_base_freq.unwrap_or(default),
         None => theta,
     };
+    // Where it is told outside, it counts, but for settings by layer.
+    let original = raw.original_max_position_embeddings.filter(|_| nested.is_none());
     let rope = |raw: Option<&RawRope>, theta| {
+        let scaling = |raw: &RawRope| {
+            let original = original.or(raw.original_max_position_embeddings);
+            scaling(raw, max_positions as f64, original)
+        };
         Ok(Rope {
             theta: raw.and_then(|raw| raw.rope_theta).unwrap_or(theta),
-            scaling: raw.map_or(Ok(RopeScaling::Default), |raw| scaling(raw, max_positions))?,
+            scaling: raw.map_or(Ok(RopeScaling::Default), scaling)?,
         })
     };
     Ok(Positions::Rotary {
@@ -54,12 +62,10 @@ pub(super) fn positions(raw: &Raw, family: &Family, max_positions: usize) -> Res
     })
 }
 
-fn scaling(rope: &RawRope, max_positions: usize) -> Result<RopeScaling, Refusal> {
-    let need = |name: &str, value: Option<f64>| {
-        let reason = format!("{name} of the rotary settings is missing");
-        value.ok_or(Refusal::Invalid(reason))
-    };
-    let original = rope.original_max_position_embeddings;
+fn scaling(rope: &RawRope, max_positions: f64, original: Option<f64>) -> Result<RopeScaling, Refusal> {
+    let missing = |name: &str| Refusal::Invalid(format!("{name} of the rotary settings is missing"));
+    let need = |name: &str, value: Option<f64>| value.ok_or_else(|| missing(name));
+    let original = original.unwrap_or(max_positions);
     let name = rope.rope_type.as_ref().or(rope.old_type.as_ref());
     match name.map_or("default", String::as_str) {
         "default" => Ok(RopeScaling::Default),
@@ -73,11 +79,10 @@ fn scaling(rope: &RawRope, max_positions: usize) -> Result<RopeScaling, Refusal>
             factor: need("factor", rope.factor)?,
             low_freq_factor: need("low_freq_factor", rope.low_freq_factor)?,
             high_freq_factor: need("high_freq_factor", rope.high_freq_factor)?,
-            original_max_position_embeddings: need("original_max_position_embeddings", original)?,
+            original_max_position_embeddings: original,
         }),
         "yarn" => {
-            let original = original.unwrap_or(max_positions as f64);
-            let factor = rope.factor.unwrap_or(max_positions as f64 / original);
+            let factor = rope.factor.unwrap_or(max_positions / original);
             Ok(RopeScaling::Yarn {
                 factor,
                 attention_factor: rope
@@ -89,8 +94,20 @@ fn scaling(rope: &RawRope, max_positions: usize) -> Result<RopeScaling, Refusal>
                 truncate: rope.truncate.unwrap_or(true),
             })
         }
+        "longrope" => {
+            let divisors = |name, value: &Option<Box<[f64]>>| value.clone().ok_or_else(|| missing(name));
+            let factor = rope.factor.unwrap_or(max_positions / original);
+            Ok(RopeScaling::LongRope {
+                short_factor: divisors("short_factor", &rope.short_factor)?,
+                long_factor: divisors("long_factor", &rope.long_factor)?,
+                attention_factor: rope
+                    .attention_factor
+                    .unwrap_or_else(|| longrope_attention(factor, original)),
+                original_max_position_embeddings: original,
+            })
+        }
         other => {
-            let hint = "the decoder implements default, linear, dynamic, llama3 and yarn";
+            let hint = "the decoder implements default, linear, dynamic, llama3, yarn and longrope";
             Err(unsupported("rope_type", other, hint))
         }
     }
@@ -109,5 +126,14 @@ fn yarn_attention(rope: &RawRope, factor: f64) -> f64 {
     match (rope.mscale, rope.mscale_all_dim) {
         (Some(mscale), Some(all)) if mscale != 0.0 && all != 0.0 => scale(mscale) / scale(all),
         _ => scale(1.0),
+    }
+}
+
+/// The same, for `_compute_longrope_parameters`.
+fn longrope_attention(factor: f64, original: f64) -> f64 {
+    if factor <= 1.0 {
+        1.0
+    } else {
+        (1.0 + factor.ln() / original.ln()).sqrt()
     }
 }

@@ -46,6 +46,10 @@ impl Contents {
         max_length: Option<usize>,
     ) -> Result<()> {
         let limits = Limits::new(model.vocab_size, model.max_length, max_length);
+        let encode = |text: &str| match max_length {
+            Some(length) => vocabulary.encode_truncated(text, length),
+            None => vocabulary.encode(text),
+        };
         let lines = (1..)
             .zip(text.lines())
             .filter(|(_, line)| !line.trim().is_empty());
@@ -57,14 +61,14 @@ impl Contents {
             };
             let (input_ids, labels, definition) = match Line::parse(line, limits).map_err(wrong)? {
                 Line::Ids { input_ids, labels } => (input_ids, labels, None),
-                Line::Text(text) => (vocabulary.encode(&text)?, None, None),
+                Line::Text(text) => (encode(&text)?, None, None),
                 Line::DefinedIds {
                     input_ids,
                     definition_ids,
                 } => (input_ids, None, Some(definition_ids)),
                 Line::Defined { sentence, definition } => {
-                    let definition = vocabulary.encode(&definition)?;
-                    (vocabulary.encode(&sentence)?, None, Some(definition))
+                    let definition = encode(&definition)?;
+                    (encode(&sentence)?, None, Some(definition))
                 }
             };
             let mut example = Example::new(input_ids, labels, number, limits).map_err(wrong)?;

@@ -34,7 +34,8 @@ impl Decoder {
     }
 
     /// The last hidden states, normed, of `embeddings` `[B, L, D]` that follow the positions in the cache: `[B, L, D]`. As
-    /// [`hidden`](Self::hidden) of the whole text, without a graph. The batch must be as large as at the cache's first use.
+    /// [`hidden`](Self::hidden) of the whole text, without a graph, but for rotary embeddings that depend on its length (dynamic
+    /// and `LongRope`): what the cache holds was rotated for a shorter one. The batch must be as large as at the cache's first use.
     ///
     /// # Errors
     ///

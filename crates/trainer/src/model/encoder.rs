@@ -127,6 +127,9 @@ impl Encoder {
         let names = Names::of(&config, checkpoint);
         adapter.check_against(checkpoint, BaseCheck::SameTable)?;
         let low_rank = low_rank(checkpoint, adapter, device)?;
+        // PEFT's `all-linear` has some for the pooler of a bare encoder, which nothing here is computed with.
+        let pooler = names.module("pooler.dense");
+        let low_rank = low_rank.into_iter().filter(|weights| weights.path() != pooler);
         let weights = Weights::new(checkpoint, dtype, device).with_low_rank(low_rank);
         let module = names.embedding();
         let tensor = format!("{module}.weight");
@@ -209,6 +212,13 @@ impl Encoder {
     /// The path of the embedding module, as PEFT's files and `target_modules` spell it.
     pub fn embedding_module(&self) -> String {
         self.names.embedding()
+    }
+
+    /// Weights of LoRA in the head of masked language modelling.
+    pub(crate) fn low_rank_of_head(&self) -> Option<&LowRank> {
+        self.low_rank
+            .iter()
+            .find(|weights| self.names.is_of_head(weights.path()))
     }
 
     /// Whether the checkpoint has a head of masked language modelling.
@@ -325,8 +335,10 @@ impl MaskedHead {
             return Ok(None);
         };
         let (vocab_size, hidden_size) = (config.vocab_size, config.hidden_size);
-        let bias = names.bias.into_iter().find(|name| weights.contains(name));
-        let bias = weights.tensor(bias.unwrap_or(names.bias[0]), &[vocab_size])?;
+        // An output layer that is not tied has a bias of its own; the other one is then of no use.
+        let [shared, own] = names.bias;
+        let is_own = weights.contains(own) && !(config.tie_word_embeddings && weights.contains(shared));
+        let bias = weights.tensor(if is_own { own } else { shared }, &[vocab_size])?;
         let output = if config.tie_word_embeddings {
             Head::Tied(embedding.tied_head().with_bias(&bias)?)
         } else {

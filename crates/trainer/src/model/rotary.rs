@@ -34,11 +34,11 @@ impl Rotations {
 
 impl Rotary {
     pub(super) fn new(config: &ModelConfig) -> Option<Self> {
-        match config.positions {
+        match &config.positions {
             Positions::Learned => None,
             Positions::Rotary { full, sliding } => Some(Self {
-                full,
-                sliding,
+                full: full.clone(),
+                sliding: sliding.clone(),
                 head_dim: config.head_dim,
                 max_position_embeddings: config.max_position_embeddings,
             }),
@@ -47,11 +47,11 @@ impl Rotary {
 
     /// The rotations at `length` positions.
     pub(super) fn rotations(&self, length: usize, dtype: DType, device: &Device) -> Result<Rotations> {
-        let full = self.rotation(self.full, length, dtype, device)?;
+        let full = self.rotation(&self.full, length, dtype, device)?;
         let sliding = if self.sliding == self.full {
             full.clone()
         } else {
-            self.rotation(self.sliding, length, dtype, device)?
+            self.rotation(&self.sliding, length, dtype, device)?
         };
         Ok(Rotations {
             full: Some(full),
@@ -61,7 +61,7 @@ impl Rotary {
 
     // Positions are far below 2^24, so they are exact in `f32`.
     #[allow(clippy::cast_possible_truncation)]
-    fn rotation(&self, rope: Rope, length: usize, dtype: DType, device: &Device) -> Result<Rotation> {
+    fn rotation(&self, rope: &Rope, length: usize, dtype: DType, device: &Device) -> Result<Rotation> {
         let frequencies = self.frequencies(rope, length);
         let angles: Vec<f32> = (0..length)
             .flat_map(|position| {
@@ -72,7 +72,9 @@ impl Rotary {
             })
             .collect();
         let factor = match rope.scaling {
-            RopeScaling::Yarn { attention_factor, .. } => attention_factor as f32,
+            RopeScaling::Yarn { attention_factor, .. } | RopeScaling::LongRope { attention_factor, .. } => {
+                attention_factor as f32
+            }
             _ => 1.0,
         };
         let table = |f: fn(f32) -> f32| {
@@ -92,17 +94,18 @@ impl Rotary {
     /// The angular frequencies of pairs of dimensions, for a sequence of `length`
     /// (`transformers/modeling_rope_utils.py`).
     #[allow(clippy::cast_possible_truncation)]
-    fn frequencies(&self, rope: Rope, length: usize) -> Vec<f32> {
+    fn frequencies(&self, rope: &Rope, length: usize) -> Vec<f32> {
         let theta = match rope.scaling {
             RopeScaling::Dynamic { factor } => self.stretched_theta(rope.theta, factor, length),
             _ => rope.theta as f32,
         };
         let dim = self.head_dim as f32;
-        let frequency = |pair: usize| 1.0 / theta.powf((2 * pair) as f32 / dim);
+        let wavelength = |pair: usize| theta.powf((2 * pair) as f32 / dim);
+        let frequency = |pair: usize| 1.0 / wavelength(pair);
         let pairs = 0..self.head_dim / 2;
-        match rope.scaling {
+        match &rope.scaling {
             RopeScaling::Default | RopeScaling::Dynamic { .. } => pairs.map(frequency).collect(),
-            RopeScaling::Linear { factor } => pairs.map(|pair| frequency(pair) / factor as f32).collect(),
+            RopeScaling::Linear { factor } => pairs.map(|pair| frequency(pair) / *factor as f32).collect(),
             RopeScaling::Llama3 {
                 factor,
                 low_freq_factor,
@@ -110,16 +113,27 @@ impl Rotary {
                 original_max_position_embeddings,
             } => {
                 let context = original_max_position_embeddings;
-                let parameters = [factor, low_freq_factor, high_freq_factor, context].map(|x| x as f32);
+                let parameters = [factor, low_freq_factor, high_freq_factor, context].map(|x| *x as f32);
                 pairs.map(|pair| llama3(frequency(pair), parameters)).collect()
             }
             RopeScaling::Yarn { factor, .. } => {
                 let ramp = self.yarn_ramp(rope);
                 let mix = |pair: usize| {
                     let (kept, kept_part) = (frequency(pair), 1.0 - ramp(pair));
-                    kept / factor as f32 * (1.0 - kept_part) + kept * kept_part
+                    kept / *factor as f32 * (1.0 - kept_part) + kept * kept_part
                 };
                 pairs.map(mix).collect()
+            }
+            RopeScaling::LongRope {
+                short_factor,
+                long_factor,
+                original_max_position_embeddings,
+                ..
+            } => {
+                let is_long = length as f64 > *original_max_position_embeddings;
+                let divisors = if is_long { long_factor } else { short_factor };
+                let divided = |(pair, divisor): (usize, &f64)| 1.0 / (*divisor as f32 * wavelength(pair));
+                pairs.zip(divisors).map(divided).collect()
             }
         }
     }
@@ -135,7 +149,7 @@ impl Rotary {
 
     /// How much of the stretching each pair of dimensions gets, from 0 to 1.
     #[allow(clippy::cast_possible_truncation)]
-    fn yarn_ramp(&self, rope: Rope) -> impl Fn(usize) -> f32 + use<> {
+    fn yarn_ramp(&self, rope: &Rope) -> impl Fn(usize) -> f32 + use<> {
         let (mut low, mut high) = (0.0, 0.0);
         if let RopeScaling::Yarn {
             beta_fast,

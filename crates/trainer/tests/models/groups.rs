@@ -2,10 +2,12 @@
 
 use std::path::Path;
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use trainable_tokens_core::TokenRows;
 use trainable_tokens_format::Adapter;
-use trainable_tokens_trainer::{DecayToward, NormTarget, OptimizerKind, Schedule, TrainOptions, Trainer};
+use trainable_tokens_trainer::{
+    DecayToward, Error, NormTarget, OptimizerKind, Schedule, TrainOptions, Trainer,
+};
 
 use crate::case::trainer;
 
@@ -114,7 +116,9 @@ fn groups_resume_bit_for_bit() {
         ..options()
     };
     let tokens = [31, 12, 7];
-    let whole = run(&tokens, options.clone());
+    let mut straight = trainer("llama_untied", &tokens, &lines(), options.clone());
+    (0..STEPS).for_each(|_| assert!(straight.step().unwrap().loss > 0.0));
+    let whole = rows(&straight);
     for cut in 0..=STEPS {
         let mut first = trainer("llama_untied", &tokens, &lines(), options.clone());
         (0..cut).for_each(|_| assert!(first.step().unwrap().loss > 0.0));
@@ -130,6 +134,36 @@ fn groups_resume_bit_for_bit() {
         second.resume(&adapter, state, Path::new("state")).unwrap();
         (cut..STEPS).for_each(|_| assert!(second.step().unwrap().loss > 0.0));
         assert!(rows(&second).bits_eq(&whole), "after {cut} steps");
+        assert_eq!(second.activity(), straight.activity(), "after {cut} steps");
+    }
+}
+
+/// A state from before the counts were saved says nothing of them: they start anew.
+#[test]
+fn counts_of_a_state_are_of_its_tokens_or_absent() {
+    let tokens = [31, 12, 7];
+    let mut first = trainer("llama_untied", &tokens, &lines(), options());
+    (0..3).for_each(|_| assert!(first.step().unwrap().loss > 0.0));
+    let set = first.model().embedding().tokens().clone();
+    let adapter = Adapter::builder(first.model().embedding_module(), &set, rows(&first));
+    let adapter = adapter.build().unwrap();
+    let resume = |change: &dyn Fn(&mut Map<String, Value>)| {
+        let mut state = first.training_state().unwrap();
+        change(state.extra.as_object_mut().unwrap());
+        let mut second = trainer("llama_untied", &tokens, &lines(), options());
+        let resumed = second.resume(&adapter, state, Path::new("state"));
+        resumed.map(|()| second.activity().to_vec())
+    };
+    assert_eq!(resume(&|_| ()).unwrap(), first.activity());
+    assert!(first.activity().iter().any(|it| it.occurrences > 0));
+    let old = resume(&|extra| assert!(extra.remove("activity").is_some())).unwrap();
+    assert!(
+        old.iter()
+            .all(|it| (it.occurrences, it.steps_reached, it.idle_steps) == (0, 0, 0))
+    );
+    for wrong in [json!([1, 2]), json!([1, 2, 3, 4]), json!([1, 2, -3]), json!("3")] {
+        let error = resume(&|extra| extra["activity"]["idle_steps"] = wrong.clone()).unwrap_err();
+        assert!(matches!(error, Error::Resume { .. }), "{error}");
     }
 }
 

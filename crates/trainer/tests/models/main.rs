@@ -8,3 +8,4 @@ mod groups;
 mod lora;
 mod training;
 mod whole_models;
+mod zeros;

@@ -153,6 +153,7 @@ fn train(name: &str) {
     assert_eq!(second.steps_taken(), cut as u64);
     (cut..steps).for_each(|_| assert!(second.step().unwrap().loss > 0.0));
     expect_same(&format!("{name}: resumed run"), &whole, &saved(&case, &second));
+    assert_eq!(second.activity(), trainer.activity(), "{name}");
 
     // Activations that are computed again are the same.
     let mut thrifty = self::trainer(&case, &data, true);

@@ -85,9 +85,8 @@ impl Run<'_> {
         let builder = match self.lora {
             None => builder.target_modules(self.target_modules.to_vec()),
             Some(lora) => {
-                let model = trainer.model();
-                let decoder = model.as_decoder().context("LoRA trains in decoders alone")?;
-                model.add_low_rank(builder.lora(lora.config(decoder.config())?))?
+                let config = lora.config(&self.model.checkpoint)?;
+                trainer.model().add_low_rank(builder.lora(config))?
             }
         };
         Ok(builder.build()?)

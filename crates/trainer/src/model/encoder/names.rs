@@ -57,6 +57,22 @@ impl Names {
         self.head
     }
 
+    /// The ends of the paths of the linear layers, but for the output layer. No other module's path ends so; a pooler's
+    /// ends with `dense` too.
+    pub(crate) fn linear(&self) -> Vec<&'static str> {
+        let layer = ["query", "key", "value", "intermediate.dense", "output.dense"];
+        layer
+            .into_iter()
+            .chain(self.head.map(|head| head.dense))
+            .collect()
+    }
+
+    /// Whether a module is a linear layer of the head.
+    pub(crate) fn is_of_head(&self, path: &str) -> bool {
+        self.head
+            .is_some_and(|head| path == head.dense || path == head.decoder)
+    }
+
     /// The path of a module of the encoder.
     pub(crate) fn module(&self, name: &str) -> String {
         format!("{}{name}", self.prefix)

@@ -1,6 +1,8 @@
 //! Encoders against transformers (`tests/fixtures/transformers/encoders`), and what they train for.
 #![allow(missing_docs, clippy::unwrap_used, clippy::panic)]
 
+mod lora;
+
 use std::collections::HashMap;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -287,6 +289,8 @@ fn masked_runs_resume_bit_for_bit() {
             .bits_eq(adapter(&second).modules()[0].rows())
     );
 
+    assert_eq!(second.activity(), whole.activity());
+
     // Other masks are another run.
     let other = TrainOptions {
         objective: Some(Objective::Masked(Some(Masking { seed: 6, ..masking() }))),
@@ -366,6 +370,30 @@ fn old_names_of_norms_are_read() {
         flat(&model.logits(&hidden).unwrap().detach())
     });
     assert_eq!(new, old);
+}
+
+/// With a table of its own, an output layer has its own bias too: the other one is not added.
+#[test]
+fn an_untied_head_has_its_own_bias() {
+    let home = tempfile::tempdir().unwrap();
+    let from = fixture("bert");
+    let config = std::fs::read(from.join("config.json")).unwrap();
+    let mut config: Value = serde_json::from_slice(&config).unwrap();
+    config["tie_word_embeddings"] = json!(false);
+    std::fs::write(home.path().join("config.json"), config.to_string()).unwrap();
+    let mut tensors = candle_core::safetensors::load(from.join("model.safetensors"), &Device::Cpu).unwrap();
+    let [table, bias] =
+        ["bert.embeddings.word_embeddings.weight", "cls.predictions.bias"].map(|name| tensors[name].clone());
+    tensors.insert("cls.predictions.decoder.weight".to_owned(), table);
+    tensors.insert("cls.predictions.decoder.bias".to_owned(), (&bias + 1.0).unwrap());
+    candle_core::safetensors::save(&tensors, home.path().join("model.safetensors")).unwrap();
+    let ids = &expected("bert")["input_ids"];
+    let [tied, untied] = [from.as_path(), home.path()].map(|dir| {
+        let model = model_in(dir);
+        let hidden = model.hidden(&model.embed(ids).unwrap(), ids, None).unwrap();
+        model.logits(&hidden).unwrap().detach()
+    });
+    assert_close("logits", &flat(&untied), &flat(&(tied + 1.0).unwrap()), 1e-6);
 }
 
 #[test]
