@@ -99,6 +99,7 @@ impl Encoder {
         device: &Device,
     ) -> Result<Self> {
         let config = EncoderConfig::read(&checkpoint.config_path())?;
+        let checkpoint = &checkpoint.named_for(adapter)?;
         let names = Names::of(&config, checkpoint);
         adapter.check_against(checkpoint, BaseCheck::SameTable)?;
         let low_rank = low_rank(checkpoint, adapter, device)?;
