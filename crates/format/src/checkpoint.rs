@@ -4,7 +4,6 @@ mod naming;
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
-use std::ops::Bound;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
@@ -155,15 +154,9 @@ impl Checkpoint {
         let Some(naming) = self.naming else {
             return Ok(named);
         };
-        let is_part = |start: &str| {
-            let mut from = self
-                .tensors
-                .range::<str, _>((Bound::Included(start), Bound::Unbounded));
-            from.next().is_some_and(|(name, _)| name.starts_with(start))
-        };
         let mut first: Option<(&str, Spelling)> = None;
         for path in adapter.named_paths() {
-            let Some(spelling) = naming.spelling_of(path, is_part) else {
+            let Some(spelling) = naming.spelling_of(path, &self.tensors) else {
                 continue;
             };
             match first {
@@ -217,7 +210,7 @@ impl Checkpoint {
     /// know it. It is told of the name in the model, of the stored one, and of one with or without the base model's prefix.
     pub fn module_name<'n>(&self, name: &'n str) -> Cow<'n, str> {
         match &self.naming {
-            Some(naming) => naming.of_module(name),
+            Some(naming) => naming.of_module(name, &self.tensors),
             None => name.into(),
         }
     }
@@ -226,8 +219,8 @@ impl Checkpoint {
     pub fn stored_name(&self, name: &str) -> Option<&str> {
         let stored = self.tensors.get_key_value(name).or_else(|| {
             let naming = self.naming.as_ref()?;
-            let is_of_module = naming.of_module(name) == name;
-            let stored = is_of_module.then(|| naming.of_stored(name))?;
+            let is_of_module = naming.of_module(name, &self.tensors) == name;
+            let stored = is_of_module.then(|| naming.of_stored(name, &self.tensors))?;
             self.tensors.get_key_value(stored.as_ref())
         });
         stored.map(|(name, _)| name.as_str())

@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::ops::Bound;
 use std::path::Path;
 
 use crate::error::{Error, Result};
@@ -226,32 +227,37 @@ impl Naming {
         Self { modules, ..self }
     }
 
-    /// The path of a module, or the name of a tensor, as this model's modules are named.
-    pub(super) fn of_module<'n>(&self, name: &'n str) -> Cow<'n, str> {
-        self.spell(name, self.modules)
+    /// The path of a module, or the name of a tensor, as this model's modules are named; `tensors` are those stored.
+    pub(super) fn of_module<'n, T>(&self, name: &'n str, tensors: &BTreeMap<String, T>) -> Cow<'n, str> {
+        self.spell(name, self.modules, tensors)
     }
 
     /// The same, as the checkpoint's tensors are.
-    pub(super) fn of_stored<'n>(&self, name: &'n str) -> Cow<'n, str> {
-        self.spell(name, self.stored)
+    pub(super) fn of_stored<'n, T>(&self, name: &'n str, tensors: &BTreeMap<String, T>) -> Cow<'n, str> {
+        self.spell(name, self.stored, tensors)
     }
 
-    fn spell<'n>(&self, name: &'n str, spelling: Spelling) -> Cow<'n, str> {
-        match (spelling, name.strip_prefix(self.base.prefix)) {
-            (Spelling::Bare, Some(bare)) if !is_beside(bare) => bare.into(),
-            (Spelling::Prefixed, None) if !is_beside(name) => format!("{}{name}", self.base.prefix).into(),
+    fn spell<'n, T>(&self, name: &'n str, spelling: Spelling, tensors: &BTreeMap<String, T>) -> Cow<'n, str> {
+        match (spelling, self.spelling_of(name, tensors)) {
+            (Spelling::Bare, Some(Spelling::Prefixed)) => name[self.base.prefix.len()..].into(),
+            (Spelling::Prefixed, Some(Spelling::Bare)) => format!("{}{name}", self.base.prefix).into(),
             _ => name.into(),
         }
     }
 
-    /// How a path is spelled, if it is one of the base model's; `is_part` tells whether a stored name begins so.
-    pub(super) fn spelling_of(&self, path: &str, is_part: impl Fn(&str) -> bool) -> Option<Spelling> {
-        if path.starts_with(self.base.prefix) {
+    /// How the name of something of the base model is spelled; `None` if it is of something else.
+    pub(super) fn spelling_of<T>(&self, name: &str, tensors: &BTreeMap<String, T>) -> Option<Spelling> {
+        if name.starts_with(self.base.prefix) {
             return Some(Spelling::Prefixed);
         }
-        let first = path.split('.').next().unwrap_or(path);
-        let is_part = !is_beside(path) && is_part(&self.of_stored(&format!("{first}.")));
-        is_part.then_some(Spelling::Bare)
+        let first = name.split('.').next().unwrap_or(name);
+        let start = match self.stored {
+            Spelling::Prefixed => format!("{}{first}.", self.base.prefix),
+            Spelling::Bare => format!("{first}."),
+        };
+        let mut from = tensors.range::<str, _>((Bound::Included(start.as_str()), Bound::Unbounded));
+        let is_part = from.next().is_some_and(|(stored, _)| stored.starts_with(&start));
+        (is_part && !BESIDE.contains(&first)).then_some(Spelling::Bare)
     }
 
     /// The prefix.
@@ -264,10 +270,4 @@ impl Naming {
     pub(crate) fn tied_if_bare(&self) -> Option<bool> {
         (self.base.is_causal && self.stored == Spelling::Bare).then_some(self.base.tied)
     }
-}
-
-/// Whether a name is that of a head or another part beside the base model.
-fn is_beside(name: &str) -> bool {
-    let first = name.split('.').next().unwrap_or(name);
-    BESIDE.contains(&first)
 }

@@ -96,6 +96,14 @@ pub fn modules_are_named_as_transformers_names_them<H: Harness>() -> Outcome {
         let (_home, model) = model_of("BertModel", "bert", None, &[(&name, &table)])?;
         equal("an encoder", &model?.module_name(&name).as_ref(), &name.as_str())?;
     }
+    // What a class has beside its base model keeps its name.
+    let tensors = [("transformer.wte.weight", &table), ("extra.weight", &table)];
+    let (_home, model) = model_of("GPT2LMHeadModel", "gpt2", None, &tensors)?;
+    equal(
+        "another part",
+        &model?.module_name("extra.weight").as_ref(),
+        &"extra.weight",
+    )?;
     // Of other families, names are what they are.
     let (_home, other) = model_of("OtherForCausalLM", "other", None, &[("wte.weight", &table)])?;
     ensure!(!other?.contains("transformer.wte.weight"), "a name is made up");
