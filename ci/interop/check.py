@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import reference
 from add_tokens import check_add_tokens
+from base_models import check_base_models
 from cli import Cli
 from decoders import check_decoders
 from encoder_lora import check_encoder_lora
@@ -216,7 +217,10 @@ class CaseChecks:
         ours, theirs = self.work / "merged-ours", self.work / "merged-theirs"
         self.cli("merge", model=self.case.model, adapter=adapter, out=ours, force=True)
         reference.save_merged(self.case.model, adapter, theirs)
-        tensors = reference.read_tensors(ours)
+        stored = reference.read_tensors(ours)
+        names = set(stored) ^ set(reference.read_tensors(self.case.model))
+        self.report.none(self.what(f"{origin}: merged tensors by other names"), names)
+        tensors = self.case.named(stored)
         self.report.equal_tensors(self.what(f"{origin}: merged tensors"), tensors, reference.read_tensors(theirs))
         model, info = AutoModelForCausalLM.from_pretrained(
             ours, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
@@ -346,6 +350,7 @@ def main() -> int:
             (work / case.name).mkdir()
             groups[case.name] = lambda case=case: CaseChecks(case, cli, report, work / case.name).run()
         groups["tokenizer"] = lambda: check_tokenizer(cli, report, work)
+        groups["base-models"] = lambda: check_base_models(cli, report, work / "base-models", cases)
         groups["add-tokens"] = lambda: check_add_tokens(cli, report, work / "add-tokens")
         groups["decoders"] = lambda: check_decoders(cli, report, work / "decoders")
         groups["extract"] = lambda: check_extract(cli, report, work / "extract")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -61,10 +62,19 @@ class Case:
     model: Path
     tokens: list[int]
     padding_idx: str | None = None  # what --padding-idx says, if the padding token is among them
+    prefix: str = ""  # what transformers puts before the names that are stored, but for the head's
 
     @property
     def config(self):
         return json.loads((self.model / "config.json").read_text())
+
+    def named(self, tensors: dict) -> dict:
+        """Tensors of the checkpoint by their names in transformers, without masks, which are no weights there."""
+        return {
+            name if name.startswith("lm_head.") else self.prefix + name: tensor
+            for name, tensor in tensors.items()
+            if not name.endswith(".attn.bias")
+        }
 
 
 def make_cases(work: Path, fixtures: Path) -> list[Case]:
@@ -89,6 +99,9 @@ def make_cases(work: Path, fixtures: Path) -> list[Case]:
     for seed, (name, cls, config, options) in enumerate(made):
         save_random_model(work / name, cls, config, seed=seed, **options)
         cases.append(Case(name, work / name, [300, 7, 150, 42]))
+    for name, whole, prefix in (("gpt2-bare", "gpt2-bf16", "transformer."), ("llama-bare", "llama-untied", "model.")):
+        save_bare_model(work / name, work / whole, prefix)
+        cases.append(Case(name, work / name, [300, 7, 150, 42], prefix=prefix))
     for name in ("llama_untied", "llama_tied"):
         model = fixtures / name / "base"
         config = json.loads((model / "config.json").read_text())
@@ -109,6 +122,22 @@ def save_random_model(path: Path, cls, config, *, seed: int, dtype=torch.float32
             if parameter.dim() == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     model.to(dtype).save_pretrained(path, max_shard_size=max_shard_size)
+
+
+def save_bare_model(path: Path, whole: Path, prefix: str):
+    """The same model, stored as the Hub's gpt2 is: without the prefix of its class, with the causal masks of GPT-2."""
+    path.mkdir()
+    (path / "config.json").write_text((whole / "config.json").read_text())
+    tensors = {
+        name.removeprefix(prefix): tensor
+        for shard in whole.glob("*.safetensors")
+        for name, tensor in load_file(shard).items()
+    }
+    if prefix == "transformer.":
+        size = GPT2_SHAPE["n_positions"]
+        for layer in range(GPT2_SHAPE["n_layer"]):
+            tensors[f"h.{layer}.attn.bias"] = torch.tril(torch.ones(size, size)).view(1, 1, size, size)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
 
 
 def random_ids(case: Case, rows: int, length: int, *, seed: int) -> torch.Tensor:

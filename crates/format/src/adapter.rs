@@ -142,6 +142,12 @@ impl Adapter {
         self.metadata.of(path, self.first_module() == Some(path))
     }
 
+    /// The paths in the file: of modules with rows, and the names of all other tensors as they are in the model.
+    pub(crate) fn named_paths(&self) -> impl Iterator<Item = &str> {
+        let rows = self.modules.iter().flat_map(AdapterModule::all_paths);
+        rows.chain(self.extra_tensors().filter_map(key::name_in_model))
+    }
+
     /// Names of the tensors of the file that are no trained rows, such as LoRA's weights, sorted.
     pub fn extra_tensors(&self) -> impl Iterator<Item = &str> {
         self.extra.iter().map(|extra| extra.name.as_str())

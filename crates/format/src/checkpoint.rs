@@ -1,13 +1,22 @@
 //! A Hugging Face checkpoint directory.
 
+mod naming;
+
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
 
+pub(crate) use naming::Naming;
+use naming::Spelling;
 use serde_json::value::RawValue;
+use trainable_tokens_core::ErrorKind;
 
+use crate::adapter::{Adapter, weight_name};
 use crate::error::{Error, Result, one_line};
 use crate::file::{SafetensorsFile, TensorRef};
-use crate::json::{UniqueMap, read_bytes, text_of};
+use crate::json::{MAX_CONFIG_BYTES, UniqueMap, read_bytes, text_of};
+use crate::model::ModelConfig;
 use crate::table::MappedTable;
 
 pub(crate) const SINGLE_FILE: &str = "model.safetensors";
@@ -18,24 +27,41 @@ pub(crate) const MAX_INDEX_BYTES: u64 = 16 << 20;
 
 /// A checkpoint directory: `model.safetensors`, or the shards named by `model.safetensors.index.json`, mapped into
 /// memory. As in transformers, the single file counts if both are there.
+///
+/// A tensor is found by the name that it is stored by and by the name that it has in the model: transformers loads
+/// checkpoints of a base model, such as the Hub's `gpt2` with its `wte.weight`, into classes that name it
+/// `transformer.wte.weight`. [`module_name`](Self::module_name) tells the latter.
 #[derive(Clone, Debug)]
 pub struct Checkpoint {
     dir: PathBuf,
     files: Vec<SafetensorsFile>,
     /// Which file holds which tensor.
-    tensors: BTreeMap<String, usize>,
+    tensors: Arc<BTreeMap<String, usize>>,
+    /// How modules are named, if not as their tensors are stored.
+    naming: Option<Naming>,
 }
 
 impl Checkpoint {
-    /// Maps and checks the checkpoint in `dir`.
+    /// Maps and checks the checkpoint in `dir`; its `config.json` tells how modules are named.
     ///
     /// # Errors
     ///
     /// [`Error::NotFound`] if there is no checkpoint or a shard is absent; [`Error::Field`] if the index names a
     /// file outside the directory; [`Error::TensorMissing`] if a shard lacks a tensor that the index puts there;
-    /// [`Error::Safetensors`] if a file is malformed or a tensor lies in two shards.
+    /// [`Error::Safetensors`] if a file is malformed or a tensor lies in two shards; [`Error::Unsupported`] if two tensors
+    /// have one name in the model.
     pub fn open(dir: impl AsRef<Path>) -> Result<Self> {
-        let dir = dir.as_ref();
+        let checkpoint = Self::open_files(dir.as_ref())?;
+        // A config that cannot be read has its error where it is needed.
+        let path = checkpoint.config_path();
+        let config = read_bytes(&path, MAX_CONFIG_BYTES).and_then(|bytes| ModelConfig::parse(bytes, &path));
+        match config {
+            Ok(config) => checkpoint.with_names_of(&config),
+            Err(_) => Ok(checkpoint),
+        }
+    }
+
+    fn open_files(dir: &Path) -> Result<Self> {
         let single = dir.join(SINGLE_FILE);
         let index = dir.join(INDEX_FILE);
         if single.exists() {
@@ -44,7 +70,8 @@ impl Checkpoint {
             return Ok(Self {
                 dir: dir.to_owned(),
                 files: vec![file],
-                tensors,
+                tensors: Arc::new(tensors),
+                naming: None,
             });
         }
         if !index.exists() {
@@ -62,7 +89,7 @@ impl Checkpoint {
     }
 
     /// Puts a checkpoint together from the bytes of its index and the shards that it names, which `shard` gives by
-    /// their paths in `dir`.
+    /// their paths in `dir`. Modules are named as their tensors are.
     ///
     /// # Errors
     ///
@@ -105,8 +132,52 @@ impl Checkpoint {
         Ok(Self {
             dir: dir.to_owned(),
             files,
-            tensors,
+            tensors: Arc::new(tensors),
+            naming: None,
         })
+    }
+
+    /// The same checkpoint, its modules named as those of a model with this config.
+    pub(crate) fn with_names_of(self, config: &ModelConfig) -> Result<Self> {
+        let naming = Naming::of(config, &self.tensors, &self.dir)?;
+        Ok(Self { naming, ..self })
+    }
+
+    /// The same checkpoint, its modules named as an adapter names them: with the prefix of the base model or, if it was made
+    /// for transformers' `AutoModel`, without.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Base`] if the adapter names some modules with the prefix, and some without.
+    pub fn named_for(&self, adapter: &Adapter) -> Result<Self> {
+        let mut named = self.clone();
+        let Some(naming) = self.naming else {
+            return Ok(named);
+        };
+        let mut first: Option<(&str, Spelling)> = None;
+        for path in adapter.named_paths() {
+            let Some(spelling) = naming.spelling_of(path, &self.tensors) else {
+                continue;
+            };
+            match first {
+                Some((other, known)) if known != spelling => {
+                    let prefix = naming.prefix();
+                    let reason = format!(
+                        "the adapter names modules both with {prefix:?} and without: {other:?} and {path:?}"
+                    );
+                    return Err(Error::Base {
+                        path: self.dir.clone(),
+                        kind: ErrorKind::File,
+                        reason,
+                    });
+                }
+                _ => first = Some((path, spelling)),
+            }
+        }
+        if let Some((_, spelling)) = first {
+            named.naming = Some(naming.with_modules(spelling));
+        }
+        Ok(named)
     }
 
     /// The directory.
@@ -124,7 +195,7 @@ impl Checkpoint {
         &self.files
     }
 
-    /// The names of the tensors, sorted.
+    /// The names by which the tensors are stored, sorted.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.tensors.keys().map(String::as_str)
     }
@@ -132,12 +203,48 @@ impl Checkpoint {
     /// The names of the tensors in the order in which they lie in the files.
     pub(crate) fn names_by_place(&self) -> impl Iterator<Item = &str> {
         let names = self.files.iter().flat_map(SafetensorsFile::names_by_place);
-        names.filter(|name| self.contains(name))
+        names.filter(|name| self.tensors.contains_key(*name))
+    }
+
+    /// The path in the model of a module, or the name of a tensor: that by which transformers' class and PEFT's adapters
+    /// know it. It is told of the name in the model, of the stored one, and of one with or without the base model's prefix.
+    pub fn module_name<'n>(&self, name: &'n str) -> Cow<'n, str> {
+        match &self.naming {
+            Some(naming) => naming.of_module(name, &self.tensors),
+            None => name.into(),
+        }
+    }
+
+    /// The name by which a tensor is stored, of either of its names; `None` if there is no such tensor.
+    pub fn stored_name(&self, name: &str) -> Option<&str> {
+        let stored = self.tensors.get_key_value(name).or_else(|| {
+            let naming = self.naming.as_ref()?;
+            let is_of_module = naming.of_module(name, &self.tensors) == name;
+            let stored = is_of_module.then(|| naming.of_stored(name, &self.tensors))?;
+            self.tensors.get_key_value(stored.as_ref())
+        });
+        stored.map(|(name, _)| name.as_str())
+    }
+
+    /// The name by which this checkpoint stores what `other` stores as `name`.
+    pub(crate) fn counterpart(&self, name: &str, other: &Self) -> Option<&str> {
+        let in_model = other.module_name(name);
+        let in_model = self.stored_name(&self.module_name(&in_model));
+        in_model.or_else(|| self.stored_name(name))
+    }
+
+    /// The name by which the table of the module at `path` is stored, if it is.
+    pub(crate) fn stored_weight(&self, path: &str) -> Option<&str> {
+        self.stored_name(&weight_name(path))
+    }
+
+    pub(crate) fn naming(&self) -> Option<&Naming> {
+        self.naming.as_ref()
     }
 
     /// Whether there is a tensor `name`.
     pub fn contains(&self, name: &str) -> bool {
-        self.tensors.contains_key(name)
+        self.stored_name(name).is_some()
     }
 
     /// The tensor `name`.
@@ -146,7 +253,8 @@ impl Checkpoint {
     ///
     /// [`Error::TensorMissing`].
     pub fn tensor(&self, name: &str) -> Result<TensorRef<'_>> {
-        self.file_of(name)?.tensor(name)
+        let (file, name) = self.find(name)?;
+        file.tensor(name)
     }
 
     /// The tensor `name` as a frozen table; the map is shared, nothing is copied.
@@ -155,12 +263,14 @@ impl Checkpoint {
     ///
     /// Those of [`SafetensorsFile::table`].
     pub fn table(&self, name: &str) -> Result<MappedTable> {
-        self.file_of(name)?.table(name)
+        let (file, name) = self.find(name)?;
+        file.table(name)
     }
 
     /// The tensor `name` of one value per row of a vocabulary, as a table `V x 1`.
     pub(crate) fn column(&self, name: &str) -> Result<MappedTable> {
-        self.file_of(name)?.column(name)
+        let (file, name) = self.find(name)?;
+        file.column(name)
     }
 
     /// The file that holds the tensor `name`.
@@ -173,8 +283,16 @@ impl Checkpoint {
     }
 
     pub(crate) fn file_of(&self, name: &str) -> Result<&SafetensorsFile> {
-        let file = self.tensors.get(name).and_then(|at| self.files.get(*at));
-        file.ok_or_else(|| Error::TensorMissing {
+        Ok(self.find(name)?.0)
+    }
+
+    /// The file that holds a tensor, and the name that it has there.
+    fn find(&self, name: &str) -> Result<(&SafetensorsFile, &str)> {
+        let found = self.stored_name(name).and_then(|stored| {
+            let file = self.files.get(*self.tensors.get(stored)?)?;
+            Some((file, stored))
+        });
+        found.ok_or_else(|| Error::TensorMissing {
             path: self.dir.clone(),
             tensor: name.to_owned(),
             hint: similar(self.names(), name),

@@ -83,7 +83,7 @@ impl<'a> Extract<'a> {
         let groups = groups(&model);
         let (diff, digest) = self.compare(groups.first())?;
         self.expect_rows_alone(&diff, &model)?;
-        let changed = |group: &&Group<'_>| tables_of(group, &diff).next().is_some();
+        let changed = |group: &&Group<'_>| self.tables_of(group, &diff).next().is_some();
         let changed: Vec<_> = groups.iter().filter(changed).collect();
         let ids = self.ids(&changed, &diff)?;
         let mut builder: Option<AdapterBuilder> = None;
@@ -132,7 +132,8 @@ impl<'a> Extract<'a> {
 
     /// Refuses whatever an adapter of rows cannot express.
     fn expect_rows_alone(&self, diff: &CheckpointDiff, model: &ModelTables) -> Result<()> {
-        let others = diff.tensors.iter().filter(|other| !self.is_copy(other, model));
+        let matters = |other: &&TensorDiff| !self.is_copy(other, model) && !self.is_buffer(other);
+        let others = diff.tensors.iter().filter(matters);
         let mut others: Vec<_> = others.cloned().collect();
         for table in diff
             .tables
@@ -153,20 +154,43 @@ impl<'a> Extract<'a> {
     }
 
     fn shapes(&self, tensor: &str) -> Result<TensorDiff> {
-        let shape = |of: &Checkpoint| Ok::<_, Error>(of.tensor(tensor)?.shape.to_vec());
+        let shape = |of: &Checkpoint| {
+            let stored = of.counterpart(tensor, self.base).unwrap_or(tensor);
+            Ok::<_, Error>(of.tensor(stored)?.shape.to_vec())
+        };
         Ok(TensorDiff {
             tensor: tensor.to_owned(),
             difference: TensorDifference::Shape([shape(self.base)?, shape(self.tuned)?]),
         })
     }
 
+    /// Whether a tensor that only one checkpoint has is a buffer that old checkpoints hold, and that follows from the config.
+    fn is_buffer(&self, other: &TensorDiff) -> bool {
+        let Some(of) = self.owner(other) else {
+            return false;
+        };
+        let rank = of.tensor(&other.tensor).map(|tensor| tensor.shape.len()).ok();
+        let ends = |end: &str| other.tensor.ends_with(end);
+        // Causal masks [1, 1, L, L], what masked scores are, and rotary frequencies.
+        (ends(".attn.bias") && rank == Some(4))
+            || (ends(".attn.masked_bias") && rank == Some(0))
+            || ends(".rotary_emb.inv_freq")
+    }
+
+    /// The only checkpoint that has a tensor.
+    fn owner(&self, other: &TensorDiff) -> Option<&'a Checkpoint> {
+        match other.difference {
+            TensorDifference::OnlyInFirst => Some(self.base),
+            TensorDifference::OnlyInSecond => Some(self.tuned),
+            _ => None,
+        }
+    }
+
     /// Whether a tensor that only one checkpoint has is a copy there of the table that it is tied to: some programs save
     /// it, others do not.
     fn is_copy(&self, other: &TensorDiff, model: &ModelTables) -> bool {
-        let of = match other.difference {
-            TensorDifference::OnlyInFirst => self.base,
-            TensorDifference::OnlyInSecond => self.tuned,
-            _ => return false,
+        let Some(of) = self.owner(other) else {
+            return false;
         };
         let path = other.tensor.strip_suffix(".weight").unwrap_or_default();
         let Some(embedding) = model
@@ -181,9 +205,21 @@ impl<'a> Extract<'a> {
         }
     }
 
+    /// What differs in the tables of modules.
+    fn tables_of<'d>(&self, group: &[&str], diff: &'d CheckpointDiff) -> impl Iterator<Item = &'d TableDiff> {
+        let stored = group.iter().filter_map(|path| self.base.stored_weight(path));
+        let names: Vec<_> = stored.map(str::to_owned).collect();
+        diff.tables
+            .iter()
+            .filter(move |table| names.contains(&table.tensor))
+    }
+
     /// The tokens whose row differs in any of the tables, ascending.
     fn ids(&self, changed: &[&Group<'_>], diff: &CheckpointDiff) -> Result<Vec<TokenId>> {
-        let tables: Vec<_> = changed.iter().flat_map(|group| tables_of(group, diff)).collect();
+        let tables: Vec<_> = changed
+            .iter()
+            .flat_map(|group| self.tables_of(group, diff))
+            .collect();
         let Some(first) = tables.first() else {
             return Ok(Vec::new());
         };
@@ -257,12 +293,4 @@ fn groups(model: &ModelTables) -> Vec<Group<'_>> {
     let others = others.into_iter().map(|path| vec![path]);
     let shared = (!shared.is_empty()).then_some(shared);
     shared.into_iter().chain(others).collect()
-}
-
-/// What differs in the tables of modules.
-fn tables_of<'d>(group: &[&str], diff: &'d CheckpointDiff) -> impl Iterator<Item = &'d TableDiff> {
-    let names: Vec<_> = group.iter().map(|path| weight_name(path)).collect();
-    diff.tables
-        .iter()
-        .filter(move |table| names.contains(&table.tensor))
 }

@@ -232,9 +232,7 @@ impl AdapterConfig {
         }
         let mut modules = Vec::new();
         for name in base.names() {
-            if let Some(path) = targets.matrix(base, name)? {
-                modules.push(path.to_owned());
-            }
+            modules.extend(targets.matrix(base, name)?);
         }
         modules.sort_unstable();
         Ok(modules)

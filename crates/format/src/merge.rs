@@ -28,7 +28,7 @@ use crate::model::ModelTables;
 /// Rows to put into one table of a checkpoint.
 #[derive(Clone, Debug)]
 pub struct RowReplacement {
-    /// The tensor's name, such as `model.embed_tokens.weight`.
+    /// The name by which the tensor is stored, such as `model.embed_tokens.weight`.
     pub tensor: String,
     /// Which rows.
     pub ids: Vec<TokenId>,
@@ -67,6 +67,7 @@ impl Adapter {
     /// Those of [`check_against`](Self::check_against).
     pub fn replacements(&self, base: &Checkpoint) -> Result<Vec<RowReplacement>> {
         self.check_against(base, crate::BaseCheck::Fits)?;
+        let base = &base.named_for(self)?;
         let model = ModelTables::of(base)?;
         // Modules that share a table have the same rows, as was checked.
         let mut seen = BTreeSet::new();

@@ -11,7 +11,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::value::RawValue;
 
-use crate::checkpoint::{Checkpoint, MODEL_CONFIG_FILE};
+use crate::checkpoint::{Checkpoint, MODEL_CONFIG_FILE, Naming};
 use crate::error::{Error, Result, one_line};
 use crate::json::{MAX_CONFIG_BYTES, read_bytes, text_of};
 
@@ -45,8 +45,12 @@ impl ModelTables {
     /// [`Error::Json`] and those of reading, if there is a `config.json` but it cannot be read.
     pub fn of(checkpoint: &Checkpoint) -> Result<Self> {
         let path = checkpoint.config_path();
-        let config = path.exists().then(|| read_bytes(&path, MAX_CONFIG_BYTES));
-        Self::from_parts(checkpoint, config.transpose()?)
+        let config = if path.exists() {
+            ModelConfig::parse(read_bytes(&path, MAX_CONFIG_BYTES)?, &path)?
+        } else {
+            ModelConfig::default()
+        };
+        Self::new(checkpoint, &config)
     }
 
     /// The tables of a checkpoint whose `config.json`, if there is one, holds these bytes.
@@ -55,20 +59,31 @@ impl ModelTables {
     ///
     /// [`Error::Json`] and [`Error::TooLarge`] if it is no config.
     pub fn from_parts(checkpoint: &Checkpoint, config: Option<Vec<u8>>) -> Result<Self> {
+        let config = match config {
+            Some(config) => ModelConfig::parse(config, &checkpoint.config_path())?,
+            None => ModelConfig::default(),
+        };
+        Self::new(&checkpoint.clone().with_names_of(&config)?, &config)
+    }
+
+    fn new(checkpoint: &Checkpoint, config: &ModelConfig) -> Result<Self> {
         let mut modules: BTreeMap<String, Module> = BTreeMap::new();
         for name in checkpoint.names() {
             if let Some(path) = name.strip_suffix(".weight") {
                 let shape = Some(checkpoint.tensor(name)?.shape.to_vec());
                 let has_bias = checkpoint.contains(&format!("{path}.bias"));
-                modules.insert(path.to_owned(), Module { shape, has_bias });
+                let path = checkpoint.module_name(path);
+                modules.insert(path.into_owned(), Module { shape, has_bias });
             }
         }
-        let config = match config {
-            Some(config) => ModelConfig::parse(config, &checkpoint.config_path())?,
-            None => ModelConfig::default(),
-        };
-        let names: Vec<_> = checkpoint.names().collect();
-        let known = names::roles(&config, &names);
+        let mut names: Vec<_> = checkpoint
+            .names()
+            .map(|name| checkpoint.module_name(name))
+            .collect();
+        names.sort_unstable();
+        let names: Vec<&str> = names.iter().map(AsRef::as_ref).collect();
+        let bare = checkpoint.naming().and_then(Naming::tied_if_bare);
+        let known = names::roles(config, &names, bare);
         Ok(Self {
             origin: checkpoint.dir().to_owned(),
             modules,
@@ -187,14 +202,15 @@ pub(crate) fn names_a_table(path: &str) -> bool {
 
 /// What `config.json` says that matters here.
 #[derive(Debug, Default)]
-struct ModelConfig {
+pub(crate) struct ModelConfig {
+    pub(crate) model_type: Option<String>,
     architecture: Option<String>,
     tie_word_embeddings: Option<bool>,
     vocab_size: Option<usize>,
 }
 
 impl ModelConfig {
-    fn parse(config: Vec<u8>, path: &Path) -> Result<Self> {
+    pub(crate) fn parse(config: Vec<u8>, path: &Path) -> Result<Self> {
         let text = text_of(config, path, MAX_CONFIG_BYTES)?;
         let fields = Fields::parse(&text).map_err(|error| Error::Json {
             path: path.to_owned(),
@@ -205,6 +221,7 @@ impl ModelConfig {
         let text = text.unwrap_or_default();
         let architectures: Option<Vec<String>> = value(fields.architectures);
         Ok(Self {
+            model_type: value(fields.model_type),
             architecture: architectures.and_then(|names| names.into_iter().next()),
             tie_word_embeddings: value(fields.tie_word_embeddings.or(text.tie_word_embeddings)),
             vocab_size: value(fields.vocab_size.or(text.vocab_size)),
@@ -215,6 +232,8 @@ impl ModelConfig {
 /// The text of the fields that matter: values of a whole config could take a hundred times the memory of its text.
 #[derive(Default, Deserialize)]
 struct Fields<'a> {
+    #[serde(borrow)]
+    model_type: Option<&'a RawValue>,
     #[serde(borrow)]
     architectures: Option<&'a RawValue>,
     #[serde(borrow)]

@@ -66,7 +66,7 @@ impl Adapter {
         if self.modules().is_empty() {
             return unsupported("it trains no tokens, so that there is nothing to split off".to_owned());
         }
-        let model = ModelTables::of(base)?;
+        let model = ModelTables::of(&base.named_for(self)?)?;
         let shared = |path: &str| model.shares_input_embedding(path);
         let rows_shared = self.modules().iter().any(|module| shared(module.path()));
         let has_rows = |path: &str| self.module(path).is_some() || (shared(path) && rows_shared);

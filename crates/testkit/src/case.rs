@@ -394,6 +394,8 @@ list! { $
         a_directory_holds_several_adapters: "F26, F32",
         a_models_tables_are_known_by_name: "B11, B12",
         targets_are_tables_of_the_model: "F9, F10, B12, B13, B14",
+        modules_are_named_as_transformers_names_them: "B3, B11, B12, B17, E4",
+        adapters_name_modules_with_the_prefix_or_without: "B4, B8, B17, B18, E4",
         rows_extend_a_smaller_base: "B4, B15",
         missing_rows_are_named: "B4, B15",
         a_stored_table_is_the_table: "F33, B15",

@@ -100,19 +100,25 @@ impl Architecture {
         }
     }
 
-    /// The path of the output layer that shares the embedding table, if there is one.
-    pub fn tied_head(&self, checkpoint: &Checkpoint) -> Option<String> {
-        self.head(checkpoint).filter(|_| self.tie_word_embeddings())
-    }
-
-    fn head(&self, checkpoint: &Checkpoint) -> Option<String> {
+    /// The path of the output layer, tied or with a table of its own; `None` if a checkpoint of this architecture has none.
+    pub fn head_module(&self, checkpoint: &Checkpoint) -> Option<String> {
         match self {
-            Self::Decoder(config) => Some(config.head_module().to_owned()),
+            Self::Decoder(config) => {
+                let head = config.head_module();
+                let is_there = config.tie_word_embeddings || checkpoint.contains(&format!("{head}.weight"));
+                is_there.then(|| head.to_owned())
+            }
             Self::Encoder(config) => {
                 let head = Names::of(config, checkpoint).head();
                 head.map(|head| head.decoder.to_owned())
             }
         }
+    }
+
+    /// The path of the output layer that shares the embedding table, if there is one.
+    pub fn tied_head(&self, checkpoint: &Checkpoint) -> Option<String> {
+        self.head_module(checkpoint)
+            .filter(|_| self.tie_word_embeddings())
     }
 
     /// The layers of a checkpoint of this architecture that weights of LoRA can train beside.
@@ -131,7 +137,7 @@ impl Architecture {
         LinearLayers {
             names,
             preferred,
-            head: self.head(checkpoint),
+            head: self.head_module(checkpoint),
             ties_head: self.tie_word_embeddings(),
             layout,
         }

@@ -101,6 +101,8 @@ struct ModelOutput {
     dtype: String,
     digest: String,
     tie_word_embeddings: bool,
+    /// The output layer, if the checkpoint has one.
+    head: Option<String>,
     pad_token_id: Option<u32>,
     table_bytes: usize,
     /// Rows that no token of the tokenizer uses, where there is a tokenizer.
@@ -275,6 +277,7 @@ fn model(dir: &Path) -> Result<ModelOutput> {
         dtype: table.dtype().to_string(),
         digest: table.digest().to_string(),
         tie_word_embeddings: config.tie_word_embeddings(),
+        head: config.head_module(&checkpoint),
         pad_token_id: config.input_spec().pad_token_id,
         table_bytes: table.bytes().len(),
         free_rows,
@@ -373,13 +376,13 @@ fn rows_text(rows: &[RowOutput]) -> String {
 }
 
 fn model_text(model: &ModelOutput) -> String {
-    let head = if model.tie_word_embeddings {
-        "tied to it"
-    } else {
-        "untied"
+    let head = match (&model.head, model.tie_word_embeddings) {
+        (None, _) => "no head",
+        (Some(_), true) => "head tied to it",
+        (Some(_), false) => "head untied",
     };
     let mut text = format!(
-        "model of type {}\n  table          {} [{}, {}], {}; head {head}\n  digest         {}\n",
+        "model of type {}\n  table          {} [{}, {}], {}; {head}\n  digest         {}\n",
         model.model_type,
         model.dtype,
         model.vocab_size,

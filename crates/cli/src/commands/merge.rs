@@ -44,7 +44,7 @@ pub(super) fn run(args: &MergeArgs, cli: &Cli) -> Result<()> {
     }
     let report = merge.write(&args.out, cli.overwrite())?;
     let model = ModelTables::of(&base)?;
-    if let Some(table) = merge.deltas().find_map(|delta| tied_table(&model, delta)) {
+    if let Some(table) = merge.deltas().find_map(|delta| tied_table(&base, &model, delta)) {
         note(&format!(
             "note: the output layer is tied to {table}, so weights of LoRA change it too"
         ));
@@ -77,8 +77,9 @@ fn overlap(args: &MergeArgs) -> Result<Overlap> {
 }
 
 /// The embedding that the delta is for, if the head is tied to it.
-fn tied_table<'a>(model: &ModelTables, delta: &'a LoraDelta) -> Option<&'a str> {
-    let is_shared = model.shares_input_embedding(delta.weights().path()) && !model.tied().is_empty();
+fn tied_table<'a>(base: &Checkpoint, model: &ModelTables, delta: &'a LoraDelta) -> Option<&'a str> {
+    let path = base.module_name(delta.weights().path());
+    let is_shared = model.shares_input_embedding(&path) && !model.tied().is_empty();
     is_shared.then(|| delta.tensor())
 }
 

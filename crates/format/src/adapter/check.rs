@@ -37,6 +37,7 @@ impl Adapter {
 
     /// Checks all but digests, which take reading whole tables; those are returned, none if only fitting is asked for.
     pub(crate) fn check_all(&self, base: &Checkpoint, check: BaseCheck) -> Result<Vec<RecordedTable>> {
+        let base = &base.named_for(self)?;
         let mut recorded = Vec::new();
         let model = ModelTables::of(base)?;
         self.check_shared(base, &model)?;

@@ -50,12 +50,14 @@ impl Adapter {
     /// [`Error::Base`] naming the ids or rows that are missing, or what else does not fit; [`Error::TiedCopies`] if
     /// tied modules hold different tables; those of [`Checkpoint::table`].
     pub fn table(&self, path: &str, base: &Checkpoint) -> Result<ExtendedTable> {
+        let base = &base.named_for(self)?;
         self.table_of(path, base, &ModelTables::of(base)?)
     }
 
     /// The tables of `base` that are others for this adapter: those that it holds itself, and those that it extends. By
-    /// the name of their tensor in `base`.
+    /// the name by which their tensor is stored in `base`.
     pub(crate) fn other_tables(&self, base: &Checkpoint) -> Result<Vec<(String, ExtendedTable)>> {
+        let base = &base.named_for(self)?;
         let model = ModelTables::of(base)?;
         let paths = self.modules.iter().flat_map(AdapterModule::all_paths);
         let known = model.input_embedding().into_iter().chain(model.head());
@@ -68,11 +70,10 @@ impl Adapter {
             .collect();
         let mut others = Vec::new();
         for path in paths {
-            let tensor = weight_name(path);
-            if base.contains(&tensor) {
-                let (own, table) = (base.table(&tensor)?, self.table_of(path, base, &model)?);
+            if let Some(tensor) = base.stored_weight(path) {
+                let (own, table) = (base.table(tensor)?, self.table_of(path, base, &model)?);
                 if table.added().num_rows() > 0 || table.base().path() != own.path() {
-                    others.push((tensor, table));
+                    others.push((tensor.to_owned(), table));
                 }
             }
         }
@@ -289,7 +290,7 @@ impl Adapter {
 }
 
 impl AdapterModule {
-    /// The tensors of `base` in which the rows lie: its own, and those of modules that are tied to it and
+    /// The tensors of `base` in which the rows lie, by their stored names: its own, and those of modules that are tied to it and
     /// are stored all the same.
     pub(crate) fn weights(&self, base: &Checkpoint, model: &ModelTables) -> Vec<String> {
         let mut paths: Vec<&str> = self.all_paths().collect();
@@ -299,10 +300,8 @@ impl AdapterModule {
         }
         let mut seen = BTreeSet::new();
         let unique = paths.into_iter().filter(|path| seen.insert(*path));
-        unique
-            .map(weight_name)
-            .filter(|name| base.contains(name))
-            .collect()
+        let stored = unique.filter_map(|path| base.stored_weight(path));
+        stored.map(str::to_owned).collect()
     }
 }
 

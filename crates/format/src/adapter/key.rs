@@ -22,6 +22,11 @@ pub(super) fn key_of(kind: PeftType, path: &str) -> String {
     format!("{PREFIX}{path}{}{DELTA}", wrapper(kind))
 }
 
+/// The name in the model of what has this name in a file.
+pub(super) fn name_in_model(name: &str) -> Option<&str> {
+    name.strip_prefix(PREFIX)
+}
+
 /// What stands between a module's path and the name of its rows.
 fn wrapper(kind: PeftType) -> &'static str {
     match kind {

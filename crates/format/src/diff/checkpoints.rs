@@ -5,7 +5,6 @@ use std::collections::BTreeSet;
 use trainable_tokens_core::{EmbeddingSource as _, HostTable as _, TokenId};
 
 use super::{RowDiff, TensorDiff, TensorDifference};
-use crate::adapter::weight_name;
 use crate::checkpoint::Checkpoint;
 use crate::error::Result;
 use crate::model::ModelTables;
@@ -28,7 +27,7 @@ pub struct CheckpointDiff {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct TableDiff {
-    /// The name of the tensor.
+    /// The name by which the first stores the tensor.
     pub tensor: String,
     /// The rows of each.
     pub vocab_sizes: [usize; 2],
@@ -39,28 +38,30 @@ pub struct TableDiff {
 impl CheckpointDiff {
     /// Compares all tensors of two checkpoints, of the first's tables of token vectors (its input embedding, head, and
     /// what is tied to them; where the config names no class of transformers, what is named like one of these) row by
-    /// row. Reads each file once, through its map, and none that both share as a hard link; memory is for the ids of changed rows alone.
+    /// row. A tensor that one stores with the base model's prefix and the other without is the same one.
+    /// Reads each file once, through its map, and none that both share as a hard link; memory is for the ids of changed rows alone.
     ///
     /// # Errors
     ///
     /// Those of [`ModelTables::of`].
     pub fn between(first: &Checkpoint, second: &Checkpoint) -> Result<Self> {
         let model = ModelTables::of(first)?;
-        let tables: BTreeSet<String> = model.token_tables().into_iter().map(weight_name).collect();
+        let tables = model.token_tables().into_iter();
+        let tables: BTreeSet<&str> = tables.filter_map(|path| first.stored_weight(path)).collect();
         let mut diff = Self::default();
         // In the order of the files' bytes.
         for name in first.names_by_place() {
-            if !second.contains(name) {
+            let Some(other) = second.counterpart(name, first) else {
                 diff.add(name, TensorDifference::OnlyInFirst);
                 continue;
-            }
-            if first.file_of(name)?.is_same_file(second.file_of(name)?) {
+            };
+            if other == name && first.file_of(name)?.is_same_file(second.file_of(name)?) {
                 continue;
             }
-            let (a, b) = (first.tensor(name)?, second.tensor(name)?);
+            let (a, b) = (first.tensor(name)?, second.tensor(other)?);
             if tables.contains(name)
                 && a.dtype == b.dtype
-                && let (Ok(a), Ok(b)) = (first.table(name), second.table(name))
+                && let (Ok(a), Ok(b)) = (first.table(name), second.table(other))
                 && a.embedding_dim() == b.embedding_dim()
             {
                 diff.tables.extend(TableDiff::between(&a, &b));
@@ -68,7 +69,10 @@ impl CheckpointDiff {
                 diff.add(name, difference);
             }
         }
-        for name in second.names().filter(|name| !first.contains(name)) {
+        for name in second
+            .names()
+            .filter(|name| first.counterpart(name, second).is_none())
+        {
             diff.add(name, TensorDifference::OnlyInSecond);
         }
         diff.tables.sort_by(|a, b| a.tensor.cmp(&b.tensor));
@@ -129,7 +133,8 @@ impl TableDiff {
     ///
     /// Those of [`Checkpoint::table`].
     pub fn rows(&self, first: &Checkpoint, second: &Checkpoint) -> Result<impl Iterator<Item = RowDiff>> {
-        let (first, second) = (first.table(&self.tensor)?, second.table(&self.tensor)?);
+        let name = second.counterpart(&self.tensor, first).unwrap_or(&self.tensor);
+        let (first, second) = (first.table(&self.tensor)?, second.table(name)?);
         Ok(self
             .changed
             .iter()

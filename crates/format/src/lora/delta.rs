@@ -27,7 +27,7 @@ pub struct LoraDelta {
 }
 
 impl LoraDelta {
-    /// The tensor's name, such as `model.layers.0.self_attn.q_proj.weight`.
+    /// The name by which the tensor is stored, such as `model.layers.0.self_attn.q_proj.weight`.
     pub fn tensor(&self) -> &str {
         &self.tensor
     }
@@ -55,6 +55,7 @@ impl Adapter {
     /// pooler of BERT may have none), or if a module there is saved whole, but not in the file; [`Error::Unsupported`] if a
     /// module also has rows of tokens (so does PEFT refuse it); those of [`Checkpoint::table`].
     pub fn lora_deltas(&self, base: &Checkpoint) -> Result<Vec<LoraDelta>> {
+        let base = &base.named_for(self)?;
         let weights = self.lora_weights()?;
         if self.config().peft_type() == PeftType::Lora {
             self.check_complete(base, &weights)?;
@@ -78,7 +79,8 @@ impl Adapter {
             let hint = ", nor any other of LoRA's, and no rows of tokens".to_owned();
             return Err(missing(super::Factor::LinearA.key("<module>"), hint));
         }
-        for name in base.names() {
+        for stored in base.names() {
+            let name = base.module_name(stored);
             let (path, _) = name.rsplit_once('.').unwrap_or_default();
             if targets.save(path)? {
                 let hint = format!(", though modules_to_save has the module of {name:?}");
@@ -86,14 +88,14 @@ impl Adapter {
             }
             let has_weights = |path: &str| weights.iter().any(|lora| lora.path() == path);
             if targets.are_known()
-                && let Some(path) = targets.matrix(base, name)?
-                && !OPTIONAL.iter().any(|end| is_path_or_suffix(end, path))
-                && !has_weights(path)
+                && let Some(path) = targets.matrix(base, stored)?
+                && !OPTIONAL.iter().any(|end| is_path_or_suffix(end, &path))
+                && !has_weights(&path)
             {
                 let hint = format!(
                     ", though target_modules targets {path:?}; if the model has no such module, name it in exclude_modules"
                 );
-                return Err(missing(super::Factor::LinearA.key(path), hint));
+                return Err(missing(super::Factor::LinearA.key(&path), hint));
             }
         }
         Ok(())
@@ -138,6 +140,7 @@ impl Adapter {
             return misfit(ErrorKind::File, reason);
         }
         let table = base.table(&tensor)?;
+        let tensor = table.name().to_owned();
         let own = [table.vocab_size(), table.embedding_dim()];
         let have = lora.base.as_ref().map_or(own, |stored| stored.shape);
         let grows = model.shares_input_embedding(path) || model.head() == Some(path);

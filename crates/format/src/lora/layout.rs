@@ -1,5 +1,7 @@
 //! Which way round a model stores its linear weights.
 
+use std::borrow::Cow;
+
 use super::{LoraLayer, LoraWeights};
 use crate::checkpoint::Checkpoint;
 use crate::error::Result;
@@ -18,7 +20,7 @@ pub(super) enum Layout {
 /// PEFT knows the layout from the layer's class and corrects `fan_in_fan_out` by it, so the field holds what the *last*
 /// module was. A checkpoint has no classes; the shape tells all but square weights, and those lie like their neighbours.
 pub(super) struct Layouts<'a> {
-    known: Vec<(&'a str, Layout)>,
+    known: Vec<(Cow<'a, str>, Layout)>,
 }
 
 impl<'a> Layouts<'a> {
@@ -31,7 +33,7 @@ impl<'a> Layouts<'a> {
                 && let [rows, columns] = *base.tensor(&name)?.shape
                 && let Some(layout) = of_shape([rows, columns], [lora.out_features(), lora.in_features()])
             {
-                known.push((lora.path(), layout));
+                known.push((lora.path().into(), layout));
             }
         }
         for name in base.names() {
@@ -44,6 +46,7 @@ impl<'a> Layouts<'a> {
                 && let [rows, columns] = *base.tensor(&weight)?.shape
                 && rows != columns
             {
+                let path = base.module_name(path);
                 match outputs {
                     _ if outputs == rows => known.push((path, Layout::OutIn)),
                     _ if outputs == columns => known.push((path, Layout::InOut)),

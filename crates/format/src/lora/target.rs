@@ -106,14 +106,15 @@ impl LoraTargets {
 }
 
 impl LoraTargets {
-    /// The path of the module whose matrix the tensor `name` of `base` is, if it has weights as far as the config says.
-    pub(super) fn matrix<'a>(&self, base: &Checkpoint, name: &'a str) -> Result<Option<&'a str>> {
+    /// The path of the module whose matrix is stored as `name` in `base`, if it has weights as far as the config says.
+    pub(super) fn matrix(&self, base: &Checkpoint, name: &str) -> Result<Option<String>> {
         let Some(path) = name.strip_suffix(".weight") else {
             return Ok(None);
         };
+        let path = base.module_name(path);
         let tensor = base.tensor(name)?;
         let is_matrix = tensor.shape.len() == 2 && float_dtype(tensor.dtype).is_some();
-        Ok((is_matrix && self.contain(path)?).then_some(path))
+        Ok((is_matrix && self.contain(&path)?).then(|| path.into_owned()))
     }
 }
 

@@ -16,8 +16,8 @@ pub(super) fn adjust(base: &Checkpoint, plan: &Plan<'_>, dir: &Path) -> Result<(
         return Ok(());
     }
     let model = ModelTables::of(base)?;
-    let embedding = model.input_embedding().map(|path| format!("{path}.weight"));
-    if let Some([_, rows]) = embedding.and_then(|tensor| grown.get(tensor.as_str()).copied()) {
+    let embedding = model.input_embedding().and_then(|path| base.stored_weight(path));
+    if let Some([_, rows]) = embedding.and_then(|tensor| grown.get(tensor).copied()) {
         edit(&dir.join(MODEL_CONFIG_FILE), MAX_CONFIG_BYTES, |config| {
             // Models of several parts keep the language model's fields apart.
             let apart = !matches!(config.get("vocab_size"), Some(Json::Number(_)));

@@ -45,7 +45,8 @@ impl<'a> Plan<'a> {
 
     /// The rows of a tensor in the result.
     pub(super) fn vocab_size(&self, tensor: &str) -> Result<usize> {
-        let planned = self.tables().find(|table| table.name() == tensor);
+        let stored = self.base.stored_name(tensor);
+        let planned = self.tables().find(|table| Some(table.name()) == stored);
         planned.map_or_else(
             || Ok(self.base.table(tensor)?.vocab_size()),
             |table| Ok(table.vocab_size()),

@@ -95,11 +95,14 @@ pub(super) struct Roles {
     pub(super) tied: Vec<String>,
 }
 
-/// The roles in a checkpoint with these tensors, sorted. Nothing is known of a class that is not one of transformers.
-pub(super) fn roles(config: &ModelConfig, tensors: &[&str]) -> Roles {
+/// The roles in a model with these tensors, sorted. Nothing is known of a class that is not one of transformers.
+///
+/// A causal language model that is stored as its base model has a head whatever the class; `tied_if_bare` tells whether that
+/// is tied if the config does not.
+pub(super) fn roles(config: &ModelConfig, tensors: &[&str], tied_if_bare: Option<bool>) -> Roles {
     let class = config.architecture.as_deref().unwrap_or_default();
     let is_one_of = |ends: &[&str]| ends.iter().any(|end| class.ends_with(end));
-    let has_head = is_one_of(&WITH_HEAD);
+    let has_head = is_one_of(&WITH_HEAD) || tied_if_bare.is_some();
     if !has_head && !is_one_of(&WITHOUT_HEAD) {
         return Roles::default();
     }
@@ -111,7 +114,7 @@ pub(super) fn roles(config: &ModelConfig, tensors: &[&str]) -> Roles {
     let is_tied = match config.tie_word_embeddings {
         _ if NEVER_TIED.iter().any(|start| class.starts_with(start)) => false,
         Some(tied) => tied,
-        None => head.as_ref().is_some_and(|head| !has(head)),
+        None => head.as_ref().is_some_and(|head| !has(head)) && tied_if_bare != Some(false),
     };
     let mut tied = Vec::new();
     if is_tied {

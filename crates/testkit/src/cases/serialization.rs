@@ -9,6 +9,7 @@ mod low_rank;
 mod merged;
 mod metadata;
 mod model;
+mod naming;
 mod rows;
 mod state;
 mod targets;
@@ -56,6 +57,9 @@ pub use metadata::{metadata_are_written_as_specified, metadata_must_agree, metad
 pub use model::{
     a_directory_holds_several_adapters, a_models_tables_are_known_by_name, a_stored_table_is_the_table,
     missing_rows_are_named, rows_extend_a_smaller_base, targets_are_tables_of_the_model,
+};
+pub use naming::{
+    adapters_name_modules_with_the_prefix_or_without, modules_are_named_as_transformers_names_them,
 };
 pub use rows::{
     broken_frames_are_refused, names_that_are_almost_rows_are_refused, other_tensors_are_kept_in_order,

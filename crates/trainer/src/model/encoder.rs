@@ -124,6 +124,7 @@ impl Encoder {
         dtype: DType,
         device: &Device,
     ) -> Result<Self> {
+        let checkpoint = &checkpoint.named_for(adapter)?;
         let names = Names::of(&config, checkpoint);
         adapter.check_against(checkpoint, BaseCheck::SameTable)?;
         let low_rank = low_rank(checkpoint, adapter, device)?;

@@ -28,13 +28,13 @@ pub(crate) struct Linear {
 }
 
 impl LowRank {
-    /// Puts the factors on a device, in at least single precision.
-    pub(super) fn new(weights: &LoraWeights, device: &Device) -> Result<Self> {
+    /// Puts the factors of the layer at `path` on a device, in at least single precision.
+    pub(super) fn new(weights: &LoraWeights, path: &str, device: &Device) -> Result<Self> {
         let [a, b] = weights.factors()?;
         let factor =
             |rows: &TokenRows| CandleDelta::new(&rows.to_dtype(rows.dtype().default_row_dtype()), device);
         Ok(Self {
-            path: weights.path().to_owned(),
+            path: path.to_owned(),
             scaling: weights.scaling(),
             a: factor(&a)?,
             b: factor(&b)?,

@@ -57,6 +57,7 @@ impl Decoder {
         let (table, tokens, rows) = table_and_rows(&weights, checkpoint, (&name, shape), tokens, rows)?;
         let embedding = embedding(table, &tokens, &rows, options(config, padding))?;
         let head = |weights: &Weights<'_>| {
+            weights.expect_untied_head(config.head_module())?;
             let out_in = [config.vocab_size, config.hidden_size];
             let head = weights.linear(config.head_module(), out_in, false, WeightLayout::OutIn)?;
             Ok(Head::Untied(head))
@@ -97,13 +98,17 @@ impl Decoder {
         let weights = Weights::new(checkpoint, dtype, device).with_low_rank(low_rank);
         let shape = [config.vocab_size, config.hidden_size];
         weights.expect_shape(&config.embedding_tensor(), &shape)?;
-        let table = adapter.table(config.embedding_module(), checkpoint)?;
+        // An adapter for transformers' `AutoModel` names modules otherwise.
+        let named = checkpoint.named_for(adapter)?;
+        let module = named.module_name(config.embedding_module());
+        let table = adapter.table(&module, checkpoint)?;
         config.vocab_size = table.vocab_size();
-        let (tokens, rows) = adapter_rows(adapter, config.embedding_module(), &table)?;
+        let (tokens, rows) = adapter_rows(adapter, &module, &table)?;
         let embedding = embedding(weights.table(&table)?, &tokens, &rows, options(&config, padding))?;
-        let rows_of_head = head_rows(adapter, &config)?;
+        let rows_of_head = head_rows(adapter, &module, &config)?;
         let path = config.head_module();
         let head = |weights: &Weights<'_>| {
+            weights.expect_untied_head(path)?;
             weights.expect_shape(&format!("{path}.weight"), &shape)?;
             let table = weights.table(&adapter.table(path, checkpoint)?)?;
             match rows_of_head {
@@ -224,8 +229,12 @@ fn trainable(table: Tensor, tokens: &TokenSet, rows: &TokenRows) -> Result<Train
 }
 
 /// The adapter's rows of an untied head. Rows of other modules than this and the input embedding have no place.
-fn head_rows<'a>(adapter: &'a Adapter, config: &ModelConfig) -> Result<Option<&'a AdapterModule>> {
-    let (embedding, head) = (config.embedding_module(), config.head_module());
+fn head_rows<'a>(
+    adapter: &'a Adapter,
+    embedding: &str,
+    config: &ModelConfig,
+) -> Result<Option<&'a AdapterModule>> {
+    let head = config.head_module();
     let is_head = |module: &AdapterModule| module.path() == head && !config.tie_word_embeddings;
     let is_placed = |module: &&AdapterModule| module.path() == embedding || module.path() == head;
     match adapter.modules().iter().find(|module| !is_placed(module)) {
@@ -238,7 +247,7 @@ fn head_rows<'a>(adapter: &'a Adapter, config: &ModelConfig) -> Result<Option<&'
     }
 }
 
-/// The adapter's weights of LoRA, on the device.
+/// The adapter's weights of LoRA, on the device, their layers named as the checkpoint's modules are.
 pub(super) fn low_rank(checkpoint: &Checkpoint, adapter: &Adapter, device: &Device) -> Result<Vec<LowRank>> {
     let deltas = adapter.lora_deltas(checkpoint)?;
     let low_rank = deltas.iter().map(|delta| {
@@ -249,7 +258,7 @@ pub(super) fn low_rank(checkpoint: &Checkpoint, adapter: &Adapter, device: &Devi
                 weights.path()
             )));
         }
-        LowRank::new(weights, device)
+        LowRank::new(weights, &checkpoint.module_name(weights.path()), device)
     });
     low_rank.collect()
 }

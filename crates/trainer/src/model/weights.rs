@@ -87,18 +87,6 @@ impl<'a> Weights<'a> {
 
     /// Refuses a tensor that does not have the shape that follows from the config.
     pub(super) fn expect_shape(&self, name: &str, shape: &[usize]) -> Result<TensorRef<'a>> {
-        if !self.checkpoint.contains(name)
-            && let Some((model, rest)) = name.split_once('.')
-            && self.checkpoint.contains(rest)
-        {
-            return Err(Error::Config {
-                path: self.checkpoint.config_path(),
-                reason: format!(
-                    "tensor {name} is stored as {rest}: this is the checkpoint of a bare {model}, without the part that \
-                     predicts tokens; load it in transformers as a causal language model, and save that"
-                ),
-            });
-        }
         let tensor = self.checkpoint.tensor(name)?;
         if tensor.shape != shape {
             return Err(Error::Config {
@@ -111,6 +99,21 @@ impl<'a> Weights<'a> {
             });
         }
         Ok(tensor)
+    }
+
+    /// Refuses a checkpoint without the output layer that its config asks for: transformers would start it at random.
+    pub(super) fn expect_untied_head(&self, module: &str) -> Result<()> {
+        let name = format!("{module}.weight");
+        if self.contains(&name) {
+            return Ok(());
+        }
+        Err(Error::Config {
+            path: self.checkpoint.config_path(),
+            reason: format!(
+                "says that the output layer has a table of its own, but the checkpoint has no tensor {name}: it is that of a \
+                 base model alone, and predicts no tokens"
+            ),
+        })
     }
 
     /// A table of a checkpoint, with the rows of new tokens after its last.

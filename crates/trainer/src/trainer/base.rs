@@ -15,9 +15,10 @@ impl Trainer {
     /// Those of reading either table.
     pub fn largest_base_change(&self, checkpoint: &Checkpoint) -> Result<f64> {
         const ROWS_AT_A_TIME: u32 = 4096;
+        let module = self.model.embedding_module();
         let (table, origin) = (
             self.model.embedding().table(),
-            checkpoint.table(&format!("{}.weight", self.model.embedding_module()))?,
+            checkpoint.table(&format!("{}.weight", checkpoint.module_name(&module)))?,
         );
         let vocab_size = u32::try_from(table.vocab_size()).unwrap_or(u32::MAX);
         let mut largest: f64 = 0.0;

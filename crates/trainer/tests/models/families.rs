@@ -241,25 +241,47 @@ fn rows_and_weights_of_lora_train_in_every_family() {
     }
 }
 
-/// The first GPT-2 was published without its head, and the names of its tensors without their first part.
+/// The Hub's `gpt2` is stored without the first part of the names, and with the masks of its attention.
 #[test]
-fn a_model_without_its_head_is_refused_with_what_to_do() {
-    let dir = decoders().into_iter().find(|dir| name(dir) == "gpt2").unwrap();
-    let bare = tempfile::tempdir().unwrap();
-    std::fs::copy(dir.join("config.json"), bare.path().join("config.json")).unwrap();
-    let tensors = candle_core::safetensors::load(dir.join("model.safetensors"), &Device::Cpu).unwrap();
-    let stripped = tensors.into_iter().map(|(name, tensor)| {
-        let name = name.strip_prefix("transformer.").unwrap_or(&name).to_owned();
-        (name, tensor)
-    });
-    let stripped: HashMap<String, Tensor> = stripped.collect();
-    candle_core::safetensors::save(&stripped, bare.path().join("model.safetensors")).unwrap();
-    let checkpoint = Checkpoint::open(bare.path()).unwrap();
+fn a_base_model_alone_is_the_same_model() {
     let padding = PaddingRule::NoLookupGradient;
-    let error = Decoder::load(&checkpoint, &[], None, padding, DType::F32, &Device::Cpu).unwrap_err();
-    let message = error.to_string();
-    assert!(
-        message.contains("transformer.wte.weight is stored as wte.weight"),
-        "{message}"
-    );
+    let load = |dir: &Path| {
+        let checkpoint = Checkpoint::open(dir).unwrap();
+        Decoder::load(&checkpoint, &[5, 3], None, padding, DType::F32, &Device::Cpu)
+    };
+    let logits = |model: &Decoder| {
+        let ids = Tensor::new(&[[1u32, 5, 3, 7]], &Device::Cpu).unwrap();
+        let hidden = model.hidden(&model.embed(&ids).unwrap()).unwrap();
+        let logits = model.logits(&hidden).unwrap().flatten_all().unwrap();
+        logits.to_vec1::<f32>().unwrap()
+    };
+    for dir in decoders() {
+        let bare = tempfile::tempdir().unwrap();
+        std::fs::copy(dir.join("config.json"), bare.path().join("config.json")).unwrap();
+        let shards = dir.read_dir().unwrap().map(|entry| entry.unwrap().path());
+        let shards = shards.filter(|path| {
+            let is_tensors = path.extension().is_some_and(|it| it == "safetensors");
+            is_tensors && name(path).starts_with("model")
+        });
+        let tensors = shards.flat_map(|path| candle_core::safetensors::load(path, &Device::Cpu).unwrap());
+        let stripped = tensors.map(|(name, tensor)| {
+            let bare = ["transformer.", "model."].map(|prefix| name.strip_prefix(prefix));
+            let name = bare.into_iter().flatten().next().unwrap_or(&name).to_owned();
+            (name, tensor)
+        });
+        let mut stripped: HashMap<String, Tensor> = stripped.collect();
+        let mask = Tensor::zeros((1, 1, 4, 4), DType::F32, &Device::Cpu).unwrap();
+        stripped.insert("h.0.attn.bias".to_owned(), mask);
+        let path = bare.path().join("model.safetensors");
+        candle_core::safetensors::save(&stripped, &path).unwrap();
+        let (whole, alone) = (load(&dir).unwrap(), load(bare.path()).unwrap());
+        assert_eq!(whole.num_parameters(), alone.num_parameters(), "{}", name(&dir));
+        let bits = |model: &Decoder| logits(model).into_iter().map(f32::to_bits).collect::<Vec<_>>();
+        assert_eq!(bits(&whole), bits(&alone), "{}", name(&dir));
+        if stripped.remove("lm_head.weight").is_some() {
+            candle_core::safetensors::save(&stripped, path).unwrap();
+            let message = load(bare.path()).unwrap_err().to_string();
+            assert!(message.contains("no tensor lm_head.weight"), "{message}");
+        }
+    }
 }

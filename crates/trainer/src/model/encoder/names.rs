@@ -7,7 +7,7 @@ use crate::config::EncoderConfig;
 /// Where the parts of an encoder lie in its checkpoint.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Names {
-    /// `bert.` or `roberta.`, and nothing for a checkpoint of the bare encoder.
+    /// `bert.` or `roberta.`, and nothing where the encoder's modules are named without.
     prefix: &'static str,
     head: Option<HeadNames>,
 }
@@ -36,6 +36,8 @@ const ROBERTA: HeadNames = HeadNames {
     bias: ["lm_head.bias", "lm_head.decoder.bias"],
 };
 
+const EMBEDDING: &str = "embeddings.word_embeddings";
+
 impl Names {
     /// Looks at the names of the checkpoint's tensors.
     pub(crate) fn of(config: &EncoderConfig, checkpoint: &Checkpoint) -> Self {
@@ -44,7 +46,8 @@ impl Names {
         } else {
             ("roberta.", ROBERTA)
         };
-        let is_bare = checkpoint.contains("embeddings.word_embeddings.weight");
+        let embedding = format!("{prefix}{EMBEDDING}");
+        let is_bare = checkpoint.module_name(&embedding) == EMBEDDING;
         let has_head = checkpoint.contains(&format!("{}.weight", head.dense));
         Self {
             prefix: if is_bare { "" } else { prefix },
@@ -80,6 +83,6 @@ impl Names {
 
     /// The path of the embedding module, as PEFT's files and `target_modules` spell it.
     pub(crate) fn embedding(&self) -> String {
-        self.module("embeddings.word_embeddings")
+        self.module(EMBEDDING)
     }
 }
