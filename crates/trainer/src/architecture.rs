@@ -333,7 +333,7 @@ impl LanguageModel {
     ///
     /// # Errors
     ///
-    /// [`Error::Setting`] for a sequence longer than the model's positions; candle's errors.
+    /// [`Error::Setting`](crate::Error::Setting) for a sequence longer than the model's positions; candle's errors.
     pub fn hidden(
         &self,
         embeddings: &Tensor,
